@@ -1,0 +1,30 @@
+# Everything keeps to .venv in this folder. `make` alone lists what there is.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test lint clean
+help:
+	@echo "make demo   set everything up and run the demonstration on a real 3-D network (a few minutes)"
+	@echo "make test   set everything up and run all the tests"
+	@echo "make lint   formatting, lint and types"
+	@echo "make clean  remove .venv and caches"
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python -m momentum_fix demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest --numprocesses 2
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants
+	find momentum_fix tests -name __pycache__ -type d -exec rm -rf {} +

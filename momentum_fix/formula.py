@@ -1,0 +1,151 @@
+"""The number: which momentum makes several updates equal to one."""
+
+from __future__ import annotations
+
+import math
+import operator
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
+from typing import Any, SupportsFloat, SupportsIndex, overload
+
+_ONE = Decimal(1)
+_GUARD_DIGITS = 40  # a double holds 17 digits; the rest keeps every rounding far below its last bit
+
+
+@overload
+def corrected_momentum(momentum: None, passes: SupportsIndex = 2) -> None: ...
+@overload
+def corrected_momentum(momentum: SupportsFloat, passes: SupportsIndex = 2) -> float: ...
+def corrected_momentum(momentum: SupportsFloat | None, passes: SupportsIndex = 2) -> float | None:
+    """Give the momentum for which `passes` equal updates amount to one update with `momentum`.
+
+        m' = 1 - (1 - m)**(1 / passes)
+
+    Exact for: a constant number of passes that follow one another (the forward pass and the recomputations
+    of one batch, before the next batch arrives). Not for: passes of several batches in turn; there the old
+    value still decays as it should, but the new batches share the rest differently.
+
+    The result is the double nearest to the true value, on every platform, also where the expression above
+    loses all its digits (small m). It is nondecreasing in `momentum`; 0 and 1 are exact.
+
+    Args:
+        momentum: PyTorch's convention, the weight of the NEW value; dimensionless, 0 to 1. A Keras or
+            TensorFlow momentum of 0.99 is the decay of the OLD value: pass 0.01 for it (0.99 is a legal
+            momentum here too, so it is not refused). None is PyTorch's cumulative average. NumPy scalars
+            and 0-d tensors are accepted; a float32 stands for its own value (0.1 is 0.10000000149...).
+        passes: updates per batch, an integer of at least 1.
+
+    Returns:
+        The corrected momentum, dimensionless, 0 to 1. None for None: k equal updates per batch leave a
+        cumulative average as it is. `momentum` itself for one pass.
+
+    Raises:
+        ValueError: momentum is outside 0 to 1 or not a number, or passes is below 1.
+        TypeError: momentum is not a real number, or passes is not an integer.
+
+    Example:
+        >>> corrected_momentum(0.1, passes=2)
+        0.051316701949486204
+        >>> effective_momentum(0.051316701949486204, passes=2)
+        0.1
+
+    Source: "Checkpoint with BatchNorm running averages", discuss.pytorch.org/t/17738 (2018), for two passes.
+    """
+    return _power_of_decay(momentum, 1, _passes(passes))
+
+
+@overload
+def effective_momentum(momentum: None, passes: SupportsIndex = 2) -> None: ...
+@overload
+def effective_momentum(momentum: SupportsFloat, passes: SupportsIndex = 2) -> float: ...
+def effective_momentum(momentum: SupportsFloat | None, passes: SupportsIndex = 2) -> float | None:
+    """Give the momentum that `passes` equal updates with `momentum` amount to.
+
+        m_eff = 1 - (1 - m)**passes
+
+    The inverse of `corrected_momentum`, as exact and on the same conditions. What a model trained with
+    uncorrected checkpointing really used. Where 1 - m_eff falls below the resolution of a double the result
+    is 1, and the way back is lost.
+
+    Args:
+        momentum: PyTorch's convention, the weight of the NEW value; dimensionless, 0 to 1, or None.
+        passes: updates per batch, an integer of at least 1.
+
+    Returns:
+        The effective momentum, dimensionless, 0 to 1; None for None; `momentum` itself for one pass.
+
+    Raises:
+        ValueError: momentum is outside 0 to 1 or not a number, or passes is below 1.
+        TypeError: momentum is not a real number, or passes is not an integer.
+
+    Example:
+        >>> effective_momentum(0.1, passes=2)
+        0.19
+        >>> effective_momentum(0.1, passes=5)
+        0.40951000000000004
+
+    Source: "Checkpoint with BatchNorm running averages", discuss.pytorch.org/t/17738 (2018), for two passes.
+    """
+    return _power_of_decay(momentum, _passes(passes), 1)
+
+
+def _power_of_decay(momentum: SupportsFloat | None, numerator: int, denominator: int) -> float | None:
+    """Return 1 - (1 - momentum)**(numerator/denominator), correctly rounded.
+
+    Every operation below is correctly rounded and monotone, and all but the last keep at least 40 digits of
+    1 - m, of its logarithm and of the result; so the result is the nearest double and nondecreasing in m.
+    """
+    if momentum is None:
+        return None
+    m = _momentum(momentum)
+    if m in (0.0, 1.0) or numerator == denominator:
+        return m
+    exact, up, down = Decimal(m), Decimal(numerator), Decimal(denominator)
+    digits = _GUARD_DIGITS - exact.adjusted() + up.adjusted() + down.adjusted()
+    context = Context(prec=digits, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[])
+    log_decay = context.ln(context.subtract(_ONE, exact))
+    log_power = context.divide(context.multiply(log_decay, up), down)
+    return float(context.subtract(_ONE, context.exp(log_power)))
+
+
+def _momentum(momentum: SupportsFloat) -> float:
+    value = _scalar(momentum)
+    try:
+        if isinstance(value, (bool, str, bytes, bytearray)):
+            raise TypeError
+        m = float(value)
+    except TypeError:
+        raise TypeError(
+            f"momentum is {momentum!r}, but must be one real number in 0 to 1, or None for a cumulative average"
+        ) from None
+    except OverflowError:
+        m = math.inf
+    if not 0.0 <= m <= 1.0:
+        raise ValueError(
+            f"momentum is {momentum!r}, but must lie in 0 to 1: it is the weight of the new value (0.1 by default in "
+            "PyTorch; for a Keras or TensorFlow decay d, pass 1 - d)"
+        )
+    return abs(m)  # -0.0 becomes 0.0
+
+
+def _passes(passes: SupportsIndex) -> int:
+    value = _scalar(passes)
+    message = (
+        f"passes is {passes!r}, but must be an integer of at least 1: the number of updates per batch (1 without "
+        "checkpointing, 2 for one checkpoint)"
+    )
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        k = operator.index(value)
+    except TypeError:
+        raise TypeError(message) from None
+    if k < 1:
+        raise ValueError(message)
+    return k
+
+
+def _scalar(value: Any) -> Any:
+    """Unpack a NumPy scalar or a 0-d array or tensor; give None for a longer one, which no reader accepts."""
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        return value.item()
+    return None if getattr(value, "shape", ()) else value

@@ -1,0 +1,16 @@
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)  # the suite runs one process a core
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _seeded_float64():
+    """Statistics are compared in float64, from the same seed, whatever ran before."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
