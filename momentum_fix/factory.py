@@ -1,0 +1,92 @@
+"""The layer factory for model configs: BatchNorm, or any norm with a momentum, built with the corrected one."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from typing import Any, SupportsFloat, SupportsIndex
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from momentum_fix.formula import corrected_momentum
+
+
+def norm_layer(
+    norm: str | type[nn.Module] = "BatchNorm2d",
+    *,
+    momentum: SupportsFloat | None = 0.1,
+    passes: SupportsIndex = 2,
+    **kwargs: Any,
+) -> functools.partial[nn.Module]:
+    """Give a norm layer constructor with the corrected momentum, to hand to a model config.
+
+        partial(norm, momentum=corrected_momentum(momentum, passes), **kwargs)
+
+    What comes back holds the plain class and keywords only, so that whatever takes a `norm_layer` takes it
+    as it is, and what it builds is an ordinary torch layer. `correct` and `calibrate` would take such a
+    layer's momentum for an uncorrected one: use one of the three on a layer, not two.
+
+    Exact for: layers updated `passes` times in a row for each batch. Not for: a model whose layers differ in
+    passes (see `calibrate`), or passes of several batches in turn.
+
+    Args:
+        norm: a class with a `momentum` argument, or the name of one in `torch.nn`: BatchNorm1d/2d/3d,
+            SyncBatchNorm, LazyBatchNorm1d/2d/3d, InstanceNorm1d/2d/3d (these track statistics only with
+            `track_running_stats=True`), or a class of your own.
+        momentum: the uncorrected momentum, PyTorch's convention (weight of the new value); 0 to 1, or None.
+        passes: updates per batch, an integer of at least 1.
+        **kwargs: further arguments of the layer, `eps=1e-3` for one.
+
+    Returns:
+        A `functools.partial` of the class, with keywords only. It pickles, deep-copies and prints.
+
+    Raises:
+        ValueError: no such class in `torch.nn`; or the class has no `momentum` or is abstract; or momentum or
+            passes is out of range.
+        TypeError: norm is neither a class nor a name; or momentum or passes is of the wrong type.
+
+    Example:
+        >>> norm_layer("BatchNorm3d", eps=1e-3)(16)
+        BatchNorm3d(16, eps=0.001, momentum=0.051316701949486204, affine=True, track_running_stats=True)
+    """
+    cls = _norm_class(norm)
+    return functools.partial(cls, momentum=corrected_momentum(momentum, passes), **kwargs)
+
+
+def _norm_class(norm: str | type[nn.Module]) -> type[nn.Module]:
+    cls = getattr(nn, norm, None) if isinstance(norm, str) else norm
+    if isinstance(norm, str) and not isinstance(cls, type):
+        names = [name for name, value in vars(nn).items() if isinstance(value, type) and _takes_momentum(value)]
+        nearest = difflib.get_close_matches(norm, names, n=1, cutoff=0.0)[0]
+        raise ValueError(f"torch.nn has no class {norm!r}; did you mean {nearest!r}? Known: {', '.join(names)}")
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"norm is {norm!r}, but must be a norm layer class or the name of one in torch.nn")
+    if not _takes_momentum(cls):
+        raise ValueError(
+            f"{cls.__name__} has no momentum argument, so there is nothing to correct: use it as it is, or give a norm "
+            "layer that keeps running statistics, such as BatchNorm2d"
+        )
+    if _is_abstract(cls):
+        raise ValueError(f"{cls.__name__} is an abstract base class: give one that can be used, such as BatchNorm2d")
+    return cls
+
+
+def _takes_momentum(cls: type) -> bool:
+    """Look for the argument in the constructor and, as far as that hands on `**kwargs`, in the bases'."""
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+            if any(parameter.name == "momentum" for parameter in parameters):
+                return True
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+                return False
+    return False
+
+
+def _is_abstract(cls: type[nn.Module]) -> bool:
+    unchecked = (_NormBase._check_input_dim, _InstanceNorm._check_input_dim)  # these raise NotImplementedError
+    inherited = (_BatchNorm.forward, _InstanceNorm.forward, nn.Module.forward)  # and these call them, or raise
+    return inspect.isabstract(cls) or (getattr(cls, "_check_input_dim", None) in unchecked and cls.forward in inherited)
