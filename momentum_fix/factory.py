@@ -49,8 +49,9 @@ def norm_layer(
         TypeError: norm is neither a class nor a name; or momentum or passes is of the wrong type.
 
     Example:
-        >>> norm_layer("BatchNorm3d", eps=1e-3)(16)
-        BatchNorm3d(16, eps=0.001, momentum=0.051316701949486204, affine=True, track_running_stats=True)
+        >>> layer = norm_layer("BatchNorm3d", eps=1e-3)(16)
+        >>> type(layer).__name__, layer.eps, layer.momentum
+        ('BatchNorm3d', 0.001, 0.051316701949486204)
     """
     cls = _norm_class(norm)
     return functools.partial(cls, momentum=corrected_momentum(momentum, passes), **kwargs)

@@ -55,7 +55,7 @@ def correct(model: Model, passes: Passes | Mapping[str, Passes] = 2) -> Model:
         >>> correct(model, passes=2)[1].momentum
         0.051316701949486204
         >>> correct(model, {"1": 3})[1].momentum
-        0.03451061592721887
+        0.034510615394370246
         >>> restore(model)[1].momentum
         0.1
     """
