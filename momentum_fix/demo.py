@@ -120,8 +120,9 @@ def picture(outcome: Outcome, file: Path) -> None:
         (outcome.calibrated, "#0072B2", "D", "calibrated"),
         (outcome.uncorrected, "#D55E00", "o", "uncorrected"),
     ):
-        ax.scatter(values, heights, color=color, marker=marker, zorder=3)
-        ax.annotate(label, (values[0], 0), (0, 10), textcoords="offset points", ha="center", color=color, weight="bold")
+        shown = [max(value, 1e-16) for value in values]  # the logarithmic axis has no 0
+        ax.scatter(shown, heights, color=color, marker=marker, zorder=3)
+        ax.annotate(label, (shown[0], 0), (0, 10), textcoords="offset points", ha="center", color=color, weight="bold")
     ax.set_xscale("log")
     ax.set_xlim(1e-17, 1e2)
     ax.set_ylim(len(outcome.layers) - 0.5, -1)
@@ -132,9 +133,7 @@ def picture(outcome: Outcome, file: Path) -> None:
         "largest deviation of the running statistics from the uncheckpointed run\n"
         "(mean in standard deviations, variance relative; float64 resolves 2.2e-16)"
     )
-    ax.set_title(
-        f"MONAI CheckpointUNet after {outcome.steps} steps: calibrating brings the statistics back", loc="left"
-    )
+    figure.suptitle(f"MONAI CheckpointUNet after {outcome.steps} steps: calibrating brings the running statistics back")
     figure.savefig(file, dpi=150)
 
 

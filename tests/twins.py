@@ -1,0 +1,77 @@
+"""Two runs of one model on the same batches: with checkpointing and without."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from momentum_fix.layers import tracked_layers
+
+
+def plainly(function, *args, **_):
+    """Stand in for `torch.utils.checkpoint.checkpoint` in the uncheckpointed run."""
+    return function(*args)
+
+
+def reentrant(function, *args):
+    return checkpoint(function, *args, use_reentrant=True)
+
+
+def non_reentrant(function, *args, **kwargs):
+    return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+
+def batches(count, *shape, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=generator) * (1 + i % 3) + i % 2 for i in range(count)]
+
+
+def statistics(model):
+    """Give running_mean and running_var of every layer by name."""
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+
+
+def counters(model):
+    return {name: int(buffer) for name, buffer in model.named_buffers() if "num_batches" in name}
+
+
+def momenta(model):
+    return {aliases[0]: layer.momentum for layer, aliases in tracked_layers(model).items()}
+
+
+def deviation(model, truth):
+    """Give the largest deviation of the running statistics, relative to the largest value of each buffer."""
+    mine, true = statistics(model), statistics(truth)
+    assert mine.keys() == true.keys() != set()
+    return max(float((mine[name] - true[name]).abs().max() / true[name].abs().max().clamp(min=1e-300)) for name in true)
+
+
+def same_path(model, truth):
+    """Tell whether weights and gradients are equal bit for bit."""
+    for mine, true in zip(model.parameters(), truth.parameters(), strict=True):
+        if (mine.grad is None) != (true.grad is None) or not torch.equal(mine, true):
+            return False
+        if mine.grad is not None and not torch.equal(mine.grad, true.grad):
+            return False
+    return True
+
+
+def train(model: nn.Module, step: Callable, data, ckpt) -> nn.Module:
+    """Run `step(model, x, ckpt)`, which calls backward, and plain SGD over the data; return the model."""
+    for x in data:
+        model.zero_grad()
+        step(model, x, ckpt)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.01 * parameter.grad
+    return model
+
+
+def three(model, step, data, ckpt, fixed):
+    """Train the truth, an uncorrected and a fixed copy of the model; return them in this order."""
+    truth = train(copy.deepcopy(model), step, data, plainly)
+    uncorrected = train(copy.deepcopy(model), step, data, ckpt)
+    return truth, uncorrected, fixed(copy.deepcopy(model), step, data, ckpt)
