@@ -1,0 +1,35 @@
+"""Every example in a document runs and prints what the document says."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import momentum_fix
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:^```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_examples_run_and_print_what_the_document_says(document):
+    torch.set_default_dtype(torch.float32)
+    names = {}
+    for code, expected in BLOCK.findall(document.read_text(encoding="utf-8")):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(code, document.name, "exec"), names)
+        assert printed.getvalue() == expected
+
+
+def test_the_readme_has_an_example_that_prints():
+    blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert any(expected for _, expected in blocks)
+
+
+def test_the_versions_agree():
+    assert f"version: {momentum_fix.__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"## {momentum_fix.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

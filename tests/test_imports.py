@@ -1,0 +1,43 @@
+"""Importing the package costs nothing that the caller does not use."""
+
+import subprocess
+import sys
+
+import pytest
+
+import momentum_fix
+
+HEAVY = ("torch", "sympy", "matplotlib", "numpy")
+
+
+def loaded_after(statement):
+    """Give the heavy packages that a fresh interpreter has loaded after the statement."""
+    code = f"import sys\n{statement}\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import momentum_fix",
+        "from momentum_fix import corrected_momentum; corrected_momentum(0.1, passes=2)",
+        "import momentum_fix; momentum_fix.effective_momentum(0.1); dir(momentum_fix); momentum_fix.__version__",
+    ],
+)
+def test_the_number_loads_neither_torch_nor_sympy_nor_matplotlib(statement):
+    assert loaded_after(statement) == []
+
+
+def test_this_check_can_fail():
+    assert "torch" in loaded_after("from momentum_fix import calibrate")
+
+
+def test_every_public_name_is_there():
+    for name in momentum_fix.__all__:
+        assert callable(getattr(momentum_fix, name))
+        assert name in dir(momentum_fix)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'momentum_fix' has no attribute 'corect'"):
+        _ = momentum_fix.corect
