@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -38,16 +38,28 @@ class Row:
         return self.name or "(the model)", self.layer_class, passes, *momenta, self.note
 
 
-@dataclass
-class Report:
-    """What `calibrate` found: `rows`, one a layer; `passes`, a mapping for `correct`; printed, a table."""
+@dataclass(eq=False)
+class Report(Mapping[str, Passes]):
+    """What `calibrate` found: `rows`, one a layer; a mapping from layer to passes, for `correct`; a table in print.
+
+    A layer whose passes are unknown has a row, but is not in the mapping.
+    """
 
     rows: tuple[Row, ...] = ()
 
     @property
     def passes(self) -> dict[str, Passes]:
-        """Updates per batch by layer name, for `correct`; a layer whose passes are unknown is left out."""
+        """The mapping as a dictionary, to keep beside a state dict."""
         return {row.name: row.passes for row in self.rows if row.passes is not None}
+
+    def __getitem__(self, name: str) -> Passes:
+        return self.passes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.passes)
+
+    def __len__(self) -> int:
+        return len(self.passes)
 
     def __str__(self) -> str:
         if not self.rows:
@@ -225,7 +237,7 @@ def _replays(start: Buffers, forward: Buffers, after: Buffers, momentum: float |
     One update from `start` to `forward` gives away the batch's statistics b; r more of the same batch bring the
     buffers to b + (1 - m)**r * (forward - b).
     """
-    if momentum is None or not 0 < momentum < 1:
+    if momentum is None or not 0 < momentum < 1 or start.keys() != forward.keys():
         return 0
     x0, x1, x2 = (
         torch.cat([buffers[name].double().flatten() for name in forward if name.startswith("running_")])

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._guards import TracingContext
 from torch.autograd import Variable
 
 
@@ -28,7 +29,8 @@ def watch_backward(on_start: Callable[[], None], on_end: Callable[[], None]) -> 
 
         def run_backward(self, *args: Any, **kwargs: Any) -> Any:
             nested = torch._C._current_graph_task_id() != -1
-            if nested or torch.compiler.is_compiling() or threading.get_ident() != thread:
+            tracing = TracingContext.try_get() is not None
+            if nested or tracing or threading.get_ident() != thread:
                 return engine.run_backward(*args, **kwargs)
             on_start()
             try:

@@ -639,8 +639,9 @@ def test_the_report_prints_as_an_aligned_table_and_is_a_mapping_for_correct():
         "b.1    BatchNorm2d  2       0.1       0.0513167",
         "c.1    BatchNorm2d  ?       0.1       0.1        left alone: did not run",
     ]
-    assert report.passes == {"a.1": 1, "b.1": 2}
-    assert momenta(correct(rebuilt, report.passes)) == momenta(model)
+    assert report.passes == dict(report) == {"a.1": 1, "b.1": 2}
+    assert (len(report), report["b.1"], "c.1" in report) == (2, 2, False)
+    assert momenta(correct(rebuilt, report)) == momenta(model)
 
 
 def test_a_report_with_a_mean_of_passes_is_a_mapping_for_correct_too():
