@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
+from decimal import Context, Decimal
 from typing import Any, SupportsFloat, SupportsIndex, overload
 
 _ONE = Decimal(1)
@@ -92,17 +92,14 @@ def _power_of_decay(momentum: SupportsFloat | None, numerator: int, denominator:
     """Return 1 - (1 - momentum)**(numerator/denominator), correctly rounded.
 
     Every operation below is correctly rounded and monotone, and all but the last keep at least 40 digits of
-    1 - m, of its logarithm and of the result; so the result is the nearest double and nondecreasing in m.
+    1 - m, of its logarithm and of the result; so the result is the nearest double and nondecreasing in m. The
+    ends take care of themselves: ln(1) is 0, ln(0) is -Infinity and exp(-Infinity) is 0.
     """
     if momentum is None:
         return None
-    m = _momentum(momentum)
-    if m in (0.0, 1.0) or numerator == denominator:
-        return m
-    exact, up, down = Decimal(m), Decimal(numerator), Decimal(denominator)
-    digits = _GUARD_DIGITS - exact.adjusted() + up.adjusted() + down.adjusted()
-    context = Context(prec=digits, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[])
-    log_decay = context.ln(context.subtract(_ONE, exact))
+    m, up, down = Decimal.from_float(_momentum(momentum)), Decimal(numerator), Decimal(denominator)
+    context = Context(prec=_GUARD_DIGITS - m.adjusted() + up.adjusted() + down.adjusted(), traps=[])
+    log_decay = context.ln(context.subtract(_ONE, m))
     log_power = context.divide(context.multiply(log_decay, up), down)
     return float(context.subtract(_ONE, context.exp(log_power)))
 
