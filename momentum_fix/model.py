@@ -143,8 +143,8 @@ def _check_names(model: nn.Module, passes: Mapping[str, Passes], layer_names: li
     known = dict(model.named_modules(remove_duplicate=False))
     for name in passes:
         if name not in known:
-            nearest = difflib.get_close_matches(str(name), [*layer_names, *known], n=3, cutoff=0.3)
-            hint = f"; the nearest names are {', '.join(map(repr, dict.fromkeys(nearest)))}" if nearest else ""
+            nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.3)
+            hint = f"; the nearest names are {', '.join(map(repr, nearest))}" if nearest else ""
             raise ValueError(f"the model has no module named {name!r}{hint}")
         if not any(_covers(name, layer_name) for layer_name in layer_names):
             raise ValueError(

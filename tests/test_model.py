@@ -150,7 +150,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_nothing_changes(name):
 def test_the_messages_of_unknown_names_read_well():
     with pytest.raises(ValueError, match="no module") as caught:
         correct(network(), {"encoder.x": 2})
-    nearest = "'encoder.1', 'encoder', 'encoder.2'"
+    nearest = "'encoder.2', 'encoder.1', 'encoder.0'"
     assert str(caught.value) == f"the model has no module named 'encoder.x'; the nearest names are {nearest}"
     with pytest.raises(ValueError, match="no module") as caught:
         correct(network(), {"zzz": 2})
