@@ -9,7 +9,7 @@ from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypeVar
 
 from torch import nn
 
-from momentum_fix.formula import corrected_momentum, effective_momentum
+from momentum_fix.formula import corrected_momentum, power_of_decay
 from momentum_fix.layers import NormLayer, tracked_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -135,7 +135,7 @@ def corrected_for(name: str, momentum: SupportsFloat | None, passes: Passes) -> 
 
 def _corrected(momentum: SupportsFloat | None, passes: Passes) -> float | None:
     if isinstance(passes, Fraction) and passes >= 1:
-        momentum, passes = effective_momentum(momentum, passes.denominator), passes.numerator
+        return power_of_decay(momentum, 1 / passes)
     return corrected_momentum(momentum, passes)  # type: ignore[arg-type]  # a Fraction below 1 is refused here
 
 
