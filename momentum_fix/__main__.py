@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import momentum_fix
@@ -25,6 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     demo.set_defaults(run=_demo)
 
+    audit = commands.add_parser("audit", help="tell from saved files which layers were updated more than once per step")
+    audit.add_argument("file", nargs="+", type=Path, help="a checkpoint, a sharded index, or a directory of them")
+    audit.add_argument("--steps", type=int, help="batches trained on (default: what the layer that counted least says)")
+    audit.add_argument("--momentum", type=float, default=0.1, help="the model's momentum (default: %(default)s)")
+    audit.add_argument("--json", action="store_true", help="print JSON for a program to read")
+    audit.set_defaults(run=_audit)
+
     arguments = parser.parse_args(argv)
     try:
         return int(arguments.run(arguments))
@@ -44,6 +53,37 @@ def _demo(arguments: argparse.Namespace) -> int:
     demo.picture(outcome, arguments.output)
     print(f"Picture: {arguments.output}")
     return 0 if outcome.same_path else 1
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from momentum_fix.saved import Audit, LayerAudit, UnreadableError, audit, checkpoint_files
+
+    files: list[Path] = []
+    rows: list[LayerAudit] = []
+    errors: dict[str, str] = {}
+    for path in arguments.file:
+        try:
+            files += checkpoint_files(path) if path.is_dir() else [path]
+        except UnreadableError as error:
+            errors[str(path)] = str(error)
+    for file in _with_progress(files):
+        try:
+            rows += audit(file, arguments.steps, arguments.momentum).rows
+        except UnreadableError as error:
+            errors[str(file)] = str(error)
+    found = Audit(tuple(rows), errors)
+    print(json.dumps(found.as_json(), indent=2) if arguments.json else found)
+    return 2 if found.errors else 1 if found.recomputed else 0
+
+
+def _with_progress(files: Sequence[Path]) -> Iterable[Path]:
+    """Show a bar where there is a terminal to show it on, several files, and a library to draw it."""
+    if len(files) < 2 or not sys.stderr.isatty() or find_spec("tqdm") is None:
+        return files
+    from tqdm import tqdm
+
+    bar: Iterable[Path] = tqdm(files, desc="auditing", unit="file")
+    return bar
 
 
 if __name__ == "__main__":
