@@ -1,0 +1,99 @@
+"""The shell command: `python -m momentum_fix` or `momentum-fix`."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NoReturn
+
+import momentum_fix
+
+EXAMPLES = """\
+examples:
+  python -m momentum_fix value 0.1 --passes 2     the momentum to give a layer that is updated twice per batch
+  python -m momentum_fix prove                    check every step of every theorem
+  python -m momentum_fix plot -o curves.png       draw the curves (png, svg or pdf, by the name)
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage
+
+
+def value(arguments: argparse.Namespace) -> int:
+    """Print the corrected momentum."""
+    print(momentum_fix.corrected_momentum(arguments.momentum, arguments.passes))
+    return 0
+
+
+def prove(arguments: argparse.Namespace) -> int:
+    """Check every step of every theorem and print it with a tick, or a cross where it fails."""
+    from momentum_fix import symbolic
+
+    failed, count, theorems = 0, 0, symbolic.theorems()
+    for number, theorem in enumerate(theorems, start=1):
+        print(f"{number}. {theorem.name}\n   {theorem.statement}")
+        for step in theorem.steps:
+            try:
+                replace(theorem, steps=(step,)).prove()
+                mark = "✓"
+            except symbolic.ProofError:
+                failed, mark = failed + 1, "✗ FAILS:"
+            count += 1
+            print(f"   {mark} {step.lhs} = {step.rhs}\n       {step.reason}", flush=True)
+    print(f"{len(theorems)} theorems, {count} steps: {f'{failed} FAILED' if failed else 'all hold'}")
+    return 1 if failed else 0
+
+
+def plot(arguments: argparse.Namespace) -> int:
+    """Write the curves to a file."""
+    from momentum_fix import plots
+
+    plots.save(arguments.output)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="momentum-fix",
+        description="BatchNorm's running statistics as if activation checkpointing did not exist.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {momentum_fix.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
+
+    command = commands.add_parser("value", help="print the corrected momentum")
+    command.add_argument("momentum", type=float, help="PyTorch's momentum, the weight of the new value (0 to 1)")
+    command.add_argument("--passes", type=int, default=2, help="updates per batch (default: %(default)s)")
+    command.set_defaults(run=value)
+
+    command = commands.add_parser("prove", help="check every step of every theorem (status 1 if one fails)")
+    command.set_defaults(run=prove)
+
+    command = commands.add_parser("plot", help="draw the curves")
+    command.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write: .png, .svg or .pdf")
+    command.set_defaults(run=plot)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, or 1 for a failed proof, or 2 for an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a tick must not break a terminal that cannot show it
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"{parser.prog} {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
