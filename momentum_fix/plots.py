@@ -28,7 +28,7 @@ def decay_data(momentum: float = 0.1, passes: Sequence[int] = (2, 3, 5), batches
     Example:
         >>> ages, weights = decay_data(batches=2)["2 passes"]
         >>> ages, [round(weight, 4) for weight in weights]
-        ([0, 1], [0.19, 0.1539])
+        ([0.0, 1.0], [0.19, 0.1539])
     """
     ages = list(range(batches))
     curves: Curves = {}
