@@ -110,7 +110,7 @@ def decay(
     """Draw the weight of a batch by its age: `decay_data` on `ax`, or on a new figure's axes; return the axes."""
     ax = _axes(ax, "Uncorrected passes forget faster, corrected ones do not")
     ax.set(xlabel="age of the batch (batches)", ylabel="weight in the running value", yscale="log", ylim=(1e-3, 0.6))
-    return _draw(ax, decay_data(momentum, passes, batches), levels=(0.02, 0.004, 0.02, 0.004), shift=(18, 18))
+    return _draw(ax, decay_data(momentum, passes, batches), levels=(0.02, 0.004, 0.02, 0.004), shift=(28, 22))
 
 
 def cumulative(
@@ -146,7 +146,7 @@ def signal(
 ) -> Axes:
     """Draw running means of a simulated signal: `signal_data`, on `ax` or new axes; return the axes."""
     data = signal_data(momentum, passes, batches, seed)
-    ax = _axes(ax, "Uncorrected passes: less lag, more noise; corrected ones follow the plain run")
+    ax = _axes(ax, "Uncorrected passes lag less and carry more noise")
     ax.set(xlabel="time (batches)", ylabel="running mean (σ of one batch mean)")
     (numbers, means), (_, truth) = data.pop("batch mean"), data.pop("true mean")
     ax.plot(numbers, means, ".", color="0.65", markersize=4, label="batch mean")

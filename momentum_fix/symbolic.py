@@ -356,24 +356,24 @@ def _() -> Proof:
     "Gradients",
     "In training mode the output is normalized by the batch's own statistics: neither it nor a derivative of it "
     "contains the running statistics, so a recomputation with other running statistics gives the same gradients.",
-    r"y = \gamma\,\frac{x-\mu}{\sqrt{\sigma^2+\varepsilon}}+\beta \ \text{in training mode}, \qquad "
+    r"y = \gamma\,\frac{x-\mu}{\sqrt{v+\varepsilon}}+\beta \ \text{in training mode}, \qquad "
     r"\frac{\partial y}{\partial R} = \frac{\partial y}{\partial V} = 0",
 )
 def _() -> Proof:
     w, mode, gain, shift, eps, *buffers = sp.symbols("w tau gamma beta epsilon R V R' V'", real=True)
-    value, mean, var = (sp.Function(name)(w) for name in ("x", "mu", "sigma2"))
+    value, mean, var = (sp.Function(name)(w) for name in ("x", "mu", "v"))
 
     def normalized(by_mean: Any, by_var: Any) -> Any:
         return gain * (value - by_mean) / sqrt(by_var + eps) + shift
 
-    r, v, *others = buffers
-    used_mean, used_var = mode * mean + (1 - mode) * r, mode * var + (1 - mode) * v
+    r, big_v, *others = buffers
+    used_mean, used_var = mode * mean + (1 - mode) * r, mode * var + (1 - mode) * big_v
     output, training = normalized(used_mean, used_var), normalized(mean, var)
-    replay, deviation = ((mode, r, v), (1, *others)), sqrt(used_var + eps)
+    replay, deviation = ((mode, r, big_v), (1, *others)), sqrt(used_var + eps)
     slope = -(1 - mode) * gain / deviation
     yield Derivative(output, r), slope, "Slope in the running mean: 0 in training (tau = 1), not in evaluation (0)."
     slope *= (value - used_mean) / (2 * deviation**2)
-    yield Derivative(output, v), slope, "So is the slope in the running variance."
+    yield Derivative(output, big_v), slope, "So is the slope in the running variance."
     yield Subs(output, *replay), training, "A recomputation that finds other running statistics gives the same output."
     written = gain * (value.diff(w) - mean.diff(w)) / sqrt(var + eps)
     written -= gain * (value - mean) * var.diff(w) / (2 * sqrt(var + eps) ** 3)

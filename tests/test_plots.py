@@ -110,27 +110,34 @@ def test_a_plot_goes_where_it_is_told_and_else_on_a_figure_of_its_own(plot):
     assert plot().figure is not plot().figure
 
 
-@pytest.mark.parametrize("curves", [plots.decay, plots.cumulative, plots.effective])
-def test_curves_have_different_colours_and_labels_inside(curves):
-    ax = curves()
-    colours = [line.get_color() for line in ax.lines]
-    assert len(set(colours)) == len(colours)
-    ax.figure.draw_without_rendering()
-    box = ax.get_window_extent()
-    extents = [text.get_window_extent() for text in ax.texts]
-    assert all(box.x0 <= each.x0 and each.x1 <= box.x1 and box.y0 <= each.y0 and each.y1 <= box.y1 for each in extents)
-    for number, one in enumerate(extents):
-        assert not any(one.overlaps(other) for other in extents[:number])
-
-
-def test_labels_do_not_overlap_in_the_figure_of_all_curves():
-    page = plots.figure()
+def assert_legible(page):
+    """No label on another, none outside its axes, no title wider than them allows."""
     page.draw_without_rendering()
-    assert len(page.axes) == 5
     for ax in page.axes:
+        box, title = ax.get_window_extent(), ax.title.get_window_extent()
+        assert page.bbox.x0 <= title.x0
+        assert title.width <= 1.1 * box.width
         extents = [text.get_window_extent() for text in ax.texts]
+        assert all(box.x0 <= one.x0 and one.x1 <= box.x1 and box.y0 <= one.y0 and one.y1 <= box.y1 for one in extents)
         for number, one in enumerate(extents):
             assert not any(one.overlaps(other) for other in extents[:number])
+
+
+@each_plot
+def test_labels_lie_inside_the_axes_and_on_no_other(plot):
+    assert_legible(plot().figure)
+
+
+def test_the_figure_of_all_curves_is_as_legible():
+    page = plots.figure()
+    assert len(page.axes) == 5
+    assert_legible(page)
+
+
+@pytest.mark.parametrize("curves", [plots.decay, plots.cumulative, plots.effective])
+def test_curves_have_different_colours(curves):
+    colours = [line.get_color() for line in curves().lines]
+    assert len(set(colours)) == len(colours)
 
 
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.PDF", b"%PDF")])
