@@ -53,7 +53,10 @@ def plot(arguments: argparse.Namespace) -> int:
     """Write the curves to a file."""
     from momentum_fix import plots
 
-    plots.save(arguments.output)
+    try:
+        plots.save(arguments.output)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"the curves need {error.name}: pip install 'momentum-fix[plots]'") from None
     return 0
 
 

@@ -49,6 +49,14 @@ def test_plot_writes_the_curves(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_plot_without_matplotlib_says_what_to_install(monkeypatch, tmp_path, capsys):
+    for module in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["plot", "-o", str(tmp_path / "curves.png")]) == 2
+    assert "the curves need matplotlib: pip install 'momentum-fix[plots]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
