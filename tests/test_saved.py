@@ -354,5 +354,5 @@ def test_an_empty_directory_and_wrong_numbers_are_one_line_and_status_2(tmp_path
     assert main(["audit", str(tmp_path / "x.pt"), "--steps", "0"]) == 2
     assert (
         capsys.readouterr().err
-        == "momentum-fix: steps is 0, but must be an integer of at least 1, or None to infer it\n"
+        == "momentum-fix audit: steps is 0, but must be an integer of at least 1, or None to infer it\n"
     )
