@@ -240,6 +240,8 @@ def _() -> Proof:
     def total(updates: Any) -> Any:
         return q**updates + (1 - q) * Sum(q ** (updates - j), (j, 1, updates))
 
+    one_more = update(running_value(q, n), x[n + 1], 1 - q)
+    yield one_more, running_value(q, n + 1), "Whatever x_j update j saw: x_0 keeps q^n after n updates, by induction."
     yield total(0), one, "The weights of the old value and of all updates sum to 1, base: no update."
     yield q * total(n) + 1 - q, total(n + 1), "Step: an update scales them by q and adds 1 - q, whichever its batch."
     weights, m_both = batch_weights("ABBA", 1 - q).batches, 1 - q**2
