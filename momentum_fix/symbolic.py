@@ -17,7 +17,7 @@ from momentum_fix.weights import batch_weights
 m, p, alpha, q, delta = sp.symbols("m p alpha q delta", nonnegative=True)
 h, s, t, u = sp.symbols("h s t u", positive=True)
 k, n = sp.symbols("k n", integer=True, positive=True)
-i, j, N = sp.symbols("i j N", integer=True, nonnegative=True)
+j, N = sp.symbols("j N", integer=True, nonnegative=True)
 x0, b, c = sp.symbols("x_0 b c", real=True)
 one = sp.Integer(1)
 x = sp.IndexedBase("x")  # x[1], x[2], ...: the statistics of the batches, whatever they are
@@ -94,12 +94,13 @@ def _is_refuted(difference: Any) -> bool:
     return bool(value.is_number and value is not sp.nan and abs(value) > 1e-9)
 
 
-def _split(term: Any, limits: Any) -> Any:
+def _split(term: Any, limits: Any, *outer: Any) -> Any:
     """Write a sum up to n + 1, n + 2, ... as the sum up to n and its last terms, as every induction needs it."""
     index, first, last = limits
-    if not (last - n).is_Integer or last == n:
-        return Sum(term, limits)
-    return Sum(term, (index, first, n)) + sum(term.subs(index, n + extra) for extra in range(1, last - n + 1))
+    further = last - n
+    if outer or not (further.is_Integer and further > 0):
+        return Sum(term, limits, *outer)
+    return Sum(term, (index, first, n)) + sum(term.subs(index, n + extra) for extra in range(1, further + 1))
 
 
 def positive(expression: Any) -> Any:
@@ -239,6 +240,8 @@ def _() -> Proof:
     def total(updates: Any) -> Any:
         return q**updates + (1 - q) * Sum(q ** (updates - j), (j, 1, updates))
 
+    one_more = update(running_value(q, n), x[n + 1], 1 - q)
+    yield one_more, running_value(q, n + 1), "Whatever x_j update j saw: x_0 keeps q^n after n updates, by induction."
     yield total(0), one, "The weights of the old value and of all updates sum to 1, base: no update."
     yield q * total(n) + 1 - q, total(n + 1), "Step: an update scales them by q and adds 1 - q, whichever its batch."
     weights, m_both = batch_weights("ABBA", 1 - q).batches, 1 - q**2
