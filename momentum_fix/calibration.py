@@ -170,7 +170,7 @@ def calibrate(model: nn.Module) -> Iterator[Report]:
 
 _NOT_CONSECUTIVE = "only the decay is right: the passes of a batch do not follow one another, or their number varies"
 _UNCOUNTED = "not corrected: updated in compiled code that counts neither batches nor calls"
-_EXACT = " restore(model) and then update_once(model) make them exact."
+_EXACT = "; exact: `restore(model)`, then `update_once(model)`"
 _FORWARD_OUTSIDE = "not corrected: recomputed, but its forward pass ran outside the block"
 _NO_BACKWARD = "not corrected: no backward pass ran in the block, so recomputations could not be counted"
 _CUMULATIVE = "left alone: equal passes do not change a cumulative average"
@@ -269,4 +269,4 @@ def _warn(notes: dict[str, str]) -> None:
         if names:
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             remedy = _EXACT if note in (_NOT_CONSECUTIVE, _UNCOUNTED) else ""
-            warnings.warn(f"{note}. Layers: {shown}.{remedy}", UserWarning, stacklevel=4)
+            warnings.warn(f"{note}{remedy}. Layers: {shown}.", UserWarning, stacklevel=4)
