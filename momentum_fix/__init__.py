@@ -15,6 +15,7 @@ if _TYPE_CHECKING:
     from momentum_fix.factory import norm_layer as norm_layer
     from momentum_fix.model import correct as correct
     from momentum_fix.model import restore as restore
+    from momentum_fix.once import update_once as update_once
     from momentum_fix.saved import audit as audit
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ _HOMES = {
     "correct": "model",
     "restore": "model",
     "calibrate": "calibration",
+    "update_once": "once",
     "audit": "saved",
 }
 _MODULES = ("symbolic", "plots")
