@@ -1,0 +1,313 @@
+"""What each way of keeping the statistics right costs, measured beside plain checkpointing in one run.
+
+`python benchmarks/run.py` writes docs/benchmarks.md and docs/benchmarks.png; with a GPU it measures there, under
+autocast and in channels_last. It needs the extras `benchmarks` and `test`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import itertools
+import platform
+import statistics as stats
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import conformance  # noqa: E402
+from conformance import norms, put_statistics_back, save_statistics  # noqa: E402
+from fairscale.nn.checkpoint import checkpoint_wrapper  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from monai.networks.blocks.activation_checkpointing import ActivationCheckpointWrapper  # noqa: E402
+from monai.networks.nets.unet import CheckpointUNet  # noqa: E402
+from pytorch_pfn_extras.utils.checkpoint import checkpoint as pfn_checkpoint  # noqa: E402
+
+from momentum_fix import correct, update_once  # noqa: E402
+from twins import non_reentrant, reentrant  # noqa: E402
+
+
+class Checkpointed(nn.Module):
+    """Run a module under a checkpoint function."""
+
+    def __init__(self, module, ckpt):
+        super().__init__()
+        self.module, self.ckpt = module, ckpt
+
+    def forward(self, x):
+        return self.ckpt(self.module, x)
+
+
+def flag(net):
+    for layer in norms(net):
+        layer.register_forward_pre_hook(save_statistics)
+        layer.register_forward_hook(put_statistics_back)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A checkpoint around each block and what is done to the model; `beside` names the plain one to compare with."""
+
+    wrap: Callable
+    prepare: Callable
+    beside: str
+    method: str | None = None  # of the conformance table; None: the checkpoint itself is the method
+
+
+def under(ckpt):
+    return functools.partial(Checkpointed, ckpt=ckpt)
+
+
+PLAIN, PLAIN_REENTRANT = "plain checkpoint", "plain checkpoint, reentrant"
+CONTESTANTS = {
+    PLAIN: Contestant(under(non_reentrant), lambda net: None, PLAIN, "nothing"),
+    "`correct`": Contestant(under(non_reentrant), correct, PLAIN, "`correct`"),
+    "`update_once`": Contestant(under(non_reentrant), update_once, PLAIN, "`update_once`"),
+    "flag by hand": Contestant(under(non_reentrant), flag, PLAIN, "flag, saved statistics"),
+    PLAIN_REENTRANT: Contestant(under(reentrant), lambda net: None, PLAIN_REENTRANT, "nothing"),
+    "`correct`, reentrant": Contestant(under(reentrant), correct, PLAIN_REENTRANT, "`correct`"),
+    "`update_once`, reentrant": Contestant(under(reentrant), update_once, PLAIN_REENTRANT, "`update_once`"),
+    "flag by hand, reentrant": Contestant(under(reentrant), flag, PLAIN_REENTRANT, "flag, saved statistics"),
+    "pytorch-pfn-extras": Contestant(under(pfn_checkpoint), lambda net: None, PLAIN_REENTRANT),
+    "fairscale": Contestant(checkpoint_wrapper, lambda net: None, PLAIN_REENTRANT),
+}
+LAYERS = 100
+
+
+def overhead_only(wrap):
+    return nn.Sequential(wrap(nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(LAYERS))))), (2, 2)
+
+
+class Residual(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x):
+        return torch.relu(x + self.body(x))
+
+
+def residual_net(wrap):
+    return nn.Sequential(nn.Conv2d(3, 32, 3), *(wrap(Residual(32)) for _ in range(6))), (8, 3, 32, 32)
+
+
+def checkpoint_unet(wrap):
+    net = CheckpointUNet(3, 1, 1, channels=(8, 16, 32), strides=(2, 2), num_res_units=2, norm="batch")
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, ActivationCheckpointWrapper):
+                parent.add_module(name, wrap(child.module))
+    return net, (2, 1, 24, 24, 24)
+
+
+NETWORKS = {
+    "overhead-only network": (overhead_only, 200),
+    "MONAI CheckpointUNet": (checkpoint_unet, 30),
+    "ResNet-like 2-D net": (residual_net, 30),
+}
+
+
+def step_of(build, contestant, device):
+    torch.manual_seed(0)
+    net, shape = build(contestant.wrap)
+    net.to(device)
+    x = torch.rand(shape, device=device)
+    real = build is not overhead_only
+    if device == "cuda" and real:
+        layout = torch.channels_last_3d if x.dim() == 5 else torch.channels_last
+        net, x = net.to(memory_format=layout), x.to(memory_format=layout)
+    x.requires_grad_()
+    contestant.prepare(net)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda" and real):
+            loss = net(x).float().sum()
+        loss.backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def seconds(steps, rounds, label, clock):
+    """Time the steps in turn, each round from another one on; a step that raises has no times."""
+    times = {name: [] for name in steps}
+    for name, step in list(steps.items()):
+        try:
+            for _ in range(3):
+                step()
+        except Exception as error:
+            print(f"{label}, {name}: {error}", file=sys.stderr)
+            del steps[name], times[name]
+    names = itertools.cycle(steps)
+    gc.disable()
+    for _ in tqdm(range(rounds), desc=label, mininterval=10):
+        for name in itertools.islice(names, len(steps)):
+            start = clock()
+            steps[name]()
+            times[name].append(clock() - start)
+        next(names)
+        gc.collect(0)
+    gc.enable()
+    return times
+
+
+def peak_memory(step, device):
+    """Give the most bytes that were allocated at once in a step, beyond what was before."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    now = most = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def quartiles(values, digits):
+    low, middle, high = stats.quantiles(values, n=4)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def right(contestant):
+    """Count the rows of the conformance table, those with one process, in which the statistics come out right."""
+    rows = {name: row for name, row in conformance.ROWS.items() if not row.wrap}
+    if contestant.method:
+        return sum(row.outcomes()[contestant.method].split()[0] in ("exact", "equal") for row in rows.values())
+    wrapped = {}
+
+    def ckpt(function, *args):
+        if contestant.wrap is checkpoint_wrapper:
+            if id(function) not in wrapped:
+                wrapped[id(function)] = checkpoint_wrapper(function)
+            return wrapped[id(function)](*args)
+        return pfn_checkpoint(function, *args)
+
+    def method(net, row, data):
+        wrapped.clear()
+        return conformance.go(net, row, data, row.ckpt if row.ckpt is conformance.plainly else ckpt)
+
+    torch.set_default_dtype(torch.float64)
+    found = [conformance.outcome(row, method) for row in tqdm(rows.values(), desc="conformance", mininterval=10)]
+    torch.set_default_dtype(torch.float32)
+    return sum(cell in ("exact", "equal") for cell in found)
+
+
+def measure(device, rounds_by):
+    """Give a row of text by contestant, and the times of the overhead-only network."""
+    clock = time.perf_counter if device == "cuda" else time.thread_time  # the CPU's is less disturbed
+    cells = {name: [] for name in CONTESTANTS}
+    drawn = {}
+    for label, (build, rounds) in NETWORKS.items():
+        steps = {name: step_of(build, contestant, device) for name, contestant in CONTESTANTS.items()}
+        times = seconds(steps, max(4, round(rounds * rounds_by)), label, clock)
+        for name, contestant in CONTESTANTS.items():
+            plain = times[contestant.beside]
+            if name not in times:
+                cells[name] += ["fails"] * (1 if build is overhead_only else 2)
+            elif build is overhead_only:
+                extra = [(mine - other) * 1e6 / (2 * LAYERS) for mine, other in zip(times[name], plain, strict=True)]
+                drawn[name] = extra
+                cells[name].append("" if name == contestant.beside else quartiles(extra, 1))
+            else:
+                ratio = [mine / other for mine, other in zip(times[name], plain, strict=True)]
+                cells[name].append(
+                    f"{stats.median(plain) * 1e3:.1f} ms" if name == contestant.beside else quartiles(ratio, 3)
+                )
+                cells[name].append(f"{peak_memory(steps[name], device) / 2**20:.2f}")
+        plain_call = stats.median(times[PLAIN]) * 1e6 / (2 * LAYERS)
+        if build is overhead_only:
+            for name in (PLAIN, PLAIN_REENTRANT):
+                cells[name][0] = f"0 (of {stats.median(times[name]) * 1e6 / (2 * LAYERS):.0f})"
+            print(f"plain: {plain_call:.1f} us per call", file=sys.stderr)
+    for name, contestant in CONTESTANTS.items():
+        cells[name].append(str(right(contestant)))
+    return cells, drawn
+
+
+def markdown(cells, machine):
+    single = sum(not row.wrap for row in conformance.ROWS.values())
+    header = [
+        "what",
+        "microseconds per BatchNorm call",
+        *(text for label in list(NETWORKS)[1:] for text in (label, "peak MiB")),
+        f"right in, of {single} ways to recompute",
+    ]
+    lines = [
+        "# What it costs",
+        "",
+        f"Made by `python benchmarks/run.py` on {machine}.",
+        "",
+        "All contestants run in turn in one process; each number is the median of the differences from (or ratios to)",
+        "plain checkpointing with the same engine in the same round, with the quartiles; on a CPU, of the thread's CPU",
+        "time. The first column is a network of 100 BatchNorm layers on a batch of 2 by 2, which is nothing but",
+        "overhead; a call is a forward pass or a recomputation, averaged. For plain checkpointing, the brackets hold the",
+        "whole time. The last column is the table in [conformance.md](conformance.md), without the two distributed rows;",
+        "pytorch-pfn-extras and fairscale stand there in place of the row's checkpoint.",
+        "",
+        "![microseconds per BatchNorm call](benchmarks.png)",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|" + " --- |" * len(header),
+        *(f"| {name} | " + " | ".join(row) + " |" for name, row in cells.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def picture(drawn, path):
+    names = [name for name in drawn if name not in (PLAIN, PLAIN_REENTRANT)][::-1]
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    quarts = [stats.quantiles(drawn[name], n=4) for name in names]
+    middles = [middle for _, middle, _ in quarts]
+    spread = [[m - low for low, m, _ in quarts], [high - m for _, m, high in quarts]]
+    colors = ["tab:blue" if "update_once" in name or "correct" in name else "tab:gray" for name in names]
+    axes.barh([name.replace("`", "") for name in names], middles, xerr=spread, color=colors, capsize=3)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("microseconds per BatchNorm call beyond plain checkpointing (median, quartiles)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=float, default=1.0, help="how many times the usual number of rounds")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.cuda.get_device_name() if device == "cuda" else f"one core of a {platform.machine()} CPU"
+    cells, drawn = measure(device, arguments.rounds)
+    machine = f"{where}, torch {torch.__version__}, {platform.system()}"
+    text = markdown(cells, machine)
+    (arguments.output / "benchmarks.md").write_text(text, encoding="utf-8")
+    picture(drawn, arguments.output / "benchmarks.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
