@@ -162,6 +162,7 @@ def _commit(own: list[torch.Tensor], moved: list[torch.Tensor]) -> None:
 
 
 _library = torch.library.Library("momentum_fix", "DEF")  # type: ignore[no-untyped-call]
-_library.define("commit(Tensor(a!)[] own, Tensor[] moved) -> ()", tags=(torch.Tag.cudagraph_unsafe,))  # type: ignore[no-untyped-call]
+_tags = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()  # since torch 2.9
+_library.define("commit(Tensor(a!)[] own, Tensor[] moved) -> ()", tags=_tags)  # type: ignore[no-untyped-call]
 _library.impl("commit", _commit, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("commit", lambda own, moved: None, "Meta")  # type: ignore[no-untyped-call]
