@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import itertools
 import platform
+import random
 import statistics as stats
 import sys
 import time
@@ -147,7 +147,7 @@ def step_of(build, contestant, device):
 
 
 def seconds(steps, rounds, label, clock):
-    """Time the steps in turn, each round from another one on; a step that raises has no times."""
+    """Time the steps in turn, each round in another order; a step that raises has no times."""
     times = {name: [] for name in steps}
     for name, step in list(steps.items()):
         try:
@@ -156,14 +156,14 @@ def seconds(steps, rounds, label, clock):
         except Exception as error:
             print(f"{label}, {name}: {error}", file=sys.stderr)
             del steps[name], times[name]
-    names = itertools.cycle(steps)
+    order, shuffle = list(steps), random.Random(0).shuffle
     gc.disable()
     for _ in tqdm(range(rounds), desc=label, mininterval=10):
-        for name in itertools.islice(names, len(steps)):
+        shuffle(order)  # whoever runs after the same neighbour each time inherits its caches
+        for name in order:
             start = clock()
             steps[name]()
             times[name].append(clock() - start)
-        next(names)
         gc.collect(0)
     gc.enable()
     return times
@@ -260,9 +260,10 @@ def markdown(cells, machine):
         "",
         f"Made by `python benchmarks/run.py` on {machine}.",
         "",
-        "All contestants run in turn in one process; each number is the median of the differences from (or ratios to)",
-        "plain checkpointing with the same engine in the same round, with the quartiles; on a CPU, of the thread's CPU",
-        "time. The first column is a network of 100 BatchNorm layers on a batch of 2 by 2, which is nothing but",
+        "All contestants run in turn, each round in another order, in one process; each number is the median of the",
+        "differences from (or ratios to) plain checkpointing with the same engine in the same round, with the quartiles;",
+        "on a CPU, of the thread's CPU time. `correct` changes a number and nothing else: what it seems to cost is the",
+        "error of the measurement. The first column is a network of 100 BatchNorm layers on a batch of 2 by 2, which is nothing but",
         "overhead; a call is a forward pass or a recomputation, averaged; in brackets, the whole time of a plain call.",
         "The last column is the table in [conformance.md](conformance.md), without the two distributed rows;",
         "pytorch-pfn-extras and fairscale stand there in place of the row's checkpoint.",
