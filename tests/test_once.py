@@ -223,6 +223,15 @@ def test_a_second_call_covers_layers_that_are_new_and_its_handle_removes_those()
     assert not updates_once(net.c[1])
 
 
+def test_a_spent_handle_does_not_take_off_what_a_later_call_has_put_on():
+    net = Net()
+    spent = update_once(net)
+    spent.remove()
+    update_once(net)
+    spent.remove()
+    assert updates_once(net.a[1])
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_model_and_handle_are_copied_together(copied):
     net = Net()
@@ -541,3 +550,49 @@ def test_scripting_a_covered_model_fails_loudly():
     with pytest.warns(DeprecationWarning, match="jit"), pytest.raises(AttributeError):
         torch.jit.script(net)
     handle.remove()
+
+
+def test_cuda_graphs_leave_the_decision_to_run_time():
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
+    assert tag is None or tag in torch.ops.momentum_fix.commit.default.tags
+
+
+# On GPUs; test_conformance has more.
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_block_compiled_with_cuda_graphs_is_right():
+    torch.set_default_dtype(torch.float32)
+    net = Net().cuda()
+    truth, uncovered = copy.deepcopy(net), copy.deepcopy(net)
+    update_once(net)
+    for x in [x.cuda().requires_grad_() for x in data(6)]:
+        plainly(truth, x).sum().backward()
+        for model in (net, uncovered):
+            non_reentrant(torch.compile(model, mode="reduce-overhead"), x).sum().backward()
+    assert counters(net) == counters(truth)
+    assert deviation(net, truth) < 1e-5
+    assert deviation(uncovered, truth) > 1e-3
+
+
+def _synchronized(rank, file):
+    torch.cuda.set_device(rank)
+    torch.set_default_dtype(torch.float64)
+    dist.init_process_group("nccl", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(Net()).cuda()
+    truth, uncovered = copy.deepcopy(net), copy.deepcopy(net)
+    update_once(net)
+    mine = [x.cuda() for x in batches(4, 4, 3, 4, 4, seed=rank)]
+    for model, ckpt in ((truth, plainly), (net, non_reentrant), (uncovered, non_reentrant)):
+        train(model, one, [x.clone() for x in mine], ckpt)
+    assert same_statistics(net, truth)
+    assert deviation(uncovered, truth) > 1e-3
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two GPUs: SyncBatchNorm takes no CPU input in two ranks"
+)
+def test_sync_batch_norm_on_two_ranks_is_right(tmp_path):
+    mp.spawn(_synchronized, args=(tmp_path / "rendezvous",), nprocs=2)
