@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
-import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from momentum_fix.engine import watch_backward
-from momentum_fix.layers import (
-    Buffers,
-    NormLayer,
-    batches_counted,
-    moved,
-    put_back,
-    refuse_updating_once,
-    snapshot,
-    tracked_layers,
+from momentum_fix.counting import (
+    NO_BACKWARD,
+    NOT_CONSECUTIVE,
+    ONLY_BACKWARD,
+    OTHER_RANK,
+    UNCOUNTED,
+    UNEQUAL,
+    Count,
+    counts_itself,
 )
+from momentum_fix.engine import watch_backward
+from momentum_fix.layers import NormLayer, refuse_updating_once, tracked_layers
 from momentum_fix.model import Passes, correct, corrected_for, uncorrected_momentum
 from momentum_fix.tables import aligned, number
 
@@ -56,11 +53,7 @@ class Report(Mapping[str, Passes]):
     """
 
     rows: tuple[Row, ...] = ()
-
-    @property
-    def passes(self) -> dict[str, Passes]:
-        """The mapping as a dictionary, to keep beside a state dict."""
-        return {row.name: row.passes for row in self.rows if row.passes is not None}
+    passes: dict[str, Passes] = field(default_factory=dict)  # the mapping, to keep beside a state dict
 
     def __getitem__(self, name: str) -> Passes:
         return self.passes[name]
@@ -76,6 +69,9 @@ class Report(Mapping[str, Passes]):
             return "no layer with running statistics has been calibrated"
         header = ("layer", "class", "passes", "momentum", "corrected", "note")
         return aligned([header, *(row.cells() for row in self.rows)])
+
+
+_under_way: set[NormLayer] = set()  # the layers that a block is calibrating
 
 
 @contextmanager
@@ -109,8 +105,9 @@ def calibrate(model: nn.Module) -> Iterator[Report]:
         A `Report`, filled on leaving the block.
 
     Raises:
-        ValueError: a layer's momentum is outside 0 to 1, or `update_once` covers the layer (on entry; the model
-            is left as it was).
+        ValueError: a layer's momentum is outside 0 to 1, `update_once` covers the layer, or another block is
+            calibrating it (on entry; the model is left as it was).
+        TypeError: model is no module, or TorchScript (likewise).
         RuntimeError: the ranks of a distributed run have counted different passes (on leaving the block; no
             momentum is changed).
 
@@ -118,6 +115,7 @@ def calibrate(model: nn.Module) -> Iterator[Report]:
         UserWarning: only the decay could be corrected, or passes could not be counted.
 
     Example:
+        >>> import torch
         >>> from torch.utils.checkpoint import checkpoint
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
         >>> with calibrate(model) as report:
@@ -132,9 +130,11 @@ def calibrate(model: nn.Module) -> Iterator[Report]:
     before = {layer: layer.momentum for layer in names}
     momenta = {layer: uncorrected_momentum(model, layer, aliases) for layer, aliases in names.items()}
     for layer, momentum in momenta.items():
+        if layer in _under_way:
+            raise ValueError(f"layer {names[layer][0]!r} is being calibrated already: calibrate it in one block only")
         refuse_updating_once(layer, names[layer])
         corrected_for(names[layer][0], momentum, 2)  # refuse what cannot be corrected before anything is changed
-    counts = {layer: _Count(layer) for layer in names}
+    counts = {layer: Count(layer) for layer in names}
     report = Report()
     backwards = 0
 
@@ -148,24 +148,30 @@ def calibrate(model: nn.Module) -> Iterator[Report]:
         for count in counts.values():
             count.backward_ended()
 
-    hooks = [layer.register_forward_hook(counts[layer].called) for layer in names if not _counts_itself(layer)]
-    for layer, momentum in momenta.items():
-        layer.momentum = momentum  # so that the forward updates of an already corrected layer are right as well
+    hooks = []
+    _under_way.update(names)
     try:
+        for layer, momentum in momenta.items():
+            layer.momentum = momentum  # so that the forward updates of an already corrected layer are right as well
+            if not counts_itself(layer):
+                hooks.append(layer.register_forward_hook(counts[layer].called))
         with watch_backward(forward_ended, backward_ended):
             yield report
         forward_ended()
     finally:
+        _under_way.difference_update(names)
         for hook in hooks:
             hook.remove()
         for layer, momentum in momenta.items():
-            if layer.momentum is momentum:
+            if layer.momentum is momentum and before[layer] is not momentum:  # `is`: the step has not set it
                 layer.momentum = before[layer]
 
     found = _agreed({names[layer][0]: count.finding(backwards > 0) for layer, count in counts.items()})
     _warn({name: note for name, (_, note) in found.items()})
     uncorrected = {names[layer][0]: uncorrected_momentum(model, layer, names[layer]) for layer in names}
-    correct(model, {name: passes for name, (passes, _) in found.items() if passes is not None})
+    passes = {name: passes for name, (passes, _) in found.items() if passes is not None}
+    correct(model, passes)
+    report.passes = passes
     report.rows = tuple(
         Row(name, type(layer).__name__, *found[name], uncorrected[name], layer.momentum)
         for name, layer in ((aliases[0], layer) for layer, aliases in names.items())
@@ -194,111 +200,17 @@ def _agreed(found: Findings) -> Findings:
                 f"the ranks have counted different passes in layer {name!r}: {counted}. No momentum is right for all: "
                 "run the same checkpointing on every rank, or use update_once(model)"
             )
-        agreed[name] = mine if mine[0] is not None or not by_rank else (next(iter(by_rank.values())), _OTHER_RANK)
+        agreed[name] = mine if mine[0] is not None or not by_rank else (next(iter(by_rank.values())), OTHER_RANK)
     return agreed
 
 
-_OTHER_RANK = "as counted on another rank"
-_NOT_CONSECUTIVE = "only the decay is right: the passes of a batch do not follow one another, or their number varies"
-_UNCOUNTED = "not corrected: updated in compiled code that counts neither batches nor calls"
 _EXACT = "; exact: `restore(model)`, then `update_once(model)`"
-_FORWARD_OUTSIDE = "not corrected: recomputed, but its forward pass ran outside the block"
-_NO_BACKWARD = "not corrected: no backward pass ran in the block, so recomputations could not be counted"
-_CUMULATIVE = "left alone: equal passes do not change a cumulative average"
-_EVALUATION = "left alone: in evaluation mode"
-_IDLE = "left alone: did not run"
-
-
-class _Count:
-    """The updates of one layer in the order in which they came."""
-
-    def __init__(self, layer: NormLayer) -> None:
-        self.layer = layer
-        self.groups: list[list[int]] = []  # [forward updates, recomputations that came after them], in turn
-        self.countable = True
-        self.look()
-
-    def look(self) -> None:
-        """Take the present state as the one to count from and to go back to."""
-        self.calls, self.counted, self.saved = 0, batches_counted(self.layer), snapshot(self.layer)
-
-    def called(self, module: nn.Module, *_: Any) -> None:
-        if module.training and not torch.compiler.is_compiling():
-            self.calls += 1
-
-    def updates(self) -> int | None:
-        """Count the updates since the last look; None if compiled code made some and nothing has counted them."""
-        counted = batches_counted(self.layer) - self.counted or self.calls
-        return counted if counted or _counts_itself(self.layer) or not moved(self.layer, self.saved) else None
-
-    def forward_ended(self) -> None:
-        updates = self.updates()
-        if updates != 0:
-            self.groups.append([updates or 1, 0])  # `_replays` finds out whether 1 is true
-            self.start = self.saved
-        self.look()
-
-    def backward_ended(self) -> None:
-        cumulative = self.layer.momentum is None  # equal passes leave it right, its count included
-        updates = self.updates() if cumulative or moved(self.layer, self.saved) else 0
-        if updates is None:
-            updates = _replays(self.start, self.saved, snapshot(self.layer), self.layer.momentum) if self.groups else 0
-            self.countable = self.countable and updates > 0
-        if updates:
-            self.groups = self.groups or [[0, 0]]
-            self.groups[-1][1] += updates
-        if not cumulative:
-            put_back(self.layer, self.saved)
-        self.look()
-
-    def finding(self, backward_ran: bool) -> tuple[Passes | None, str]:
-        """Give the passes per batch, None where they are not known, and what there is to say about it."""
-        forward, again = (sum(column) for column in zip([0, 0], *self.groups, strict=True))
-        if not forward and not again:
-            return None, _IDLE if self.layer.training else _EVALUATION
-        if not backward_ran:
-            return None, _NO_BACKWARD
-        if not forward:
-            return None, _FORWARD_OUTSIDE
-        if not self.countable:
-            return None, _UNCOUNTED
-        mean = Fraction(forward + again, forward)
-        passes = int(mean) if mean.denominator == 1 else mean
-        if self.layer.momentum is None:
-            return passes, _CUMULATIVE
-        consecutive = not again or self.groups == [[1, again // forward]] * forward
-        return passes, "" if consecutive else _NOT_CONSECUTIVE
-
-
-def _counts_itself(layer: nn.Module) -> bool:
-    """Tell whether the layer's forward keeps num_batches_tracked, in compiled code too, as torch's BatchNorm does."""
-    return type(layer).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-
-
-def _replays(start: Buffers, forward: Buffers, after: Buffers, momentum: float | None) -> int:
-    """Work out how many updates lie between `forward` and `after` if one batch made them all; 0 if it did not.
-
-    One update from `start` to `forward` gives away the batch's statistics b; r more of the same batch bring the
-    buffers to b + (1 - m)**r * (forward - b).
-    """
-    if momentum is None or not 0 < momentum < 1 or start.keys() != forward.keys():
-        return 0
-    x0, x1, x2 = (
-        torch.cat([buffers[name].double().flatten() for name in forward if name.startswith("running_")])
-        for buffers in (start, forward, after)
-    )
-    batch = x0 + (x1 - x0) / momentum
-    distance = (x1 - batch).norm()
-    ratio = float((x2 - batch) @ (x1 - batch) / distance**2)
-    replays = round(math.log(ratio) / math.log1p(-momentum)) if 0 < ratio < 1 else 0
-    misfit = (x2 - batch - (1 - momentum) ** replays * (x1 - batch)).norm()
-    return replays if misfit < 0.01 * momentum * distance else 0
+_WARNED = {NOT_CONSECUTIVE: _EXACT, UNCOUNTED: _EXACT, UNEQUAL: _EXACT, ONLY_BACKWARD: "", NO_BACKWARD: ""}
 
 
 def _warn(notes: dict[str, str]) -> None:
-    for note in (_NOT_CONSECUTIVE, _UNCOUNTED, _FORWARD_OUTSIDE, _NO_BACKWARD):
+    for note, remedy in _WARNED.items():
         names = [name or "(the model)" for name, of_layer in notes.items() if of_layer == note]
         if names:
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            remedy = _EXACT if note in (_NOT_CONSECUTIVE, _UNCOUNTED) else ""
             warnings.warn(f"{note}{remedy}. Layers: {shown}.", UserWarning, stacklevel=4)

@@ -92,14 +92,16 @@ def effective_momentum(momentum: SupportsFloat | None, passes: SupportsIndex = 2
 def power_of_decay(momentum: SupportsFloat | None, exponent: Fraction) -> float | None:
     """Return 1 - (1 - momentum)**exponent for an exponent above 0, correctly rounded.
 
-    Every operation below is correctly rounded and monotone, and all but the last keep at least 40 digits of
-    1 - m, of its logarithm and of the result; so the result is the nearest double and nondecreasing in m. The
-    ends take care of themselves: ln(1) is 0, ln(0) is -Infinity and exp(-Infinity) is 0.
+    Every operation below is correctly rounded and monotone, and all but the last keep at least 40 digits beyond
+    the term in m**2, which decides where the term in m lies halfway between two doubles; so the result is the
+    nearest double and nondecreasing in m. The ends take care of themselves: ln(1) is 0, ln(0) is -Infinity and
+    exp(-Infinity) is 0.
     """
     if momentum is None:
         return None
     m, up, down = Decimal.from_float(_momentum(momentum)), Decimal(exponent.numerator), Decimal(exponent.denominator)
-    context = Context(prec=_GUARD_DIGITS - m.adjusted() + up.adjusted() + down.adjusted(), traps=[])
+    digits = _GUARD_DIGITS - 2 * m.adjusted() + up.adjusted() + down.adjusted()
+    context = Context(prec=digits, traps=[])
     log_decay = context.ln(context.subtract(_ONE, m))
     log_power = context.divide(context.multiply(log_decay, up), down)
     return float(context.subtract(_ONE, context.exp(log_power)))
@@ -126,20 +128,24 @@ def _momentum(momentum: SupportsFloat) -> float:
 
 
 def _passes(passes: SupportsIndex) -> int:
-    value = _scalar(passes)
-    message = (
-        f"passes is {passes!r}, but must be an integer of at least 1: the number of updates per batch (1 without "
-        "checkpointing, 2 for one checkpoint)"
+    return positive_integer(
+        "passes", passes, "the number of updates per batch (1 without checkpointing, 2 for one checkpoint)"
     )
+
+
+def positive_integer(name: str, value: SupportsIndex, meaning: str) -> int:
+    """Read a count, or raise an error that says what it is."""
+    message = f"{name} is {value!r}, but must be an integer of at least 1: {meaning}"
+    scalar = _scalar(value)
     try:
-        if isinstance(value, bool):
+        if isinstance(scalar, bool):
             raise TypeError
-        k = operator.index(value)
+        count = operator.index(scalar)
     except TypeError:
         raise TypeError(message) from None
-    if k < 1:
+    if count < 1:
         raise ValueError(message)
-    return k
+    return count
 
 
 def _scalar(value: Any) -> Any:

@@ -27,7 +27,15 @@ def tracks(module: nn.Module) -> bool:
 
 
 def tracked_layers(model: nn.Module) -> dict[NormLayer, list[str]]:
-    """Give the layers that track running statistics, each with its names; a shared layer has several."""
+    """Give the layers that track running statistics, each with its names; a shared layer has several.
+
+    Raises:
+        TypeError: model is no module, or TorchScript, where momentum is part of the code.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is of type {type(model).__name__}, but must be an nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is TorchScript, where momentum is part of the code: do this before scripting or tracing")
     layers: dict[NormLayer, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if tracks(module):
@@ -58,14 +66,9 @@ def put_back(layer: nn.Module, saved: Buffers) -> None:
             buffer.data.copy_(saved[name])
 
 
-def moved(layer: nn.Module, saved: Buffers) -> bool:
-    """Tell whether the layer's running statistics differ from a snapshot, whatever its counter says.
-
-    Selective checkpointing can replay a forward, counter included, with the saved results of the operations
-    that move the statistics, which then stay.
-    """
-    statistics = ((name, buffer) for name, buffer in buffers(layer) if name != _COUNTER)
-    return any(name not in saved or not torch.equal(buffer, saved[name]) for name, buffer in statistics)
+def moved(now: Buffers, then: Buffers) -> bool:
+    """Tell whether the running statistics of two snapshots of a layer differ, whatever its counter says."""
+    return any(name not in then or not torch.equal(now[name], then[name]) for name in now if name != _COUNTER)
 
 
 def batches_counted(layer: nn.Module) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypeVar
 
@@ -75,10 +75,17 @@ def correct(model: Model, passes: Passes | Mapping[str, Passes] = 2) -> Model:
             if corrected != momentum:
                 refuse_updating_once(layer, aliases)
             plan.append((layer, aliases, momentum, corrected))
+    before = [(layer, layer.momentum) for layer, *_ in plan]
+    try:
+        for layer, _, momentum, corrected in plan:
+            layer.momentum = corrected if corrected != momentum else momentum
+    except Exception:  # a class of the user's own may refuse
+        for layer, momentum in before:
+            if layer.momentum is not momentum:
+                layer.momentum = momentum
+        raise
     for layer, aliases, momentum, corrected in plan:
-        changed = corrected != momentum
-        layer.momentum = corrected if changed else momentum
-        _set_mark(model, layer, aliases, (momentum, corrected) if changed else None)
+        _set_mark(model, layer, aliases, (momentum, corrected) if corrected != momentum else None)
     return model
 
 
@@ -145,26 +152,23 @@ def _corrected(momentum: SupportsFloat | None, passes: Passes) -> float | None:
 
 def _check_names(model: nn.Module, passes: Mapping[str, Passes], layer_names: list[str]) -> None:
     known = dict(model.named_modules(remove_duplicate=False))
+    covering = {above for layer_name in layer_names for above in _above(layer_name)}
     for name in passes:
         if name not in known:
             nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.3)
             hint = f"; the nearest names are {', '.join(map(repr, nearest))}" if nearest else ""
             raise ValueError(f"the model has no module named {name!r}{hint}")
-        if not any(_covers(name, layer_name) for layer_name in layer_names):
+        if name not in covering:
             raise ValueError(
                 f"{name!r} is no layer with running statistics and has none below it; the layers that have are "
                 f"{', '.join(map(repr, layer_names)) or 'none in this model'}"
             )
 
 
-def _covers(name: str, layer_name: str) -> bool:
-    return name in ("", layer_name) or layer_name.startswith(f"{name}.")
-
-
 def _deepest(passes: Mapping[str, Passes], aliases: list[str]) -> Passes | None:
     """Give the number under the deepest name that covers a layer, or None."""
-    covering = [name for name in passes if any(_covers(name, alias) for alias in aliases)]
-    deepest = [name for name in covering if _depth(name) == max(map(_depth, covering))]
+    covering = list(dict.fromkeys(name for alias in aliases for name in _above(alias) if name in passes))
+    deepest = [name for name in covering if _depth(name) == _depth(max(covering, key=_depth))]
     for name in deepest[1:]:
         if passes[name] != passes[deepest[0]]:
             raise ValueError(
@@ -172,6 +176,14 @@ def _deepest(passes: Mapping[str, Passes], aliases: list[str]) -> Passes | None:
                 f"the shared layer {aliases[0]!r}: give it one number"
             )
     return passes[deepest[0]] if deepest else None
+
+
+def _above(name: str) -> Iterator[str]:
+    """Give a module's name and those of all its parents; the model itself is ""."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
 
 
 def _depth(name: str) -> int:

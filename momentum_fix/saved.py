@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 import pickle
 import warnings
 import zipfile
@@ -18,7 +17,7 @@ from typing import Any, SupportsFloat, SupportsIndex
 import torch
 from torch import nn
 
-from momentum_fix.formula import corrected_momentum, power_of_decay
+from momentum_fix.formula import corrected_momentum, positive_integer, power_of_decay
 from momentum_fix.layers import tracked_layers
 from momentum_fix.model import uncorrected_momentum
 from momentum_fix.tables import aligned, number
@@ -26,6 +25,14 @@ from momentum_fix.tables import aligned, number
 _COUNTER = "num_batches_tracked"
 _NAMES = (_COUNTER, "running_mean", "running_var")
 _ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+_NO_MODELS = (
+    "optimizer",
+    "random_states",
+    "rng_state",
+    "scaler",
+    "scheduler",
+    "training_args",
+)  # trainers' other files
 _ABSURD = 10**12  # batches: a thousand a second for thirty years
 
 
@@ -127,7 +134,7 @@ def audit(
     """
     corrected_momentum(momentum)  # refuse a wrong one before any file is opened
     if steps is not None:
-        steps = _steps(steps)
+        steps = positive_integer("steps", steps, "the batches trained on, or None to infer them")
     if isinstance(source, nn.Module):
         return Audit(tuple(_model_rows(source, steps)))
     if isinstance(source, Mapping):
@@ -148,13 +155,14 @@ def audit(
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
-    """List the checkpoints of a directory; shards stand under their index.
+    """List the checkpoints of a directory; shards stand under their index, and what trainers save beside is left out.
 
     Raises:
         UnreadableError: there are none.
     """
     try:
         files = sorted(file for file in directory.iterdir() if file.name.endswith((*_ENDINGS, ".index.json")))
+        files = [file for file in files if not file.name.startswith(_NO_MODELS)]
     except OSError as error:
         raise UnreadableError(f"{directory}: cannot be read ({error.strerror})") from error
     shards: set[str] = set()
@@ -269,18 +277,6 @@ def _or_dash(value: Any, write: Any) -> str:
     return "-" if value is None else str(write(value))
 
 
-def _steps(steps: SupportsIndex) -> int:
-    try:
-        if isinstance(steps, bool):
-            raise TypeError
-        whole = operator.index(steps)
-    except TypeError:
-        raise TypeError(f"steps is {steps!r}, but must be an integer of at least 1, or None to infer it") from None
-    if whole < 1:
-        raise ValueError(f"steps is {steps!r}, but must be an integer of at least 1, or None to infer it")
-    return whole
-
-
 def _file_rows(path: Path, steps: int | None, momentum: SupportsFloat | None) -> tuple[LayerAudit, ...]:
     """Read one checkpoint.
 
@@ -313,9 +309,20 @@ def _read(path: Path) -> Any:
         return _read_shards(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        _refuse_bloated(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on pickle protocols and TorchScript; what matters is raised
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def _refuse_bloated(path: Path) -> None:
+    """Refuse an archive whose table of contents would fill the memory; torch.save never compresses one."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.filename.endswith("data.pkl") and entry.file_size > max(2**26, 10 * entry.compress_size):
+                raise UnreadableError(f"{path}: is damaged or no checkpoint (its table of contents is compressed)")
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

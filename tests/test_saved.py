@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -309,6 +310,28 @@ def test_a_large_file_is_not_read_into_memory(tmp_path):
     assert peak(large) - peak(large, "audit") > 80_000_000
 
 
+def test_what_trainers_save_beside_a_model_is_left_out_of_a_directory(tmp_path):
+    save_whole(trained().state_dict(), tmp_path)
+    for name in ("training_args.bin", "rng_state.pth", "optimizer.pt", "scheduler.pt"):
+        torch.save({"x": Harmful()}, tmp_path / name)
+    result = audit(tmp_path)
+    assert result.errors == {}
+    assert len(result.recomputed) == 1
+
+
+def test_an_archive_that_would_fill_the_memory_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bloated.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model/data.pkl", bytes(2**27))
+    with pytest.raises(UnreadableError, match="its table of contents is compressed"):
+        audit(tmp_path / "bloated.pt")
+
+
+def test_names_from_a_file_cannot_write_lines_or_control_the_terminal():
+    text = str(audit(counters(**{"x\n\nClean: none\x1b[2K": 5, "b": 10})))
+    assert "\x1b" not in text
+    assert "x\\n\\nClean: none\\x1b[2K" in text
+
+
 # The shell.
 
 
@@ -352,7 +375,4 @@ def test_an_empty_directory_and_wrong_numbers_are_one_line_and_status_2(tmp_path
     assert main(["audit", str(tmp_path)]) == 2
     assert "holds no file that ends in" in capsys.readouterr().out
     assert main(["audit", str(tmp_path / "x.pt"), "--steps", "0"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "momentum-fix audit: steps is 0, but must be an integer of at least 1, or None to infer it\n"
-    )
+    assert capsys.readouterr().err.startswith("momentum-fix audit: steps is 0, but must be an integer of at least 1: ")
