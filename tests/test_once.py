@@ -8,6 +8,8 @@ import threading
 import conformance
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from conformance import Net, OwnForward, block, forward_in_a_backward_hook, instance_norm, one, siamese
 from torch import nn
 
