@@ -99,13 +99,40 @@ def mmcv_resnet():
     return mmcv.cnn.ResNet(50, **stages, with_cp=True), {"x": (2, 3, 32, 32)}
 
 
+def torchvision_densenet():
+    models = pytest.importorskip("torchvision.models", reason="its wheel does not load beside a torch without CUDA")
+    return models.DenseNet(8, (2, 2), 16, memory_efficient=True), {"x": (2, 3, 64, 64)}
+
+
+def timm_model(name, **options):
+    timm = pytest.importorskip("timm", reason="it needs torchvision, which does not load beside a torch without CUDA")
+    return timm.create_model(name, **options), {"x": (2, 3, 64, 64)}
+
+
+def timm_resnet():
+    return timm_model("resnet18")
+
+
+def timm_efficientnet():
+    return timm_model("efficientnet_b0")
+
+
 def switch(model, on):
-    if isinstance(model, hf.PreTrainedModel):
+    if hasattr(model, "set_grad_checkpointing"):
+        model.set_grad_checkpointing(on)
+    elif isinstance(model, hf.PreTrainedModel):
         model.activation_checkpointing_enable() if on else model.activation_checkpointing_disable()
     else:
         for module in model.modules():
-            if hasattr(module, "with_cp"):
-                module.with_cp = on
+            for name in ("with_cp", "memory_efficient"):
+                if hasattr(module, name):
+                    setattr(module, name, on)
+
+
+def first_outputs(outputs):
+    if isinstance(outputs, hf.utils.ModelOutput):
+        return outputs.to_tuple()[:1]
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def train(model, shapes, on, steps):
@@ -119,7 +146,7 @@ def train(model, shapes, on, steps):
         torch.manual_seed(step)
         model.zero_grad()
         outputs = model(**inputs)
-        loss = sum(y.square().mean() for y in (outputs if type(outputs) is tuple else outputs.to_tuple()[:1]))
+        loss = sum(y.square().mean() for y in first_outputs(outputs))
         loss.backward()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -139,6 +166,9 @@ CLIENTS = {
     swiftformer: {1, 2},
     pp_lcnet: {1, 2},
     mmcv_resnet: {1, 2},
+    torchvision_densenet: {1, 2},
+    timm_resnet: {1, 2},
+    timm_efficientnet: {1, 2},
 }
 
 
