@@ -15,6 +15,7 @@ if _TYPE_CHECKING:
     from momentum_fix.factory import norm_layer as norm_layer
     from momentum_fix.model import correct as correct
     from momentum_fix.model import restore as restore
+    from momentum_fix.once import update_once as update_once
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ _HOMES = {
     "correct": "model",
     "restore": "model",
     "calibrate": "calibration",
+    "update_once": "once",
 }
 _MODULES = ("symbolic", "plots")
 

@@ -15,7 +15,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from momentum_fix.engine import watch_backward
-from momentum_fix.layers import Buffers, NormLayer, batches_counted, moved, put_back, snapshot, tracked_layers
+from momentum_fix.layers import (
+    Buffers,
+    NormLayer,
+    batches_counted,
+    moved,
+    put_back,
+    refuse_updating_once,
+    snapshot,
+    tracked_layers,
+)
 from momentum_fix.model import Passes, correct, corrected_for, uncorrected_momentum
 from momentum_fix.tables import aligned, number
 
@@ -98,7 +107,8 @@ def calibrate(model: nn.Module) -> Iterator[Report]:
         A `Report`, filled on leaving the block.
 
     Raises:
-        ValueError: a layer's momentum is outside 0 to 1 (on entry; the model is left as it was).
+        ValueError: a layer's momentum is outside 0 to 1, or `update_once` covers the layer (on entry; the model
+            is left as it was).
 
     Warns:
         UserWarning: only the decay could be corrected, or passes could not be counted.
@@ -118,6 +128,7 @@ def calibrate(model: nn.Module) -> Iterator[Report]:
     before = {layer: layer.momentum for layer in names}
     momenta = {layer: uncorrected_momentum(model, layer, aliases) for layer, aliases in names.items()}
     for layer, momentum in momenta.items():
+        refuse_updating_once(layer, names[layer])
         corrected_for(names[layer][0], momentum, 2)  # refuse what cannot be corrected before anything is changed
     counts = {layer: _Count(layer) for layer in names}
     report = Report()
@@ -159,6 +170,7 @@ def calibrate(model: nn.Module) -> Iterator[Report]:
 
 _NOT_CONSECUTIVE = "only the decay is right: the passes of a batch do not follow one another, or their number varies"
 _UNCOUNTED = "not corrected: updated in compiled code that counts neither batches nor calls"
+_EXACT = "; exact: `restore(model)`, then `update_once(model)`"
 _FORWARD_OUTSIDE = "not corrected: recomputed, but its forward pass ran outside the block"
 _NO_BACKWARD = "not corrected: no backward pass ran in the block, so recomputations could not be counted"
 _CUMULATIVE = "left alone: equal passes do not change a cumulative average"
@@ -256,4 +268,5 @@ def _warn(notes: dict[str, str]) -> None:
         names = [name or "(the model)" for name, of_layer in notes.items() if of_layer == note]
         if names:
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            warnings.warn(f"{note}. Layers: {shown}.", UserWarning, stacklevel=4)
+            remedy = _EXACT if note in (_NOT_CONSECUTIVE, _UNCOUNTED) else ""
+            warnings.warn(f"{note}{remedy}. Layers: {shown}.", UserWarning, stacklevel=4)

@@ -66,3 +66,17 @@ def batches_counted(layer: nn.Module) -> int:
     """Read the layer's own count of updates, 0 if it keeps none (InstanceNorm has the buffer, but does not count)."""
     count = layer._buffers.get("num_batches_tracked")
     return 0 if count is None else int(count)
+
+
+def updates_once(layer: nn.Module) -> bool:
+    """Tell whether `update_once` covers the layer: it gives it a `forward` of its own."""
+    return getattr(getattr(vars(layer).get("forward"), "func", None), "__module__", None) == "momentum_fix.once"
+
+
+def refuse_updating_once(layer: nn.Module, names: list[str]) -> None:
+    """Raise if `update_once` covers the layer: a corrected momentum would then be wrong."""
+    if updates_once(layer):
+        raise ValueError(
+            f"layer {names[0]!r} moves its statistics once per batch, by update_once, so there is nothing to correct: "
+            "call remove() on the handle that update_once gave you first"
+        )

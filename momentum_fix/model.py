@@ -10,7 +10,7 @@ from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypeVar
 from torch import nn
 
 from momentum_fix.formula import corrected_momentum, effective_momentum
-from momentum_fix.layers import NormLayer, tracked_layers
+from momentum_fix.layers import NormLayer, refuse_updating_once, tracked_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 Passes: TypeAlias = SupportsIndex | Fraction
@@ -46,8 +46,9 @@ def correct(model: Model, passes: Passes | Mapping[str, Passes] = 2) -> Model:
 
     Raises:
         ValueError: passes is below 1; a name that the model does not have or that covers no layer with
-            running statistics; two equally deep names of one shared layer with different numbers; or a
-            layer's own momentum is outside 0 to 1. In each case the model is left as it was.
+            running statistics; two equally deep names of one shared layer with different numbers; a layer's
+            own momentum is outside 0 to 1; or `update_once` covers the layer, which then has nothing to
+            correct. In each case the model is left as it was.
         TypeError: passes is not an integer. The model is left as it was.
 
     Example:
@@ -70,7 +71,10 @@ def correct(model: Model, passes: Passes | Mapping[str, Passes] = 2) -> Model:
         wanted = _deepest(by_name, aliases)
         if wanted is not None:
             momentum = uncorrected_momentum(model, layer, aliases)
-            plan.append((layer, aliases, momentum, corrected_for(aliases[0], momentum, wanted)))
+            corrected = corrected_for(aliases[0], momentum, wanted)
+            if corrected != momentum:
+                refuse_updating_once(layer, aliases)
+            plan.append((layer, aliases, momentum, corrected))
     for layer, aliases, momentum, corrected in plan:
         changed = corrected != momentum
         layer.momentum = corrected if changed else momentum

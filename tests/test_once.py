@@ -1,0 +1,515 @@
+"""update_once: what it puts on a layer, what takes it off, what it refuses, and compiled code. See test_conformance."""
+
+import copy
+import functools
+import pickle
+import threading
+
+import conformance
+import pytest
+import torch
+from conformance import Net, OwnForward, block, forward_in_a_backward_hook, instance_norm, nested, one, siamese
+from torch import nn
+
+from momentum_fix import calibrate, correct, norm_layer, restore, update_once
+from momentum_fix.layers import updates_once
+from twins import batches, counters, deviation, non_reentrant, plainly, reentrant, same_path, statistics, train
+
+ENGINES = {"reentrant": reentrant, "non-reentrant": non_reentrant}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    yield
+    torch.compiler.reset()
+
+
+def data(count=4):
+    return batches(count, 4, 3, 4, 4)
+
+
+def same_statistics(model, truth):
+    mine, true = statistics(model), statistics(truth)
+    same = all(torch.equal(mine[name], true[name]) for name in true)
+    return same and mine.keys() == true.keys() and counters(model) == counters(truth) and same_path(model, truth)
+
+
+def truth_of(model, step=one, count=4):
+    return train(copy.deepcopy(model), step, data(count), plainly)
+
+
+# The layer.
+
+
+def test_a_layer_keeps_its_class_its_buffers_its_state_dict_and_its_momentum_and_gets_no_hook():
+    net = Net()
+    before = {name: type(module) for name, module in net.named_modules()}
+    buffers, keys, momentum = list(net.buffers()), list(net.state_dict()), net.a[1].momentum
+    update_once(net)
+    train(net, one, data(), non_reentrant)
+    assert {name: type(module) for name, module in net.named_modules()} == before
+    assert all(mine is old for mine, old in zip(net.buffers(), buffers, strict=True))
+    assert list(net.state_dict()) == keys
+    assert net.a[1].momentum == momentum
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert [name for name, module in net.named_modules() if "forward" in vars(module)] == ["a.1", "b.1", "c.1"]
+
+
+def test_layers_without_running_statistics_are_left_alone():
+    model = nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False), nn.LayerNorm(2), nn.InstanceNorm1d(2))
+    update_once(model)
+    assert not any("forward" in vars(layer) for layer in model)
+
+
+def test_the_model_may_be_the_layer_itself():
+    layer = nn.BatchNorm1d(3)
+    update_once(layer)
+    non_reentrant(lambda x: layer(x).tanh(), torch.rand(4, 3, requires_grad=True)).sum().backward()
+    assert layer.num_batches_tracked == 1
+
+
+def test_a_shared_layer_is_covered_once_and_updated_at_each_use():
+    net = Net()
+    net.c = net.a
+    truth = truth_of(net)
+    update_once(net)
+    assert same_statistics(train(net, one, data(), non_reentrant), truth)
+    assert net.a[1].num_batches_tracked == 8
+
+
+def test_a_forward_with_more_arguments_gets_them():
+    class Shifted(nn.BatchNorm1d):
+        def forward(self, x, shift, *, scale=1.0):
+            return super().forward(x) * scale + shift
+
+    layer = Shifted(3)
+    x = torch.rand(4, 3)
+    expected = copy.deepcopy(layer)(x, 2.0, scale=3.0)
+    update_once(layer)
+    assert torch.equal(layer(x, 2.0, scale=3.0), expected)
+
+
+def test_what_else_a_recomputation_assigns_to_the_layer_is_dropped():
+    class Counting(nn.BatchNorm2d):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    net = Net(Counting)
+    update_once(net)
+    train(net, one, data(4), non_reentrant)
+    assert net.a[1].calls == 4
+
+
+def test_a_layer_whose_forward_reads_its_statistics_reads_copies_of_them():
+    seen = []
+
+    class Reading(nn.BatchNorm2d):
+        def forward(self, x):
+            seen.append(self.running_mean.clone())
+            return super().forward(x)
+
+    net = Net(Reading)
+    update_once(net)
+    train(net, one, data(1), reentrant)
+    forward, replay = seen[:3], seen[3:]
+    assert all(torch.equal(mean, torch.zeros(3)) for mean in forward)
+    assert all(
+        torch.equal(mean, layer.running_mean) for mean, layer in zip(replay, conformance.norms(net), strict=True)
+    )
+
+
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+def test_a_recomputation_in_evaluation_mode_uses_the_running_statistics(ckpt):
+    net = Net().eval()
+    truth = copy.deepcopy(net)
+    update_once(net)
+    for model, by in ((truth, plainly), (net, ckpt)):
+        one(model, data(1)[0], by)
+    assert same_statistics(net, truth)
+    assert truth.a[0].weight.grad.abs().max() > 0
+
+
+def test_a_graph_that_waits_for_its_backward_pass_is_not_seen_as_modified():
+    net = Net()
+    truth = truth_of(net, siamese)
+    update_once(net)
+    waiting = net(data(1)[0])  # an ordinary graph, built before and run backward after a checkpoint's recomputation
+    versions = [buffer._version for name, buffer in net.named_buffers() if "running" in name]
+    one(net, data(1)[0], non_reentrant)
+    assert versions == [buffer._version for name, buffer in net.named_buffers() if "running" in name]
+    waiting.sum().backward()
+    assert truth.a[1].num_batches_tracked == 8
+
+
+def test_backward_passes_in_two_threads_do_not_disturb_each_other():
+    """Each thread has models of its own and one layer that it shares with the other, read in turn."""
+    shared = nn.BatchNorm1d(3)
+    update_once(shared)
+    in_replay, go_on = threading.Event(), threading.Event()
+    calls = []
+
+    def held(x):
+        calls.append(x)
+        if len(calls) == 2:
+            in_replay.set()
+            go_on.wait(10)
+        return shared(x).tanh()
+
+    def other():
+        reentrant(held, torch.rand(4, 3, requires_grad=True)).sum().backward()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    in_replay.wait(10)
+    shared(torch.rand(4, 3))  # a forward pass in this thread, while the other one is in its backward pass
+    go_on.set()
+    thread.join()
+    assert shared.num_batches_tracked == 2
+
+
+# Putting on, taking off.
+
+
+def test_without_it_and_after_remove_the_statistics_move_with_every_pass():
+    net = Net()
+    handle = update_once(net)
+    train(net, one, data(1), non_reentrant)
+    handle.remove()
+    assert not any("forward" in vars(module) for module in net.modules())
+    train(net, one, data(1), non_reentrant)
+    assert counters(net) == dict.fromkeys(counters(net), 1 + 2)
+    handle.remove()
+
+
+def test_the_block_of_a_with_statement_ends_it():
+    net = Net()
+    with update_once(net) as handle:
+        assert updates_once(net.a[1])
+    assert not updates_once(net.a[1])
+    with pytest.raises(ZeroDivisionError), update_once(net):
+        raise ZeroDivisionError
+    assert not updates_once(net.a[1])
+    handle.remove()
+
+
+def test_a_second_call_doubles_nothing_and_its_handle_removes_nothing():
+    net = Net()
+    truth = truth_of(net)
+    first, second = update_once(net), update_once(net)
+    train(net, one, data(2), non_reentrant)
+    second.remove()
+    train(net, one, data(4)[2:], non_reentrant)
+    assert same_statistics(net, truth)
+    first.remove()
+    assert not updates_once(net.a[1])
+
+
+def test_a_second_call_covers_layers_that_are_new_and_its_handle_removes_those():
+    net = Net()
+    update_once(net)
+    net.c = block(nn.BatchNorm2d)
+    update_once(net).remove()
+    assert updates_once(net.a[1])
+    assert not updates_once(net.c[1])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_model_and_handle_are_copied_together(copied):
+    net = Net()
+    handle = update_once(net)
+    other, handle_of_other = copied((net, handle))
+    truth = truth_of(other)
+    handle.remove()
+    assert not updates_once(net.a[1])
+    assert same_statistics(train(other, one, data(), non_reentrant), truth)
+    handle_of_other.remove()
+    assert not updates_once(other.a[1])
+
+
+def test_a_copy_trains_itself_and_not_the_original():
+    net = Net()
+    update_once(net)
+    other = copy.deepcopy(net)
+    train(other, one, data(), non_reentrant)
+    assert counters(net) == dict.fromkeys(counters(net), 0)
+    assert counters(other) == dict.fromkeys(counters(other), 4)
+
+
+def test_deleting_forward_by_hand_takes_it_off_too():
+    net = Net()
+    handle = update_once(net)
+    del net.a[1].forward
+    handle.remove()
+    train(net, one, data(1), non_reentrant)
+    assert net.a[1].num_batches_tracked == 2
+
+
+def test_lazy_layers_are_covered_from_their_first_batch_on():
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        nets.append(Net(lambda _: nn.LazyBatchNorm2d()))
+    update_once(nets[0])
+    for net, ckpt in zip(nets, (reentrant, plainly), strict=True):
+        train(net, one, data(), ckpt)
+    assert same_statistics(*nets)
+    assert type(nets[0].a[1]) is nn.BatchNorm2d
+
+
+def test_layers_made_anew_by_convert_sync_batchnorm_are_covered_by_a_second_call():
+    net = Net()
+    truth = truth_of(net)
+    update_once(net)
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    assert not updates_once(net.a[1])
+    update_once(net)
+    assert same_statistics(train(net, one, data(), non_reentrant), truth)
+
+
+def test_the_way_out_for_a_new_batch_within_a_backward_hook():
+    def with_the_way_out(net, x, ckpt):
+        def new_batch(gradient):
+            net.handle.remove()
+            net(x.detach() + 1)
+            net.handle = update_once(net)
+            return gradient * 0 + 1
+
+        y = ckpt(net, x.requires_grad_())
+        y.register_hook(new_batch)
+        y.sum().backward()
+
+    nets = [Net(), Net()]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, step, ckpt in zip(
+        nets, (with_the_way_out, forward_in_a_backward_hook), (non_reentrant, plainly), strict=True
+    ):
+        if ckpt is not plainly:
+            net.handle = update_once(net)
+        train(net, step, data(), ckpt)
+    assert same_statistics(*nets)
+    assert counters(nets[0]) == dict.fromkeys(counters(nets[0]), 8)
+
+
+# Refusals: everything is checked, then changed.
+
+
+@pytest.mark.parametrize("change", [correct, lambda net: correct(net, {"b": 3})])
+def test_a_corrected_layer_is_refused_by_name_until_it_is_restored(change):
+    net = change(Net())
+    name = "b.1" if net.a[1].momentum == 0.1 else "a.1"
+    with pytest.raises(ValueError, match=rf"layer '{name}' has a corrected momentum \(0\.0.*restore\(model\)"):
+        update_once(net)
+    assert not any("forward" in vars(module) for module in net.modules())
+    update_once(restore(net))
+
+
+def test_a_calibrated_layer_is_refused():
+    net = Net()
+    with calibrate(net):
+        train(net, one, data(1), non_reentrant)
+    with pytest.raises(ValueError, match=r"layer 'a\.1' has a corrected momentum"):
+        update_once(net)
+
+
+def test_correct_and_calibrate_refuse_a_covered_layer_by_name_and_change_nothing():
+    net = nn.ModuleDict({"free": nn.BatchNorm1d(2), "covered": nn.BatchNorm1d(2)})
+    handle = update_once(net["covered"])
+    with pytest.raises(ValueError, match=r"layer 'covered' .* update_once, .* remove\(\)"):
+        correct(net)
+    with pytest.raises(ValueError, match=r"layer 'covered' .* update_once"), calibrate(net):
+        pass
+    assert net["free"].momentum == net["covered"].momentum == 0.1
+    assert correct(net, 1)["covered"].momentum == correct(net, {"free": 2})["covered"].momentum == 0.1
+    restore(net)
+    handle.remove()
+    assert correct(net)["covered"].momentum < 0.1
+
+
+def test_a_momentum_that_needs_no_correction_does_not_stand_in_the_way():
+    net = correct(Net(norm=functools.partial(nn.BatchNorm2d, momentum=None)))
+    correct(net, 1)
+    update_once(net)
+
+
+def test_a_forward_of_somebody_else_is_refused_and_named():
+    net = Net()
+    net.b[1].forward = net.b[1].forward
+    with pytest.raises(ValueError, match=r"layer 'b\.1' has a forward of its own"):
+        update_once(net)
+    assert "forward" not in vars(net.a[1])
+
+
+def test_remove_refuses_while_somebody_else_wraps_the_forward():
+    net = Net()
+    handle = update_once(net)
+    inner = net.b[1].forward
+    net.b[1].forward = lambda x: inner(x)
+    with pytest.raises(ValueError, match=r"layer 'b\.1' has a forward of its own"):
+        handle.remove()
+    assert updates_once(net.a[1])
+    net.b[1].forward = inner
+    handle.remove()
+    assert not updates_once(net.b[1])
+
+
+# Real networks.
+
+
+@pytest.mark.parametrize("norm", ["batch", ("instance", {"track_running_stats": True})])
+def test_monai_checkpoint_unet_has_the_statistics_of_its_uncheckpointed_twin(norm):
+    nets = pytest.importorskip("monai.networks.nets")
+    arguments = {"spatial_dims": 3, "in_channels": 1, "out_channels": 1, "channels": (2, 4, 4, 4), "strides": (2, 2, 2)}
+    torch.manual_seed(0)
+    truth = nets.UNet(norm=norm, num_res_units=1, **arguments)
+    torch.manual_seed(0)
+    mine = nets.CheckpointUNet(norm=norm, num_res_units=1, **arguments)
+    uncorrected = copy.deepcopy(mine)
+    update_once(mine)
+
+    def step(model, x, _):
+        model(x.clone().requires_grad_()).square().sum().backward()
+
+    for model in (truth, mine, uncorrected):
+        train(model, step, batches(3, 2, 1, 16, 16, 16), plainly)
+    true = list(statistics(truth).values())
+    assert all(torch.equal(a, b) for a, b in zip(statistics(mine).values(), true, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(statistics(uncorrected).values(), true, strict=True))
+    if norm == "batch":
+        assert set(counters(mine).values()) == {3}
+        assert len(set(counters(uncorrected).values())) > 2
+
+
+def test_it_is_not_for_layers_that_were_built_with_the_corrected_momentum_but_cannot_know():
+    net = Net(norm_layer("BatchNorm2d"))
+    update_once(net)
+    assert deviation(train(net, one, data(), non_reentrant), truth_of(Net())) > 1e-3
+
+
+# Compiled code.
+
+
+def compiled(net, **options):
+    return torch.compile(net, backend="aot_eager", **options)
+
+
+def test_there_is_no_graph_break_and_one_operator_a_layer():
+    net = Net()
+    update_once(net)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch.compile(net, backend=backend, fullgraph=True)(data(1)[0])
+    commits = [node for node in graphs[0].graph.nodes if "commit" in str(node.target)]
+    assert (len(graphs), len(commits)) == (1, 3)
+
+
+def test_in_evaluation_mode_the_compiled_code_is_what_it_was():
+    net = Net().eval()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op != "placeholder"])
+        return graph
+
+    for prepare in (lambda: None, lambda: update_once(net)):
+        torch.compiler.reset()
+        prepare()
+        torch.compile(net, backend=backend, fullgraph=True)(data(1)[0])
+    assert graphs[0] == graphs[1]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, instance_norm, OwnForward])
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+def test_code_compiled_before_notices_that_it_is_put_on_and_taken_off(ckpt, norm):
+    net = Net(norm)
+    run = compiled(net)
+
+    def step(net, x, by):
+        by(run, x.requires_grad_()).sum().backward()
+
+    start = copy.deepcopy(net.state_dict())
+    train(net, step, data(2), ckpt)  # compiled without it
+    twice = statistics(net)
+    for handle in (update_once(net), None):
+        net.load_state_dict(start)
+        train(net, step, data(2), ckpt)
+        if handle:
+            once = statistics(net)
+            handle.remove()
+    truth = Net(norm)
+    truth.load_state_dict(start)
+    train(truth, one, data(2), plainly)
+    assert all(torch.equal(once[name], value) for name, value in statistics(truth).items())
+    assert all(torch.equal(statistics(net)[name], value) for name, value in twice.items())
+    assert not all(torch.equal(once[name], twice[name]) for name in once)
+
+
+def test_compiled_code_follows_a_momentum_schedule_and_the_mode():
+    nets = [Net()]
+    nets.append(copy.deepcopy(nets[0]))
+    update_once(nets[0])
+    for net, ckpt in zip(nets, (non_reentrant, plainly), strict=True):
+        run = compiled(net) if ckpt is non_reentrant else net
+        for i, x in enumerate(data(6)):
+            for layer in conformance.norms(net):
+                layer.momentum = (0.1, 0.3, 0.02)[i // 2]
+            net.train(i != 3)
+            ckpt(run, x.clone().requires_grad_())
+            if i != 3:
+                ckpt(run, x.clone().requires_grad_()).sum().backward()
+    assert same_statistics(*nets)
+    assert counters(nets[0])["a.1.num_batches_tracked"] == 10
+
+
+def test_a_compiled_block_of_several_graphs_is_right_too():
+    class Broken(nn.BatchNorm2d):
+        def forward(self, x):
+            y = super().forward(x)
+            torch._dynamo.graph_break()
+            return y + 0
+
+    net = Net(Broken)
+    truth = truth_of(net)
+    update_once(net)
+    run = compiled(net)
+    train(net, lambda net, x, ckpt: ckpt(run, x.requires_grad_()).sum().backward(), data(), non_reentrant)
+    assert same_statistics(net, truth)
+
+
+def test_a_backward_pass_that_is_compiled_itself_is_one():
+    net = Net()
+    truth = truth_of(net, nested, 2)
+    update_once(net)
+    x = data(2)
+    for batch in x:
+        net.zero_grad()
+        loss = non_reentrant(lambda y: net.c(non_reentrant(net.b, net.a(y))), batch.requires_grad_()).sum()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            loss.backward()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter -= 0.01 * parameter.grad
+    assert same_statistics(net, truth)
+
+
+def test_an_exported_training_graph_moves_the_statistics():
+    net = Net()
+    truth = truth_of(net, lambda net, x, _: net(x).sum().backward(), 1)
+    update_once(net)
+    exported = torch.export.export(net, (data(1)[0],)).module()
+    exported(data(1)[0])
+    assert {name: int(b) for name, b in exported.named_buffers() if "num_batches" in name} == counters(truth)
+
+
+def test_scripting_a_covered_model_fails_loudly():
+    net = nn.Sequential(nn.BatchNorm1d(2))
+    handle = update_once(net)
+    with pytest.warns(DeprecationWarning), pytest.raises(AttributeError):
+        torch.jit.script(net)
+    handle.remove()
