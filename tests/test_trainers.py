@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from contextlib import nullcontext
 
 import lightning
 import pytest
@@ -17,9 +18,9 @@ from transformers import (
     Wav2Vec2ConformerForSequenceClassification,
 )
 
-from momentum_fix import calibrate, correct, corrected_momentum
+from momentum_fix import calibrate, correct, corrected_momentum, update_once
 from pages import blocks, run
-from twins import deviation, momenta, non_reentrant, plainly
+from twins import counters, deviation, momenta, non_reentrant, plainly
 
 ROUNDING = 1e-12
 PAGE = {}
@@ -57,20 +58,19 @@ def loader():
     return DataLoader(TensorDataset(3 * x + 1, target), batch_size=8)
 
 
-def plain_loop(net, calibrated):
+def steps(net, batches):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-
-    def step(x, target):
+    for x, target in batches:
         optimizer.zero_grad()
         loss_of(net(x), target).backward()
         optimizer.step()
 
-    batches = iter(loader())
-    if calibrated:
-        with calibrate(net):
-            step(*next(batches))
-    for batch in batches:
-        step(*batch)
+
+def plain_loop(net, calibrated):
+    first, *others = loader()
+    with calibrate(net) if calibrated else nullcontext():
+        steps(net, [first])
+    steps(net, others)
 
 
 def accelerate_loop(net, calibrated):
@@ -106,22 +106,24 @@ class Module(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def lightning_fit(net, calibrated):
+def lightning_fit(net, calibrated, epochs=1, save=None, resume=None):
     trainer = lightning.Trainer(
-        max_epochs=1,
+        max_epochs=epochs,
         accelerator="cpu",
         accumulate_grad_batches=2,
         val_check_interval=2,
         callbacks=[CalibrateFirstStep()] if calibrated else [],
         **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
     )
-    trainer.fit(Module(net), loader(), loader())
+    trainer.fit(Module(net), loader(), loader(), ckpt_path=resume)
+    if save:
+        trainer.save_checkpoint(save)
 
 
-def trained(trainer, net, ckpt, calibrated=False):
+def trained(trainer, net, ckpt, calibrated=False, **options):
     net = copy.deepcopy(net)
     net.ckpt = ckpt
-    trainer(net, calibrated)
+    trainer(net, calibrated, **options)
     return net
 
 
@@ -135,6 +137,16 @@ def test_a_loop_that_calibrates_its_first_step_ends_with_the_uncheckpointed_stat
         assert all(map(torch.equal, model.parameters(), truth.parameters()))
     assert deviation(uncorrected, truth) > 1e-2
     assert deviation(calibrated, truth) < ROUNDING
+
+
+@pytest.mark.parametrize("trainer", [plain_loop, accelerate_loop, lightning_fit])
+def test_a_loop_under_update_once_ends_with_the_uncheckpointed_statistics_bit_for_bit(trainer):
+    net = Net()
+    truth = trained(trainer, net, plainly)
+    with update_once(net):
+        once = trained(trainer, net, non_reentrant)
+    assert deviation(once, truth) == 0
+    assert counters(once) == counters(truth)
 
 
 # Hugging Face Trainer.
@@ -196,6 +208,16 @@ def test_hugging_face_trainer_with_the_callback_ends_with_the_uncheckpointed_sta
     assert deviation(calibrated, truth) < ROUNDING
 
 
+@pytest.mark.parametrize("layerdrop", [0.0, 0.4], ids=["every layer in every step", "layers dropped at random"])
+def test_hugging_face_trainer_under_update_once_ends_with_the_uncheckpointed_statistics(tmp_path, layerdrop):
+    model = conformer(layerdrop)
+    truth = hugging_face(copy.deepcopy(model), tmp_path)
+    with update_once(model):
+        hugging_face(model, tmp_path, activation_checkpointing=True)
+    assert deviation(model, truth) == 0
+    assert counters(model) == counters(truth)
+
+
 def test_one_calibrated_step_alone_misses_the_layers_that_it_dropped(tmp_path):
     model, calibration = conformer(0.4), Calibrate()
     hugging_face(model, tmp_path, [calibration], steps=1, activation_checkpointing=True)
@@ -243,12 +265,48 @@ def test_a_resumed_hugging_face_run_with_the_callback_is_right_and_without_it_is
     truth = hugging_face(copy.deepcopy(model), tmp_path)
     options = {"activation_checkpointing": True, "save_strategy": "steps", "save_steps": 4}
     hugging_face(copy.deepcopy(model), tmp_path, [Calibrate()], **options)
-    resumed, forgotten = (conformer(0.0) for _ in range(2))
+    resumed, forgotten, once = (conformer(0.0) for _ in range(3))
     assert set(momenta(resumed).values()) == {0.1}
     hugging_face(resumed, tmp_path, [Calibrate()], tmp_path / "checkpoint-4", **options)
     hugging_face(forgotten, tmp_path, [], tmp_path / "checkpoint-4", **options)
-    for other in (resumed, forgotten):
+    with update_once(once):
+        hugging_face(once, tmp_path, [], tmp_path / "checkpoint-4", **options)
+    for other in (resumed, forgotten, once):
         assert all(map(torch.equal, other.parameters(), truth.parameters()))
+    assert deviation(forgotten, truth) > 1e-2
+    assert deviation(resumed, truth) < ROUNDING
+    assert deviation(once, truth) < ROUNDING  # what was saved was calibrated
+
+
+def test_passes_kept_beside_the_weights_make_a_rebuilt_model_right(tmp_path):
+    net = Net()
+    truth, halves = trained(plain_loop, net, plainly), list(loader())
+    first = copy.deepcopy(net)
+    first.ckpt = non_reentrant
+    with calibrate(first) as report:
+        steps(first, halves[:1])
+    steps(first, halves[1:3])
+    torch.save({"model": first.state_dict(), "passes": report.passes}, tmp_path / "run.pt")
+    saved = torch.load(tmp_path / "run.pt")
+    resumed, forgotten = Net(), Net()
+    for model in (resumed, forgotten):
+        model.load_state_dict(saved["model"])
+        model.ckpt = non_reentrant
+    steps(correct(resumed, saved["passes"]), halves[3:])
+    steps(forgotten, halves[3:])
+    assert deviation(forgotten, truth) > 1e-2
+    assert deviation(resumed, truth) < ROUNDING
+
+
+def test_a_resumed_lightning_run_with_the_callback_is_right_and_without_it_is_not(tmp_path):
+    net = Net()
+    truth = trained(lightning_fit, net, plainly, epochs=2)
+    first, resumed, forgotten = (copy.deepcopy(net) for _ in range(3))
+    for model in (first, resumed, forgotten):
+        model.ckpt = non_reentrant
+    lightning_fit(first, calibrated=True, save=tmp_path / "run.ckpt")
+    lightning_fit(resumed, calibrated=True, epochs=2, resume=tmp_path / "run.ckpt")
+    lightning_fit(forgotten, calibrated=False, epochs=2, resume=tmp_path / "run.ckpt")
     assert deviation(forgotten, truth) > 1e-2
     assert deviation(resumed, truth) < ROUNDING
 
