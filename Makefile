@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint paper clean
 help:
 	@echo "make demo   set everything up and run the demonstration on a real 3-D network (a few minutes)"
 	@echo "make test   set everything up and run all the tests"
 	@echo "make lint   formatting, lint and types"
+	@echo "make paper  compute the paper's numbers, draw its figures, build build/paper.html"
 	@echo "make clean  remove .venv and caches"
 
 .venv/installed: pyproject.toml constraints.txt
@@ -24,6 +25,9 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+paper: .venv/installed
+	$(BIN)/python paper.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants

@@ -16,6 +16,7 @@ if _TYPE_CHECKING:
     from momentum_fix.model import correct as correct
     from momentum_fix.model import restore as restore
     from momentum_fix.once import update_once as update_once
+    from momentum_fix.saved import audit as audit
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ _HOMES = {
     "restore": "model",
     "calibrate": "calibration",
     "update_once": "once",
+    "audit": "saved",
 }
 _MODULES = ("symbolic", "plots")
 

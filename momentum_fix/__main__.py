@@ -1,49 +1,174 @@
-"""The command line: a thin layer over the library."""
+"""The shell command: `python -m momentum_fix` or `momentum-fix`."""
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 import momentum_fix
 
+EXAMPLES = """\
+examples:
+  python -m momentum_fix value 0.1 --passes 2     the momentum to give a layer that is updated twice per batch
+  python -m momentum_fix prove                    check every step of every theorem
+  python -m momentum_fix plot -o curves.png       draw the curves (png, svg or pdf, by the name)
+  python -m momentum_fix audit runs/ --steps 9000 find recomputed layers in saved files
+  python -m momentum_fix demo                     train a real checkpointed 3-D network beside its uncheckpointed twin
+"""
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 fine, 1 a finding, 2 wrong input."""
-    parser = argparse.ArgumentParser(
-        prog="momentum-fix", description="BatchNorm running statistics as if activation checkpointing did not exist."
-    )
-    parser.add_argument("--version", action="version", version=f"momentum_fix {momentum_fix.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="train a real checkpointed 3-D network beside its uncheckpointed twin")
-    demo.add_argument("--steps", type=int, default=40, help="training steps (default: %(default)s)")
-    demo.add_argument(
-        "-o", "--output", type=Path, default=Path("momentum_fix_demo.png"), help="the picture (%(default)s)"
-    )
-    demo.set_defaults(run=_demo)
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage
 
-    arguments = parser.parse_args(argv)
+
+def value(arguments: argparse.Namespace) -> int:
+    """Print the corrected momentum."""
+    print(momentum_fix.corrected_momentum(arguments.momentum, arguments.passes))
+    return 0
+
+
+def prove(arguments: argparse.Namespace) -> int:
+    """Check every step of every theorem and print it with a tick, or a cross where it fails."""
+    from momentum_fix import symbolic
+
+    failed, count, theorems = 0, 0, symbolic.theorems()
+    for number, theorem in enumerate(theorems, start=1):
+        print(f"{number}. {theorem.name}\n   {theorem.statement}")
+        for step in theorem.steps:
+            try:
+                replace(theorem, steps=(step,)).prove()
+                mark = "✓"
+            except symbolic.ProofError:
+                failed, mark = failed + 1, "✗ FAILS:"
+            count += 1
+            print(f"   {mark} {step.lhs} = {step.rhs}\n       {step.reason}", flush=True)
+    print(f"{len(theorems)} theorems, {count} steps: {f'{failed} FAILED' if failed else 'all hold'}")
+    return 1 if failed else 0
+
+
+def plot(arguments: argparse.Namespace) -> int:
+    """Write the curves to a file."""
+    from momentum_fix import plots
+
     try:
-        return int(arguments.run(arguments))
-    except (ValueError, TypeError, OSError) as error:
-        print(f"momentum-fix: {error}", file=sys.stderr)
-        return 2
+        plots.save(arguments.output)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"the curves need {error.name}: pip install 'momentum-fix[plots]'") from None
+    return 0
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def audit(arguments: argparse.Namespace) -> int:
+    """Tell from saved files which layers were updated more than once per step."""
+    from momentum_fix import saved
+
+    files: list[Path] = []
+    rows: list[saved.LayerAudit] = []
+    errors: dict[str, str] = {}
+    for path in arguments.file:
+        try:
+            files += saved.checkpoint_files(path) if path.is_dir() else [path]
+        except saved.UnreadableError as error:
+            errors[str(path)] = str(error)
+    for file in _with_progress(files):
+        try:
+            rows += saved.audit(file, arguments.steps, arguments.momentum).rows
+        except saved.UnreadableError as error:
+            errors[str(file)] = str(error)
+    found = saved.Audit(tuple(rows), errors)
+    print(json.dumps(found.as_json(), indent=2) if arguments.json else found)
+    return 2 if found.errors else 1 if found.recomputed else 0
+
+
+def _with_progress(files: Sequence[Path]) -> Iterable[Path]:
+    """Show a bar where there is a terminal to show it on, several files, and a library to draw it."""
+    if len(files) < 2 or not sys.stderr.isatty() or find_spec("tqdm") is None:
+        return files
+    from tqdm import tqdm
+
+    bar: Iterable[Path] = tqdm(files, desc="auditing", unit="file")
+    return bar
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """Train a real checkpointed network beside its uncheckpointed twin, and show what calibrating does."""
     try:
         from momentum_fix import demo
     except ModuleNotFoundError as error:
-        print(f"momentum-fix: the demonstration needs {error.name}: pip install 'momentum-fix[demo]'", file=sys.stderr)
-        return 2
+        raise ImportError(f"the demonstration needs {error.name}: pip install 'momentum-fix[demo]'") from None
     outcome = demo.train(arguments.steps)
     print(demo.table(outcome))
     demo.picture(outcome, arguments.output)
     print(f"Picture: {arguments.output}")
     return 0 if outcome.same_path else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="momentum-fix",
+        description="BatchNorm's running statistics as if activation checkpointing did not exist.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {momentum_fix.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
+
+    command = commands.add_parser("value", help="print the corrected momentum")
+    command.add_argument("momentum", type=float, help="PyTorch's momentum, the weight of the new value (0 to 1)")
+    command.add_argument("--passes", type=int, default=2, help="updates per batch (default: %(default)s)")
+    command.set_defaults(run=value)
+
+    command = commands.add_parser("prove", help="check every step of every theorem (status 1 if one fails)")
+    command.set_defaults(run=prove)
+
+    command = commands.add_parser("plot", help="draw the curves")
+    command.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write: .png, .svg or .pdf")
+    command.set_defaults(run=plot)
+
+    command = commands.add_parser(
+        "audit", help="find recomputed layers in saved files (status 1 if there are, 2 if a file is unreadable)"
+    )
+    command.add_argument("file", nargs="+", type=Path, help="a checkpoint, a sharded index, or a directory of them")
+    command.add_argument(
+        "--steps", type=int, help="batches trained on (default: the count of the layer with the least)"
+    )
+    command.add_argument("--momentum", type=float, default=0.1, help="the model's momentum (default: %(default)s)")
+    command.add_argument("--json", action="store_true", help="print JSON, for a program to read")
+    command.set_defaults(run=audit)
+
+    command = commands.add_parser("demo", help="train a real checkpointed 3-D network beside its uncheckpointed twin")
+    command.add_argument("--steps", type=int, default=40, help="training steps (default: %(default)s)")
+    command.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("momentum_fix_demo.png"),
+        metavar="FILE",
+        help="the picture to write (default: %(default)s)",
+    )
+    command.set_defaults(run=demo)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 fine, 1 a finding (a failed proof, say), 2 an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a tick must not break a terminal that cannot show it
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"{parser.prog} {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return status
 
 
 if __name__ == "__main__":

@@ -208,14 +208,15 @@ class _Count:
         self.look()
 
     def backward_ended(self) -> None:
-        updates = self.updates()
+        cumulative = self.layer.momentum is None  # equal passes leave it right, its count included
+        updates = self.updates() if cumulative or moved(self.layer, self.saved) else 0
         if updates is None:
             updates = _replays(self.start, self.saved, snapshot(self.layer), self.layer.momentum) if self.groups else 0
             self.countable = self.countable and updates > 0
         if updates:
             self.groups = self.groups or [[0, 0]]
             self.groups[-1][1] += updates
-        if self.layer.momentum is not None:  # equal passes leave a cumulative average right, its count included
+        if not cumulative:
             put_back(self.layer, self.saved)
         self.look()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
+from decimal import Context, Decimal
+from fractions import Fraction
 from typing import Any, SupportsFloat, SupportsIndex, overload
 
 _ONE = Decimal(1)
@@ -50,7 +51,7 @@ def corrected_momentum(momentum: SupportsFloat | None, passes: SupportsIndex = 2
 
     Source: "Checkpoint with BatchNorm running averages", discuss.pytorch.org/t/17738 (2018), for two passes.
     """
-    return _power_of_decay(momentum, 1, _passes(passes))
+    return power_of_decay(momentum, Fraction(1, _passes(passes)))
 
 
 @overload
@@ -85,24 +86,21 @@ def effective_momentum(momentum: SupportsFloat | None, passes: SupportsIndex = 2
 
     Source: "Checkpoint with BatchNorm running averages", discuss.pytorch.org/t/17738 (2018), for two passes.
     """
-    return _power_of_decay(momentum, _passes(passes), 1)
+    return power_of_decay(momentum, Fraction(_passes(passes)))
 
 
-def _power_of_decay(momentum: SupportsFloat | None, numerator: int, denominator: int) -> float | None:
-    """Return 1 - (1 - momentum)**(numerator/denominator), correctly rounded.
+def power_of_decay(momentum: SupportsFloat | None, exponent: Fraction) -> float | None:
+    """Return 1 - (1 - momentum)**exponent for an exponent above 0, correctly rounded.
 
     Every operation below is correctly rounded and monotone, and all but the last keep at least 40 digits of
-    1 - m, of its logarithm and of the result; so the result is the nearest double and nondecreasing in m.
+    1 - m, of its logarithm and of the result; so the result is the nearest double and nondecreasing in m. The
+    ends take care of themselves: ln(1) is 0, ln(0) is -Infinity and exp(-Infinity) is 0.
     """
     if momentum is None:
         return None
-    m = _momentum(momentum)
-    if m in (0.0, 1.0) or numerator == denominator:
-        return m
-    exact, up, down = Decimal(m), Decimal(numerator), Decimal(denominator)
-    digits = _GUARD_DIGITS - exact.adjusted() + up.adjusted() + down.adjusted()
-    context = Context(prec=digits, Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[])
-    log_decay = context.ln(context.subtract(_ONE, exact))
+    m, up, down = Decimal.from_float(_momentum(momentum)), Decimal(exponent.numerator), Decimal(exponent.denominator)
+    context = Context(prec=_GUARD_DIGITS - m.adjusted() + up.adjusted() + down.adjusted(), traps=[])
+    log_decay = context.ln(context.subtract(_ONE, m))
     log_power = context.divide(context.multiply(log_decay, up), down)
     return float(context.subtract(_ONE, context.exp(log_power)))
 

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+_COUNTER = "num_batches_tracked"
 Buffers: TypeAlias = dict[str, torch.Tensor]
 NormLayer: TypeAlias = Any  # an nn.Module with a `momentum`, for which torch has no type
 
@@ -58,13 +59,18 @@ def put_back(layer: nn.Module, saved: Buffers) -> None:
 
 
 def moved(layer: nn.Module, saved: Buffers) -> bool:
-    """Tell whether any of the layer's buffers differs from a snapshot."""
-    return any(name not in saved or not torch.equal(buffer, saved[name]) for name, buffer in buffers(layer))
+    """Tell whether the layer's running statistics differ from a snapshot, whatever its counter says.
+
+    Selective checkpointing can replay a forward, counter included, with the saved results of the operations
+    that move the statistics, which then stay.
+    """
+    statistics = ((name, buffer) for name, buffer in buffers(layer) if name != _COUNTER)
+    return any(name not in saved or not torch.equal(buffer, saved[name]) for name, buffer in statistics)
 
 
 def batches_counted(layer: nn.Module) -> int:
     """Read the layer's own count of updates, 0 if it keeps none (InstanceNorm has the buffer, but does not count)."""
-    count = layer._buffers.get("num_batches_tracked")
+    count = layer._buffers.get(_COUNTER)
     return 0 if count is None else int(count)
 
 

@@ -9,7 +9,7 @@ from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypeVar
 
 from torch import nn
 
-from momentum_fix.formula import corrected_momentum, effective_momentum
+from momentum_fix.formula import corrected_momentum, power_of_decay
 from momentum_fix.layers import NormLayer, refuse_updating_once, tracked_layers
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -139,7 +139,7 @@ def corrected_for(name: str, momentum: SupportsFloat | None, passes: Passes) -> 
 
 def _corrected(momentum: SupportsFloat | None, passes: Passes) -> float | None:
     if isinstance(passes, Fraction) and passes >= 1:
-        momentum, passes = effective_momentum(momentum, passes.denominator), passes.numerator
+        return power_of_decay(momentum, 1 / passes)
     return corrected_momentum(momentum, passes)  # type: ignore[arg-type]  # a Fraction below 1 is refused here
 
 
@@ -147,8 +147,8 @@ def _check_names(model: nn.Module, passes: Mapping[str, Passes], layer_names: li
     known = dict(model.named_modules(remove_duplicate=False))
     for name in passes:
         if name not in known:
-            nearest = difflib.get_close_matches(str(name), [*layer_names, *known], n=3, cutoff=0.3)
-            hint = f"; the nearest names are {', '.join(map(repr, dict.fromkeys(nearest)))}" if nearest else ""
+            nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.3)
+            hint = f"; the nearest names are {', '.join(map(repr, nearest))}" if nearest else ""
             raise ValueError(f"the model has no module named {name!r}{hint}")
         if not any(_covers(name, layer_name) for layer_name in layer_names):
             raise ValueError(

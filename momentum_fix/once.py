@@ -64,7 +64,8 @@ def update_once(model: nn.Module) -> Handle:
     outside of a backward pass by reading saved tensors from a graph by hand, which counts as a batch;
     `nn.DataParallel` with several devices, whose replicas share the attribute (use DDP); `torch.jit.script`. What
     else the forward of a class of your own assigns to the layer itself in a recomputation is dropped with the copies;
-    so is, in compiled code, what it assigns in any training-mode pass.
+    so is, in compiled code, what it assigns in any training-mode pass, and where such a class assigns new tensors to
+    its buffers, in place of writing to them, the compiled graph breaks (with `fullgraph=True`: an error).
 
     Args:
         model: any module; every layer below it that tracks running statistics is covered.

@@ -564,7 +564,7 @@ ROWS = {
     "momentum=None": Row(one, non_reentrant, 2, "Q Q Q E E E Q", norm=cumulative),
     "momentum=None, siamese inputs": Row(siamese, non_reentrant, 2, "Q Q Q E E E Q", norm=cumulative),
     "selective: norms recomputed": Row(selective(CheckpointPolicy.MUST_RECOMPUTE), non_reentrant, 2, "W Q Q E F F W"),
-    "selective: norms saved": Row(selective(CheckpointPolicy.MUST_SAVE), non_reentrant, 1, "Q Q W E F F Q"),
+    "selective: norms saved": Row(selective(CheckpointPolicy.MUST_SAVE), non_reentrant, 1, "Q Q Q E F F Q"),
     "compiled with the checkpoint": Row(compiled_whole("aot_eager"), non_reentrant, 1, "E E E E F F E"),
     "compiled with the checkpoint, inductor": Row(compiled_whole("inductor"), non_reentrant, 1, "E E E E F F E"),
     "compiled block, reentrant": Row(compiled_block("aot_eager"), reentrant, 2, "W Q Q E F F E"),

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint_sequential, set_checkpoint_early_stop
 
 from momentum_fix import calibrate, correct, corrected_momentum, restore
+from momentum_fix.calibration import _replays
 from twins import (
     batches,
     counters,
@@ -278,6 +279,58 @@ def test_a_compiled_block_with_layers_that_do_not_count_is_counted_from_its_stat
     assert deviation(calibrated, truth) < ROUNDING
 
 
+def test_several_batches_in_a_compiled_block_that_does_not_count_are_not_guessed():
+    model = Net(instance_norm)
+    before = momenta(model)
+    inner = torch.compile(model.b, backend="aot_eager")
+    (x,) = batches(1, 4, 3, 4, 4)
+    left, right = x.requires_grad_().chunk(2)
+    truth = copy.deepcopy(model)
+    truth.b(left), truth.b(right)
+    with (
+        pytest.warns(UserWarning, match=r"counts neither batches nor calls.*Layers: b\.1\."),
+        calibrate(model) as report,
+    ):
+        (non_reentrant(inner, left).sum() + non_reentrant(inner, right).square().sum()).backward()
+    assert dict(report) == {}
+    assert momenta(model) == before
+    assert deviation(model, truth) < ROUNDING
+
+
+def updated(values, batch, momentum, times):
+    for _ in range(times):
+        values = {name: value + momentum * (batch[name] - value) for name, value in values.items()}
+    return values
+
+
+def some_statistics(seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(4, generator=generator, dtype=dtype) for name in ("running_mean", "running_var")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("momentum", [0.003, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("replays", [1, 2, 3, 5])
+def test_replays_of_one_batch_are_counted_from_the_statistics_alone(replays, momentum, dtype):
+    start, batch, other = (some_statistics(seed, dtype) for seed in range(3))
+    forward = updated(start, batch, momentum, 1)
+    assert _replays(start, forward, updated(forward, batch, momentum, replays), momentum) == replays
+    assert _replays(start, forward, updated(forward, other, momentum, replays), momentum) == 0
+    mixed = updated(updated(forward, batch, momentum, replays), other, momentum, 1)
+    assert _replays(start, forward, mixed, momentum) == 0
+
+
+def test_replays_that_cannot_be_told_from_the_statistics_are_not_guessed():
+    start, batch, other = (some_statistics(seed, torch.float64) for seed in range(3))
+    for momentum in (None, 0.0, 1.0):
+        assert _replays(start, batch, batch, momentum) == 0
+    assert _replays(start, start, start, 0.1) == 0  # a batch that equals the running values leaves no trace
+    assert _replays({}, batch, other, 0.1) == 0  # a lazy layer had no values before
+    forward = updated(start, batch, 0.1, 1)
+    assert _replays(start, forward, start, 0.1) == 0  # moved away from the batch
+    assert _replays(start, forward, {name: 2 * batch[name] - forward[name] for name in batch}, 0.1) == 0  # and past it
+
+
 def test_lazy_layers_may_meet_their_first_batch_in_the_block():
     def lazy(_):
         return nn.LazyBatchNorm2d()
@@ -387,6 +440,23 @@ def test_layers_whose_passes_are_consecutive_are_not_named():
     assert report.passes == {"shared.1": 2, "head.1": 2}
 
 
+def test_the_warning_points_at_the_users_own_line():
+    model = Net()
+    with pytest.warns(UserWarning, match="only the decay") as caught, calibrate(model):
+        siamese(model, batches(1, 4, 3, 4, 4)[0], non_reentrant)
+    assert caught[0].category is UserWarning
+    assert caught[0].filename == __file__
+
+
+def test_a_list_of_five_layers_is_whole_and_a_model_that_is_the_layer_is_called_so():
+    model = nn.Sequential(*(block() for _ in range(5)))
+    with pytest.warns(UserWarning, match=r"Layers: 0\.1, 1\.1, 2\.1, 3\.1, 4\.1\.$"), calibrate(model):
+        train(model, siamese, batches(1, 4, 3, 4, 4), non_reentrant)
+    layer = nn.BatchNorm2d(3)
+    with pytest.warns(UserWarning, match=r"Layers: \(the model\)\.$"), calibrate(layer):
+        siamese(lambda y: layer(y).tanh(), batches(1, 4, 3, 4, 4)[0], non_reentrant)
+
+
 def test_a_long_list_of_layers_is_cut_short_in_the_warning():
     model = nn.Sequential(*(block() for _ in range(7)))
     with pytest.warns(UserWarning, match=r"Layers: 0\.1, 1\.1, 2\.1, 3\.1, 4\.1 and 2 more\.$"), calibrate(model):
@@ -422,6 +492,7 @@ def test_untracked_evaluating_cumulative_and_idle_layers_are_left_alone_and_repo
         "idle": (None, "left alone: did not run"),
         "counted": (2, ""),
     }
+    assert "cumulative  BatchNorm1d  2       None      None       left alone" in str(report)
     assert momenta(net) == {"evaluating": 0.1, "cumulative": None, "idle": 0.1, "counted": corrected_momentum(0.1, 2)}
     assert deviation(net, truth) < ROUNDING
 
@@ -641,6 +712,7 @@ def test_the_report_prints_as_an_aligned_table_and_is_a_mapping_for_correct():
     ]
     assert report.passes == dict(report) == {"a.1": 1, "b.1": 2}
     assert (len(report), report["b.1"], "c.1" in report) == (2, 2, False)
+    assert all(type(passes) is int for passes in report.values())
     assert momenta(correct(rebuilt, report)) == momenta(model)
 
 

@@ -4,7 +4,6 @@ import copy
 import subprocess
 import sys
 
-import contracts
 import pytest
 import torch
 from mmengine.registry import MODELS
@@ -12,6 +11,7 @@ from monai.networks.layers import Norm
 from monai.networks.nets import UNet
 from torch import nn
 
+import contracts
 from momentum_fix import norm_layer
 from momentum_fix.layers import tracked_layers
 from pages import blocks, run

@@ -62,7 +62,9 @@ def test_the_picture_is_written_also_where_a_deviation_is_zero(outcome, tmp_path
 
 def test_fewer_than_one_step_is_refused(capsys):
     assert main(["demo", "--steps", "0"]) == 2
-    assert capsys.readouterr().err == "momentum-fix: steps is 0, but must be at least 1: the first one calibrates\n"
+    assert (
+        capsys.readouterr().err == "momentum-fix demo: steps is 0, but must be at least 1: the first one calibrates\n"
+    )
 
 
 @pytest.mark.slow

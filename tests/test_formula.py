@@ -74,6 +74,14 @@ def test_effective_momentum_is_the_nearest_double():
     assert worst_ulp(effective_momentum, lambda k: Fraction(k)) <= 0.5000001
 
 
+@pytest.mark.parametrize("passes", [10**20, 10**30])
+@pytest.mark.parametrize("momentum", [1e-300, 1e-17, 0.1, BELOW_ONE])
+def test_the_digits_suffice_for_any_number_of_passes(momentum, passes):
+    assert error_in_ulp(corrected_momentum(momentum, passes), true_value(momentum, Fraction(1, passes))) <= 0.5000001
+    tiny = momentum / passes
+    assert error_in_ulp(effective_momentum(tiny, passes), true_value(tiny, Fraction(passes))) <= 0.5000001
+
+
 def test_the_textbook_expression_loses_every_digit_for_small_momentum():
     true = true_value(1e-17, Fraction(1, 2))
     assert error_in_ulp(textbook(1e-17, 2), true) > 1e15
@@ -144,6 +152,9 @@ def test_the_result_does_not_depend_on_the_callers_decimal_context():
     with decimal.localcontext(decimal.Context(prec=3, Emin=-5, Emax=5)):
         assert corrected_momentum(0.1, passes=2) == 0.051316701949486204
         assert corrected_momentum(1e-300, passes=2) == 5e-301
+    with decimal.localcontext(decimal.Context(traps=[decimal.Inexact, decimal.FloatOperation, decimal.Underflow])):
+        assert corrected_momentum(0.1, passes=2) == 0.051316701949486204
+        assert effective_momentum(BELOW_ONE, passes=10**9) == 1
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,16 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_nothing_changes(name):
     assert momenta(model) == momenta(network())
 
 
+def test_the_messages_of_unknown_names_read_well():
+    with pytest.raises(ValueError, match="no module") as caught:
+        correct(network(), {"encoder.x": 2})
+    nearest = "'encoder.2', 'encoder.1', 'encoder.0'"
+    assert str(caught.value) == f"the model has no module named 'encoder.x'; the nearest names are {nearest}"
+    with pytest.raises(ValueError, match="no module") as caught:
+        correct(network(), {"zzz": 2})
+    assert str(caught.value) == "the model has no module named 'zzz'"
+
+
 def test_a_name_that_covers_no_layer_with_statistics_is_refused():
     with pytest.raises(ValueError, match=r"'decoder.2' is no layer with running statistics.*'encoder.1', 'decoder.1'"):
         correct(network(), {"decoder.2": 2})
@@ -205,7 +215,18 @@ def test_a_shared_layer_is_corrected_once_under_any_of_its_names():
     assert restore(model)["b"][1].momentum == 0.1
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm1d(2, track_running_stats=False), nn.InstanceNorm1d(2), nn.LayerNorm(2)])
+class Own(nn.Module):
+    """A norm layer of a user's own, not derived from torch's."""
+
+    def __init__(self, tracked):
+        super().__init__()
+        self.momentum = 0.1
+        self.register_buffer(tracked, torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm1d(2, track_running_stats=False), nn.InstanceNorm1d(2), nn.LayerNorm(2), Own("window")]
+)
 def test_layers_without_running_statistics_are_left_alone(layer):
     before = dict(vars(layer))
     correct(layer)
@@ -218,15 +239,6 @@ def test_tracking_switched_off_by_hand_counts_as_untracked():
     assert correct(layer).momentum == 0.1
 
 
-class Own(nn.Module):
-    """A norm layer of a user's own, not derived from torch's."""
-
-    def __init__(self):
-        super().__init__()
-        self.momentum = 0.1
-        self.register_buffer("running_var", torch.ones(2))
-
-
 @pytest.mark.parametrize(
     "layer",
     [
@@ -234,7 +246,8 @@ class Own(nn.Module):
         nn.SyncBatchNorm(2),
         nn.LazyBatchNorm3d(),
         nn.InstanceNorm2d(2, track_running_stats=True),
-        Own(),
+        Own("running_mean"),
+        Own("running_var"),
     ],
 )
 def test_every_kind_of_layer_with_running_statistics_is_corrected(layer):
@@ -286,6 +299,18 @@ def test_the_marks_survive_conversion_to_syncbatchnorm():
     assert type(model["encoder"][1]) is nn.SyncBatchNorm
     assert momenta(correct(model, 3)) == momenta(correct(network(), 3))
     assert momenta(restore(model)) == momenta(network())
+
+
+def test_the_marks_of_several_layers_deep_in_a_model_survive_conversion_layer_by_layer():
+    norms = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    model = nn.Sequential(nn.Sequential(norms))
+    correct(model, {"0.0.0": 2, "0.0.1": 3, "0.0.2": 4})
+    correct(model, {"0.0.1": 5})
+    correct(model, {"0.0.2": 1})
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert list(momenta(model).values()) == [M2, corrected_momentum(0.1, 5), 0.1]
+    assert list(momenta(correct(model, {"0.0.0": 3})).values()) == [M3, corrected_momentum(0.1, 5), 0.1]
+    assert list(momenta(restore(model)).values()) == [0.1] * 3
 
 
 def test_a_layer_corrected_on_its_own_is_not_corrected_again_within_its_model():

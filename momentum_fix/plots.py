@@ -1,0 +1,253 @@
+"""The curves: what uncorrected passes do to the running statistics, and what the correction undoes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from momentum_fix.formula import corrected_momentum, effective_momentum
+from momentum_fix.weights import batch_weights
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, told apart with every kind of colour vision: green for corrected runs, then by passes.
+GREEN, BY_PASSES = "#009E73", ("#000000", "#E69F00", "#0072B2", "#CC79A7", "#D55E00", "#56B4E9")
+
+Curves = dict[str, tuple[list[float], list[float]]]
+
+
+def decay_data(momentum: float = 0.1, passes: Sequence[int] = (2, 3, 5), batches: int = 40) -> Curves:
+    """Give, per run, the ages (batches ago) and the weight that a batch of that age has in the running value.
+
+    The runs are "1 pass", then "k passes" uncorrected for each k, then "k passes, corrected" for the largest.
+
+    Example:
+        >>> ages, weights = decay_data(batches=2)["2 passes"]
+        >>> ages, [round(weight, 4) for weight in weights]
+        ([0.0, 1.0], [0.19, 0.1539])
+    """
+    ages = list(range(batches))
+    curves: Curves = {}
+    for label, (used, k) in _runs(momentum, passes).items():
+        weights = batch_weights(reversed(ages), used, k).batches  # the oldest batch comes first
+        curves[label] = (list(map(float, ages)), [weights[age] for age in ages])
+    return curves
+
+
+def cumulative_data(momentum: float = 0.1, passes: Sequence[int] = (2, 3, 5), batches: int = 40) -> Curves:
+    """Give, per run of `decay_data`, numbers of batches and the weight that so many newest batches have together.
+
+    Example:
+        >>> round(cumulative_data(batches=3)["1 pass"][1][-1], 3) == round(1 - 0.9**3, 3)
+        True
+    """
+    curves: Curves = {}
+    for label, (ages, weights) in decay_data(momentum, passes, batches).items():
+        curves[label] = ([age + 1 for age in ages], [sum(weights[: n + 1]) for n in range(batches)])
+    return curves
+
+
+def effective_data(passes: Sequence[int] = (1, 2, 3, 5), points: int = 51) -> Curves:
+    """Give, per number of passes, momenta from 0 to 1 and the effective momenta that they amount to.
+
+    Example:
+        >>> round(effective_data(points=11)["2 passes"][1][1], 3)
+        0.19
+    """
+    momenta = [point / (points - 1) for point in range(points)]
+    return {_count(k): (momenta, [effective_momentum(momentum, k) for momentum in momenta]) for k in passes}
+
+
+def shares_data(momentum: float = 0.1, batches: int = 8) -> Curves:
+    """Give, per order of two corrected passes a batch, the batches (1 the oldest) and their weights.
+
+    Example:
+        >>> data = shares_data(batches=2)
+        >>> [round(weight, 4) for weight in data["forward, then in reverse"][1]]  # A B B A
+        [0.0951, 0.0949]
+    """
+    forward = list(range(1, batches + 1))
+    orders = {"consecutive": sorted(forward * 2), "forward, then in reverse": forward + forward[::-1]}
+    used = corrected_momentum(momentum, 2)
+    curves: Curves = {}
+    for label, order in orders.items():
+        weights = batch_weights(order, used).batches
+        curves[label] = (list(map(float, forward)), [weights[batch] for batch in forward])
+    return curves
+
+
+def signal_data(momentum: float = 0.1, passes: int = 5, batches: int = 160, seed: int = 0) -> Curves:
+    """Give batch means (unit noise; at rest, then drifting) and the running means that three runs make of them.
+
+    The runs are "1 pass", "k passes" uncorrected, and "k passes, corrected". "true mean" is what they estimate.
+
+    Example:
+        >>> data = signal_data(passes=2)
+        >>> max(abs(a - b) for a, b in zip(data["1 pass"][1], data["2 passes, corrected"][1])) < 1e-12
+        True
+    """
+    noise, numbers = random.Random(seed), list(map(float, range(1, batches + 1)))
+    truth = [max(0.0, 0.1 * (number - batches / 2)) for number in numbers]
+    means = [value + noise.gauss(0.0, 1.0) for value in truth]
+    curves: Curves = {"batch mean": (numbers, means), "true mean": (numbers, truth)}
+    for label, (used, k) in _runs(momentum, [passes]).items():
+        value, values = 0.0, []
+        for mean in means:
+            for _ in range(k):
+                value += used * (mean - value)
+            values.append(value)
+        curves[label] = (numbers, values)
+    return curves
+
+
+def decay(
+    momentum: float = 0.1, passes: Sequence[int] = (2, 3, 5), batches: int = 31, *, ax: Axes | None = None
+) -> Axes:
+    """Draw the weight of a batch by its age: `decay_data` on `ax`, or on a new figure's axes; return the axes."""
+    ax = _axes(ax, "Uncorrected passes forget faster, corrected ones do not")
+    ax.set(xlabel="age of the batch (batches)", ylabel="weight in the running value", yscale="log", ylim=(1e-3, 0.6))
+    return _draw(ax, decay_data(momentum, passes, batches), levels=(0.02, 0.004, 0.02, 0.004), shift=(28, 22))
+
+
+def cumulative(
+    momentum: float = 0.1, passes: Sequence[int] = (2, 3, 5), batches: int = 30, *, ax: Axes | None = None
+) -> Axes:
+    """Draw the weight of the newest batches together: `cumulative_data`, on `ax` or new axes; return the axes."""
+    ax = _axes(ax, "With uncorrected passes a few batches are everything")
+    ax.set(xlabel="newest batches (batches)", ylabel="their weight together", ylim=(0, 1.05))
+    return _draw(ax, cumulative_data(momentum, passes, batches), levels=(0.66, 0.8, 0.91, 0.87), shift=(22, -24))
+
+
+def effective(passes: Sequence[int] = (1, 2, 3, 5), *, ax: Axes | None = None) -> Axes:
+    """Draw effective momentum against momentum: `effective_data`, on `ax` or new axes; return the axes."""
+    ax = _axes(ax, "k passes act like one pass with a larger momentum")
+    ax.set(xlabel="momentum of the layer (weight of the new value)", ylabel="effective momentum", ylim=(0, 1.05))
+    return _draw(ax, effective_data(passes), levels=(0.5, 0.6, 0.7, 0.8))
+
+
+def shares(momentum: float = 0.1, batches: int = 8, *, ax: Axes | None = None) -> Axes:
+    """Draw the weights of single batches for two orders: `shares_data`, on `ax` or new axes; return the axes."""
+    ax, data = _axes(ax, "Interleaved, the newest batches weigh too little"), shares_data(momentum, batches)
+    ax.set(xlabel="batch, oldest to newest (batches)", ylabel="weight in the running value")
+    ax.set_ylim(0, 1.25 * max(max(weights) for _, weights in data.values()))
+    for (label, (numbers, weights)), colour, marker in zip(data.items(), BY_PASSES[::4], "os", strict=True):
+        ax.plot(numbers, weights, color=colour, marker=marker, label=label)
+        end, side = (-1, "right") if label == "consecutive" else (0, "left")
+        _text(ax, (numbers[end], weights[end]), label, colour, (0, 14), side)
+    return ax
+
+
+def signal(
+    momentum: float = 0.1, passes: int = 5, batches: int = 160, seed: int = 0, *, ax: Axes | None = None
+) -> Axes:
+    """Draw running means of a simulated signal: `signal_data`, on `ax` or new axes; return the axes."""
+    data = signal_data(momentum, passes, batches, seed)
+    ax = _axes(ax, "Uncorrected passes lag less and carry more noise")
+    ax.set(xlabel="time (batches)", ylabel="running mean (σ of one batch mean)")
+    (numbers, means), (_, truth) = data.pop("batch mean"), data.pop("true mean")
+    ax.plot(numbers, means, ".", color="0.65", markersize=4, label="batch mean")
+    ax.plot(numbers, truth, color="0.4", linestyle="--", linewidth=1, label="true mean")
+    _draw(ax, data)
+    place, top = batches // 8, max(means)
+    for line, label in enumerate(["batch mean (dots)", "true mean (dashed)", *data]):
+        _text(
+            ax,
+            (numbers[place], top * (0.95 - 0.1 * line)),
+            label,
+            "0.4" if line < 2 else _colour(label),
+            (0, 0),
+            "left",
+        )
+    return ax
+
+
+def figure() -> Figure:
+    """Draw all the curves on one new figure and return it.
+
+    Example:
+        >>> len(figure().axes)
+        5
+    """
+    from matplotlib.figure import Figure
+
+    page = Figure(figsize=(11, 12), layout="constrained")
+    axes = page.subplot_mosaic([["decay", "cumulative"], ["effective", "shares"], ["signal", "signal"]])
+    for name, draw in _PLOTS.items():
+        draw(ax=axes[name])
+    return page
+
+
+def save(path: str | Path, page: Figure | None = None) -> None:
+    """Write a figure (all the curves, if none is given) as PNG, SVG or PDF, by the name of the file.
+
+    Raises:
+        ValueError: the name ends in something else.
+        OSError: the file cannot be written.
+    """
+    from matplotlib import rc_context
+
+    kind = Path(path).suffix.lower()
+    if kind not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"the file is {str(path)!r}, but its name must end in .png, .svg or .pdf to say what to write")
+    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(kind)
+    with rc_context({"svg.hashsalt": "momentum_fix"}):  # the same curves give the same file
+        (page or figure()).savefig(path, dpi=120, metadata=undated)
+
+
+_PLOTS: dict[str, Callable[..., Axes]] = {
+    "decay": decay,
+    "cumulative": cumulative,
+    "effective": effective,
+    "shares": shares,
+    "signal": signal,
+}
+
+
+def _runs(momentum: float, passes: Sequence[int]) -> dict[str, tuple[float, int]]:
+    """Name the runs to compare, each with the momentum of its layer and its number of passes."""
+    runs = {_count(k): (momentum, k) for k in (1, *passes)}
+    most = max(passes)
+    return runs | {f"{_count(most)}, corrected": (corrected_momentum(momentum, most), most)}
+
+
+def _count(passes: int) -> str:
+    return "1 pass" if passes == 1 else f"{passes} passes"
+
+
+def _colour(label: str) -> str:
+    return GREEN if label.endswith("corrected") else BY_PASSES[(int(label.split()[0]) - 1) % len(BY_PASSES)]
+
+
+def _axes(ax: Axes | None, title: str) -> Axes:
+    from matplotlib.figure import Figure
+
+    if ax is None:
+        ax = Figure(figsize=(6.4, 4.2), layout="constrained").subplots()
+    ax.set_title(title)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _draw(ax: Axes, curves: Curves, levels: Sequence[float] = (), shift: tuple[float, float] = (0, 0)) -> Axes:
+    """Draw each run, the corrected one as a band under "1 pass"; label it where it crosses its level, if given."""
+    for place, (label, (xs, ys)) in enumerate(curves.items()):
+        band = label.endswith("corrected")
+        width, opacity, layer = (7, 0.35, 1) if band else (1.5, 1, 2)
+        ax.plot(xs, ys, color=_colour(label), linewidth=width, alpha=opacity, zorder=layer, label=label)
+        if levels:
+            level = levels[place % len(levels)]
+            at = next((n for n, y in enumerate(ys) if (y - level) * (ys[0] - level) <= 0), len(ys) - 1)
+            at = at * 3 // 2 if band else at  # beyond the label of the line that it lies under
+            _text(ax, (xs[at], ys[at]), label, _colour(label), shift if band else (0, 0), "center")
+    return ax
+
+
+def _text(ax: Axes, point: tuple[float, float], text: str, colour: str, shift: tuple[float, float], side: Any) -> None:
+    """Write a label at a point, `shift` typographic points away, on a white ground."""
+    ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+    form: dict[str, Any] = {"ha": side, "va": "center", "fontsize": 9, "color": colour, "bbox": ground}
+    ax.annotate(text, point, xytext=shift, textcoords="offset points", **form)

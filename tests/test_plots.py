@@ -1,0 +1,167 @@
+"""The curves: their data without Matplotlib, and what is drawn of it."""
+
+import subprocess
+import sys
+
+import pytest
+from matplotlib.figure import Figure
+
+from momentum_fix import corrected_momentum, plots
+from momentum_fix.weights import batch_weights
+
+
+def drawn(ax):
+    """The curves on the axes by label."""
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines}
+
+
+PLOTS = {
+    plots.decay: lambda: plots.decay_data(batches=31),
+    plots.cumulative: lambda: plots.cumulative_data(batches=30),
+    plots.effective: plots.effective_data,
+    plots.shares: plots.shares_data,
+    plots.signal: plots.signal_data,
+}
+each_plot = pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: plot.__name__)
+
+
+def test_the_weight_of_a_batch_decays_by_one_minus_m_per_batch_and_pass():
+    data = plots.decay_data(0.1, (2, 5), batches=10)
+    assert list(data) == ["1 pass", "2 passes", "5 passes", "5 passes, corrected"]
+    for label, passes in (("1 pass", 1), ("2 passes", 2), ("5 passes", 5)):
+        ages, weights = data[label]
+        assert ages == list(range(10))
+        assert weights == pytest.approx([(1 - 0.9**passes) * 0.9 ** (passes * age) for age in ages], rel=1e-12)
+
+
+@pytest.mark.parametrize("data", [plots.decay_data, plots.cumulative_data, lambda m, p: plots.signal_data(m, p[-1])])
+def test_the_corrected_curve_lies_on_that_of_one_pass_and_the_uncorrected_do_not(data):
+    curves = data(0.1, (2, 3, 5))
+    plain, corrected = curves["1 pass"], curves["5 passes, corrected"]
+    assert corrected[0] == plain[0]
+    assert corrected[1] == pytest.approx(plain[1], rel=1e-9, abs=1e-12)
+    assert curves["5 passes"][1] != pytest.approx(plain[1], rel=1e-2)
+
+
+def test_the_cumulative_weight_is_what_the_older_batches_leave():
+    for label, passes in (("1 pass", 1), ("3 passes", 3)):
+        counts, weights = plots.cumulative_data(0.1, (3,), batches=8)[label]
+        assert counts == list(range(1, 9))
+        assert weights == pytest.approx([1 - 0.9 ** (passes * count) for count in counts], rel=1e-12)
+
+
+def test_effective_momentum_runs_from_0_to_1_above_the_diagonal():
+    data = plots.effective_data((1, 4), points=21)
+    momenta, effective = data["4 passes"]
+    assert momenta == data["1 pass"][0] == data["1 pass"][1]
+    assert (momenta[0], momenta[-1], effective[0], effective[-1]) == (0, 1, 0, 1)
+    assert effective == pytest.approx([1 - (1 - momentum) ** 4 for momentum in momenta], rel=1e-12)
+
+
+def test_the_shares_are_those_of_the_order_theorem():
+    data = plots.shares_data(0.1, batches=5)
+    used = corrected_momentum(0.1, 2)
+    numbers, weights = data["consecutive"]
+    assert numbers == [1, 2, 3, 4, 5]
+    assert weights == pytest.approx([0.1 * 0.9 ** (5 - number) for number in numbers], rel=1e-12)
+    expected = list(batch_weights([1, 2, 3, 4, 5, 5, 4, 3, 2, 1], used).batches.values())
+    assert data["forward, then in reverse"][1] == pytest.approx(expected, rel=1e-12)
+    assert sum(weights) == pytest.approx(sum(data["forward, then in reverse"][1]), rel=1e-12)
+
+
+def test_the_signal_shows_more_noise_and_less_lag_without_correction():
+    data = plots.signal_data(0.1, 5, batches=40_000)
+    half, (_, truth) = 20_000, data["true mean"]
+    noise, lag = {}, {}
+    for label in ("1 pass", "5 passes"):
+        values = data[label][1]
+        noise[label] = sum(value**2 for value in values[100:half]) / (half - 100)
+        lag[label] = sum(true - value for true, value in zip(truth[30_000:], values[30_000:], strict=True)) / 10_000
+    assert noise["5 passes"] / noise["1 pass"] == pytest.approx(4.89, rel=0.15)  # about 1,000 independent values
+    assert lag["1 pass"] == pytest.approx(0.1 * 9, abs=0.1)
+    assert lag["5 passes"] == pytest.approx(0.1 * 1.44, abs=0.1)
+
+
+def test_a_signal_is_the_same_for_the_same_seed_only():
+    assert plots.signal_data(seed=3) == plots.signal_data(seed=3) != plots.signal_data(seed=4)
+
+
+@each_plot
+def test_a_plot_draws_its_data(plot):
+    assert drawn(plot()) == {label: (pytest.approx(xs), pytest.approx(ys)) for label, (xs, ys) in PLOTS[plot]().items()}
+
+
+@each_plot
+def test_a_plot_says_what_is_seen_labels_its_axes_and_names_every_curve(plot):
+    ax = plot()
+    assert len(ax.get_title()) > 20
+    texts = " ".join(text.get_text() for text in ax.texts)
+    assert all(label in texts for label in drawn(ax))
+    assert ax.get_ylabel()
+    assert "(batches)" in ax.get_xlabel() or plot is plots.effective  # that one has no batches
+    assert ax.get_legend() is None
+
+
+@each_plot
+def test_a_plot_goes_where_it_is_told_and_else_on_a_figure_of_its_own(plot):
+    ax = Figure().subplots()
+    assert plot(ax=ax) is ax
+    assert ax.lines
+    assert plot().figure is not plot().figure
+
+
+def assert_legible(page):
+    """No label on another, none outside its axes, no title wider than them allows."""
+    page.draw_without_rendering()
+    for ax in page.axes:
+        box, title = ax.get_window_extent(), ax.title.get_window_extent()
+        assert page.bbox.x0 <= title.x0
+        assert title.width <= 1.1 * box.width
+        extents = [text.get_window_extent() for text in ax.texts]
+        assert all(box.x0 <= one.x0 and one.x1 <= box.x1 and box.y0 <= one.y0 and one.y1 <= box.y1 for one in extents)
+        for number, one in enumerate(extents):
+            assert not any(one.overlaps(other) for other in extents[:number])
+
+
+@each_plot
+def test_labels_lie_inside_the_axes_and_on_no_other(plot):
+    assert_legible(plot().figure)
+
+
+def test_the_figure_of_all_curves_is_as_legible():
+    page = plots.figure()
+    assert len(page.axes) == 5
+    assert_legible(page)
+
+
+@pytest.mark.parametrize("curves", [plots.decay, plots.cumulative, plots.effective])
+def test_curves_have_different_colours(curves):
+    colours = [line.get_color() for line in curves().lines]
+    assert len(set(colours)) == len(colours)
+
+
+@pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.PDF", b"%PDF")])
+def test_save_writes_the_kind_that_the_name_says(tmp_path, name, start):
+    plots.save(tmp_path / name, plots.effective().figure)
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
+def test_the_same_curves_give_the_same_file(tmp_path):
+    for name in ("a.svg", "b.svg"):
+        plots.save(tmp_path / name, plots.shares().figure)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["curves.gif", "curves"])
+def test_another_kind_of_file_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"must end in \.png, \.svg or \.pdf"):
+        plots.save(tmp_path / name)
+
+
+def test_the_module_and_the_data_load_no_matplotlib_and_the_plots_load_no_pyplot():
+    program = (
+        "import sys; from momentum_fix import plots; plots.decay_data(); plots.signal_data();"
+        "assert 'matplotlib' not in sys.modules; plots.decay(); assert 'matplotlib' in sys.modules;"
+        "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)

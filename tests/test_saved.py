@@ -1,0 +1,358 @@
+"""audit: counters in models and files tell how often layers were updated, and no file can do harm."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from momentum_fix import audit, correct, corrected_momentum, effective_momentum
+from momentum_fix.__main__ import main
+from momentum_fix.saved import UnreadableError
+from twins import batches, non_reentrant, plainly, train
+
+
+def network():
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Tanh()),
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.InstanceNorm2d(4, track_running_stats=True), nn.Tanh()),
+    )
+
+
+def step(model, x, ckpt):
+    ckpt(model[1], model[0](x.requires_grad_())).sum().backward()
+
+
+def trained(ckpt=non_reentrant, steps=5):
+    return train(network(), step, batches(steps, 4, 3, 4, 4), ckpt)
+
+
+def counters(**counts):
+    """Make a state dict with a norm layer for each count."""
+    state = {}
+    for name, count in counts.items():
+        state[f"{name}.running_mean"] = torch.zeros(4)
+        state[f"{name}.num_batches_tracked"] = count if isinstance(count, torch.Tensor) else torch.tensor(count)
+    return state
+
+
+def found(source, **options):
+    return {row.layer: row.passes for row in audit(source, **options).rows}
+
+
+def save_sharded(state, directory):
+    """Save a state dict as two safetensors files and their index."""
+    names = list(state)
+    weight_map = {}
+    for i, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :])):
+        file = f"model-{i}.safetensors"
+        save_file({name: state[name] for name in part}, directory / file)
+        weight_map.update(dict.fromkeys(part, file))
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    return index
+
+
+def save_whole(state, directory):
+    torch.save(state, directory / "model.pth")
+    return directory / "model.pth"
+
+
+def save_legacy(state, directory):
+    torch.save(state, directory / "model.bin", _use_new_zipfile_serialization=False)
+    return directory / "model.bin"
+
+
+def save_safetensors(state, directory):
+    save_file(state, directory / "model.safetensors")
+    return directory / "model.safetensors"
+
+
+SAVERS = [save_whole, save_legacy, save_safetensors, save_sharded]
+
+
+def test_a_model_that_was_checkpointed_is_told_from_one_that_was_not():
+    recomputed, plain = trained(non_reentrant), trained(plainly)
+    assert found(recomputed) == found(recomputed, steps=5) == {"0.1": 1, "1.1": 2, "1.2": None}
+    assert found(plain) == {"0.1": 1, "1.1": 1, "1.2": None}
+    assert [row.layer for row in audit(recomputed).recomputed] == ["1.1"]
+    assert audit(plain).recomputed == ()
+
+
+def test_the_numbers_follow_from_the_passes():
+    _, row, uncounted = audit(trained(), momentum=0.5).rows
+    assert (row.batches, row.steps, row.inferred) == (10, 5, True)
+    assert row.effective_momentum == effective_momentum(0.1, 2)  # a model's own momentum counts
+    assert row.corrected == corrected_momentum(0.1, 2)
+    assert row.variance_ratio == pytest.approx((0.19 / 1.81) / (0.1 / 1.9))
+    assert uncounted.note == "counter is 0: never updated, or a layer that does not count (InstanceNorm)"
+    _, row, _ = audit(trained().state_dict(), steps=5, momentum=0.5).rows
+    assert (row.inferred, row.effective_momentum, row.corrected) == (False, 0.75, corrected_momentum(0.5, 2))
+
+
+def test_a_corrected_model_is_recomputed_but_effectively_right():
+    model = train(correct(network()), step, batches(5, 4, 3, 4, 4), non_reentrant)
+    _, row, _ = audit(model).rows
+    assert row.passes == 2
+    assert row.effective_momentum == pytest.approx(0.1, rel=1e-15)
+    assert row.variance_ratio == pytest.approx(1)
+    assert row.corrected == corrected_momentum(0.1, 2)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.0, 1.0])
+def test_a_momentum_that_passes_cannot_change_gives_no_ratio_or_one(momentum):
+    _, row = audit(counters(a=5, b=10), momentum=momentum).rows
+    assert row.effective_momentum == row.corrected == momentum
+    assert row.variance_ratio == (1.0 if momentum else None)
+
+
+@pytest.mark.parametrize("save", SAVERS)
+def test_every_format_gives_what_the_state_dict_gives(save, tmp_path):
+    state = trained().state_dict()
+    file = save(state, tmp_path)
+    rows = audit(file).rows
+    assert {row.source for row in rows} == {str(file)}
+    assert sorted((row.layer, row.batches, row.passes) for row in rows if row.passes) == [("0.1", 5, 1), ("1.1", 10, 2)]
+    assert found(tmp_path) == found(str(file)) == found(file)
+
+
+def test_a_whole_training_checkpoint_is_searched_and_each_state_dict_is_judged_by_itself(tmp_path):
+    checkpoint = {
+        "epoch": 3,
+        "model": counters(a=5, b=10),
+        "optimizer": {"state": [{"step": 5}], "lr": 0.1},
+        "extra": [counters(a=7, b=7)],
+    }
+    checkpoint["itself"] = checkpoint
+    assert found(checkpoint) == {"model/a": 1, "model/b": 2, "extra/0/a": 1, "extra/0/b": 1}
+    del checkpoint["itself"]
+    torch.save(checkpoint, tmp_path / "run.ckpt")
+    assert found(tmp_path / "run.ckpt") == found(checkpoint)
+
+
+def test_deep_and_repeated_containers_are_walked_once():
+    tree = counters(a=5, b=10)
+    for _ in range(3000):
+        tree = [tree, tree]
+    assert list(found({"tree": tree}).values()) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("counter", "note"),
+    [
+        (torch.tensor(-3), "counter is -3, which no training can have counted"),
+        (torch.tensor(2**62), "counter is 4611686018427387904, which no training can have counted"),
+        (torch.tensor(99.5), "counter is 99.5, not a whole number"),
+        (torch.tensor(float("nan")), "counter is nan, not a whole number"),
+        (torch.tensor(float("inf")), "counter is inf, not a whole number"),
+        (torch.tensor(True), "counter is of type bool, not a whole number"),
+        (torch.tensor([1, 2]), "counter has shape (2,)"),
+        (torch.tensor(5, device="meta"), "counter has no value"),
+    ],
+)
+def test_a_counter_that_cannot_be_one_is_named_and_the_others_are_read(counter, note):
+    first, second, third = audit(counters(bad=counter, a=5, b=15)).rows
+    assert (first.passes, first.note) == (None, note)
+    assert (second.passes, third.passes) == (1, 3)
+
+
+def test_counters_that_are_missing_plain_or_of_another_type_are_told_apart():
+    state = {**counters(a=torch.tensor([4.0], dtype=torch.float16), b=8), "old.running_var": torch.ones(2)}
+    state["text.num_batches_tracked"] = "many"
+    state["plain.num_batches_tracked"] = 12
+    rows = {row.layer: row for row in audit(state).rows}
+    assert {name: row.passes for name, row in rows.items()} == {"a": 1, "b": 2, "old": None, "text": None, "plain": 3}
+    assert rows["old"].note == "no counter"
+    assert rows["text"].note == "counter is of type str, not a whole number"
+
+
+def test_passes_need_not_be_whole_and_may_be_fewer_than_one():
+    rows = {row.layer: row for row in audit(counters(a=50, b=100, c=150), steps=100).rows}
+    assert {name: row.passes for name, row in rows.items()} == {"a": Fraction(1, 2), "b": 1, "c": Fraction(3, 2)}
+    assert rows["a"].note == "updated in fewer steps than were given"
+    assert rows["a"].corrected == 0.1
+    assert rows["c"].corrected == pytest.approx(1 - 0.9 ** (2 / 3), rel=1e-15)
+    assert rows["c"].effective_momentum == pytest.approx(1 - 0.9**1.5, rel=1e-15)
+
+
+def test_the_verdict_says_what_was_found_and_what_was_inferred():
+    assert str(audit(counters(a=5, b=10))).startswith(
+        "Recomputation found: 1 of 2 layers were updated more than once per step; the steps are inferred from"
+    )
+    assert str(audit(counters(a=5, b=10), steps=5)).startswith(
+        "Recomputation found: 1 of 2 layers were updated more than once per step.\n"
+    )
+    assert str(audit(counters(a=5, b=5))).startswith("Nothing found: none of 2 layers has counted more batches than")
+    assert str(audit(counters(a=5, b=5), steps=5)).startswith("Clean: none of 2 layers")
+    assert str(audit({})) == "Nothing to judge: no layer with running statistics has counted a batch."
+    assert str(audit(nn.Linear(1, 1))) == str(audit({}))
+
+
+def test_the_table_reads_well():
+    assert str(audit({**counters(a=5, bb=10), "c.running_var": torch.ones(1)}, steps=5)).splitlines()[2:] == [
+        "layer  batches  passes  effective momentum  variance ratio  set momentum  note",
+        "a      5        1       0.1                 1.00            0.1",
+        "bb     10       2       0.19                1.99            0.0513167",
+        "c      -        -       -                   -               -             no counter",
+    ]
+    assert "(the model)  5 " in str(audit({"num_batches_tracked": torch.tensor(5)}))
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_fewer_than_one_step_is_refused(steps):
+    with pytest.raises(ValueError, match=f"steps is {steps}, but must be an integer of at least 1"):
+        audit({}, steps=steps)
+
+
+@pytest.mark.parametrize("steps", [1.5, True, "5"])
+def test_steps_that_are_no_integer_are_a_type_error(steps):
+    with pytest.raises(TypeError, match=f"steps is {steps!r}, but must be an integer of at least 1"):
+        audit({}, steps=steps)
+
+
+def test_a_wrong_momentum_or_source_is_refused():
+    with pytest.raises(ValueError, match=r"momentum is 1\.5"):
+        audit({}, momentum=1.5)
+    with pytest.raises(TypeError, match="source is a int, but must be a model, a state dict or a path"):
+        audit(3)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def write_bad_files(directory):
+    """Write files that cannot be read; give for each a part of the sentence that says why."""
+    good = save_whole(trained().state_dict(), directory).read_bytes()
+    legacy = save_legacy(trained().state_dict(), directory).read_bytes()
+    safe = save_safetensors(trained().state_dict(), directory).read_bytes()
+    torch.save({"x": Harmful()}, directory / "harmful.pt")
+    torch.save({"x": Harmful()}, directory / "harmful_legacy.pt", _use_new_zipfile_serialization=False)
+    (directory / "harmful_pickle.bin").write_bytes(pickle.dumps(Harmful()))
+    torch.save(network(), directory / "whole_model.pt")
+    (directory / "empty.pt").touch()
+    (directory / "truncated.pt").write_bytes(good[: len(good) // 2])
+    (directory / "truncated_legacy.pt").write_bytes(legacy[: len(legacy) // 2])
+    (directory / "truncated.safetensors").write_bytes(safe[: len(safe) // 2])
+    (directory / "foreign.bin").write_bytes(b"hello, I am no checkpoint")
+    (directory / "foreign.safetensors").write_bytes(b"\xff" * 64)
+    (directory / "not.index.json").write_text("[]")
+    (directory / "broken.index.json").write_text("{")
+    (directory / "outside.index.json").write_text(json.dumps({"weight_map": {"a.running_mean": "../model.pth"}}))
+    (directory / "lost.index.json").write_text(json.dumps({"weight_map": {"a.running_mean": "lost.safetensors"}}))
+    return {
+        "harmful.pt": "nothing in it was executed",
+        "harmful_legacy.pt": "nothing in it was executed",
+        "harmful_pickle.bin": "nothing in it was executed",
+        "whole_model.pt": "model.state_dict()",
+        "empty.pt": "is empty",
+        "truncated.pt": "is damaged or no checkpoint",
+        "truncated_legacy.pt": "is damaged or no checkpoint",
+        "truncated.safetensors": "is damaged or no checkpoint",
+        "foreign.bin": "is damaged or no checkpoint",
+        "foreign.safetensors": "is damaged or no checkpoint",
+        "not.index.json": "is no index of shards",
+        "broken.index.json": "is no index of shards",
+        "outside.index.json": "names shards outside its own directory",
+        "lost.index.json": "cannot be read (No such file",
+    }
+
+
+def test_each_bad_file_is_one_clear_sentence_nothing_is_executed_and_the_others_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bad = write_bad_files(tmp_path)
+    for name, reason in bad.items():
+        with pytest.raises(UnreadableError) as caught:
+            audit(tmp_path / name)
+        assert str(caught.value).startswith(f"{tmp_path / name}: ")
+        assert reason in str(caught.value)
+        assert "\n" not in str(caught.value)
+    result = audit(tmp_path)
+    assert {Path(file).name for file in result.errors} == set(bad)
+    assert {Path(row.source).name for row in result.rows} == {"model.pth", "model.bin", "model.safetensors"}
+    assert not (tmp_path / "harm").exists()
+    torch.load(tmp_path / "harmful.pt", weights_only=False)  # the file is harmful indeed
+    assert (tmp_path / "harm").exists()
+
+
+def test_a_missing_file_and_a_directory_without_checkpoints_are_refused(tmp_path):
+    with pytest.raises(UnreadableError, match=r"nowhere\.pt: cannot be read \(No such file"):
+        audit(tmp_path / "nowhere.pt")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UnreadableError, match=r"holds no file that ends in \.pt, \.pth"):
+        audit(tmp_path)
+
+
+def test_a_large_file_is_not_read_into_memory(tmp_path):
+    state = {**counters(a=5, b=10), "weight": torch.zeros(100_000_000, dtype=torch.uint8)}
+    torch.save(state, tmp_path / "large.pt")
+    code = (
+        "import resource, sys; from momentum_fix import audit; import torch\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "audit(sys.argv[1]) if len(sys.argv) > 2 else torch.load(sys.argv[1], weights_only=True)['weight'].sum()\n"
+        "print(peak())"
+    )
+
+    def peak(*arguments):
+        run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        return int(run.stdout) * 1024
+
+    large = str(tmp_path / "large.pt")
+    assert peak(large) - peak(large, "audit") > 80_000_000
+
+
+# The shell.
+
+
+def test_the_exit_status_tells_clean_found_and_unreadable(tmp_path, capsys):
+    clean, bad = tmp_path / "clean.pt", tmp_path / "bad.pt"
+    torch.save(counters(a=5, b=5), clean)
+    bad.touch()
+    recomputed = tmp_path / "recomputed.pt"
+    torch.save(counters(a=5, b=10), recomputed)
+    assert main(["audit", str(clean)]) == 0
+    assert main(["audit", str(clean), str(recomputed)]) == 1
+    assert main(["audit", str(clean), str(bad), str(recomputed)]) == 2
+    assert main(["audit", str(tmp_path)]) == 2
+    assert main(["audit", str(clean), "--steps", "2"]) == 1
+    out = capsys.readouterr().out
+    assert f"{bad}: is empty" in out
+    assert "Recomputation found: 1 of 4 layers" in out
+
+
+def test_json_is_for_programs(tmp_path, capsys):
+    torch.save(counters(a=5, b=10), tmp_path / "model.pt")
+    assert main(["audit", str(tmp_path / "model.pt"), "--json", "--momentum", "0.5", "--steps", "5"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert (result["recomputed"], result["errors"]) == (1, {})
+    assert result["verdict"].startswith("Recomputation found: 1 of 2")
+    assert result["layers"][1] == {
+        "source": str(tmp_path / "model.pt"),
+        "layer": "b",
+        "batches": 10,
+        "steps": 5,
+        "inferred": False,
+        "passes": 2.0,
+        "effective_momentum": 0.75,
+        "variance_ratio": pytest.approx(1.8),
+        "corrected": corrected_momentum(0.5, 2),
+        "note": "",
+    }
+
+
+def test_an_empty_directory_and_wrong_numbers_are_one_line_and_status_2(tmp_path, capsys):
+    assert main(["audit", str(tmp_path)]) == 2
+    assert "holds no file that ends in" in capsys.readouterr().out
+    assert main(["audit", str(tmp_path / "x.pt"), "--steps", "0"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "momentum-fix audit: steps is 0, but must be an integer of at least 1, or None to infer it\n"
+    )
