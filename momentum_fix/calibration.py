@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -97,8 +98,9 @@ def calibrate(model: nn.Module) -> Iterator[Report]:
 
     Layers with one pass per batch, without running statistics, in evaluation mode or with `momentum=None` are
     left alone; a layer that did not run is reported and left alone. Calibrate again when the model, its
-    checkpointing or its compilation changes. Momentum is not in a state dict: keep `report.passes` and hand it
-    to `correct` when you rebuild the model.
+    checkpointing or its compilation changes. Momentum is not in a state dict: keep `report.passes` and hand it to
+    `correct` when you rebuild the model. In a distributed run every rank has to calibrate, and the same step: ranks
+    whose models have the same layers exchange what they have counted, and set the same momentum.
 
     Args:
         model: any module; every layer below it that tracks running statistics is watched.
@@ -109,6 +111,8 @@ def calibrate(model: nn.Module) -> Iterator[Report]:
     Raises:
         ValueError: a layer's momentum is outside 0 to 1, or `update_once` covers the layer (on entry; the model
             is left as it was).
+        RuntimeError: the ranks of a distributed run have counted different passes (on leaving the block; no
+            momentum is changed).
 
     Warns:
         UserWarning: only the decay could be corrected, or passes could not be counted.
@@ -158,7 +162,7 @@ def calibrate(model: nn.Module) -> Iterator[Report]:
             if layer.momentum is momentum:
                 layer.momentum = before[layer]
 
-    found = {names[layer][0]: count.finding(backwards > 0) for layer, count in counts.items()}
+    found = _agreed({names[layer][0]: count.finding(backwards > 0) for layer, count in counts.items()})
     _warn({name: note for name, (_, note) in found.items()})
     uncorrected = {names[layer][0]: uncorrected_momentum(model, layer, names[layer]) for layer in names}
     correct(model, {name: passes for name, (passes, _) in found.items() if passes is not None})
@@ -168,6 +172,33 @@ def calibrate(model: nn.Module) -> Iterator[Report]:
     )
 
 
+Findings: TypeAlias = dict[str, tuple[Passes | None, str]]  # by layer: passes, and what there is to say about them
+
+
+def _agreed(found: Findings) -> Findings:
+    """In a distributed run, give the passes that any rank has counted; raise if ranks have counted differently.
+
+    Ranks whose layers have other names hold other models (stages of a pipeline) and have nothing to agree on.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return found
+    everyone: list[Findings] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    alike = {rank: its for rank, its in enumerate(everyone) if its.keys() == found.keys()}
+    agreed = {}
+    for name, mine in found.items():
+        by_rank = {rank: its[name][0] for rank, its in alike.items() if its[name][0] is not None}
+        if len(set(by_rank.values())) > 1:
+            counted = ", ".join(f"{passes} on rank {rank}" for rank, passes in by_rank.items())
+            raise RuntimeError(
+                f"the ranks have counted different passes in layer {name!r}: {counted}. No momentum is right for all: "
+                "run the same checkpointing on every rank, or use update_once(model)"
+            )
+        agreed[name] = mine if mine[0] is not None or not by_rank else (next(iter(by_rank.values())), _OTHER_RANK)
+    return agreed
+
+
+_OTHER_RANK = "as counted on another rank"
 _NOT_CONSECUTIVE = "only the decay is right: the passes of a batch do not follow one another, or their number varies"
 _UNCOUNTED = "not corrected: updated in compiled code that counts neither batches nor calls"
 _EXACT = "; exact: `restore(model)`, then `update_once(model)`"

@@ -1,15 +1,23 @@
-"""Two processes under DistributedDataParallel: the statistics of the same run without checkpointing."""
+"""Two processes: under every wrapper the statistics are those of the same distributed run without checkpointing."""
 
 import copy
+import functools
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
 
-from momentum_fix import calibrate, correct, corrected_momentum
-from twins import batches, deviation, momenta, non_reentrant, plainly, same_path, train
+from momentum_fix import calibrate, correct, corrected_momentum, update_once
+from twins import batches, deviation, momenta, non_reentrant, plainly, same_path, statistics, train
+
+BOTH = {"outer.1": 2, "inner.1": 3}
+ROUNDING = 1e-12
 
 
 class Net(nn.Module):
@@ -29,36 +37,165 @@ def step(model, x, _):
     model(x).square().sum().backward()
 
 
-def run(model, data, ckpt):
-    model.module.ckpt = ckpt
-    return train(model, step, data, ckpt)
-
-
-def worker(rank, file):
+def enter(rank, file, check):
+    """Set one process up and run the check in it."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     torch.manual_seed(0)
-    net = Net()
-    data = batches(4, 4, 3, 4, 4, seed=rank)
-    truth, uncorrected, corrected, calibrated = (DistributedDataParallel(copy.deepcopy(net)) for _ in range(4))
-    run(truth, data, plainly)
-    run(uncorrected, data, non_reentrant)
-    run(correct(corrected, {"module.outer": 2, "module.inner": 3}), data, non_reentrant)
-    with calibrate(calibrated) as report:
-        run(calibrated, data[:1], non_reentrant)
-    run(calibrated, data[1:], non_reentrant)
-    assert report.passes == {"module.outer.1": 2, "module.inner.1": 3}
-    assert momenta(calibrated) == {
-        f"module.{name}.1": corrected_momentum(0.1, k) for name, k in (("outer", 2), ("inner", 3))
-    }
-    for model in (uncorrected, corrected, calibrated):
-        assert same_path(model, truth)
-    assert deviation(uncorrected, truth) > 1e-3
-    assert deviation(corrected, truth) < 1e-12
-    assert deviation(calibrated, truth) < 1e-12
+    check(rank)
     dist.destroy_process_group()
 
 
-def test_two_ranks_get_the_statistics_of_the_uncheckpointed_distributed_run(tmp_path):
-    mp.spawn(worker, args=(tmp_path / "rendezvous",), nprocs=2)
+def on_two_ranks(check, tmp_path):
+    mp.spawn(enter, args=(tmp_path / "rendezvous", check), nprocs=2)
+
+
+def run_every_method(wrap, rank, prefix=""):
+    """Train the wrapped network with each method and compare it with the wrapped, uncheckpointed one."""
+    data = batches(4, 4, 3, 4, 4, seed=rank)
+    net = Net()
+
+    def made(ckpt):
+        wrapped = wrap(copy.deepcopy(net))
+        next(module for module in wrapped.modules() if isinstance(module, Net)).ckpt = ckpt
+        return wrapped
+
+    def run(model, part=data):
+        return train(model, step, part, None)
+
+    truth, uncorrected = run(made(plainly)), run(made(non_reentrant))
+    passes = {prefix + name: k for name, k in BOTH.items()}
+    corrected = run(correct(made(non_reentrant), passes))
+    calibrated = made(non_reentrant)
+    with calibrate(calibrated) as report:
+        run(calibrated, data[:1])
+    run(calibrated, data[1:])
+    once = made(non_reentrant)
+    update_once(once)
+    run(once)
+    assert report.passes == passes
+    assert momenta(calibrated) == {name: corrected_momentum(0.1, k) for name, k in passes.items()}
+    assert deviation(uncorrected, truth) > 1e-3
+    assert deviation(corrected, truth) < ROUNDING
+    assert deviation(calibrated, truth) < ROUNDING
+    assert deviation(once, truth) == 0
+    return truth, uncorrected, corrected, calibrated, once
+
+
+def check_ddp(rank):
+    truth, *others = run_every_method(DistributedDataParallel, rank, "module.")
+    assert all(same_path(model, truth) for model in others)
+
+
+def shard(model):
+    fully_shard(model.outer)
+    fully_shard(model.inner)
+    return fully_shard(model)
+
+
+def check_fsdp2(rank):
+    run_every_method(shard, rank)
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.outer, self.inner = Net().outer, Net().inner
+
+    def forward(self, x):
+        return self.inner(self.outer(x))
+
+
+def check_torchs_own_checkpointing(rank):
+    data = batches(4, 4, 3, 4, 4, seed=rank)
+    net = Plain()
+    wrap = functools.partial(apply_activation_checkpointing, check_fn=lambda module: isinstance(module, nn.Sequential))
+    ends = []
+    for checkpointed, method in ((False, None), (True, None), (True, calibrate), (True, update_once)):
+        model = copy.deepcopy(net)
+        if checkpointed:
+            wrap(model)
+        model = DistributedDataParallel(model)
+        if method is update_once:
+            update_once(model)
+        if method is calibrate:
+            with calibrate(model) as report:
+                train(model, step, data[:1], None)
+            assert set(report.values()) == {2}
+        train(model, step, data[1 if method is calibrate else 0 :], None)
+        ends.append(list(statistics(model).values()))
+    truth, uncorrected, calibrated, once = ends
+    assert all(not torch.allclose(mine, true, rtol=1e-3) for mine, true in zip(uncorrected, truth, strict=True))
+    torch.testing.assert_close(calibrated, truth, rtol=ROUNDING, atol=ROUNDING)
+    assert all(torch.equal(mine, true) for mine, true in zip(once, truth, strict=True))
+
+
+def check_agreement(rank):
+    (x,) = batches(1, 4, 3, 4, 4, seed=rank)
+    model = Net()
+    model.ckpt = non_reentrant if rank == 0 else plainly
+    with pytest.raises(RuntimeError, match=r"layer 'outer\.1': 2 on rank 0, 1 on rank 1"), calibrate(model):
+        step(model, x, None)
+    assert set(momenta(model).values()) == {0.1}
+
+    model = Net()  # a layer that only one rank has run
+    with calibrate(model) as report:
+        non_reentrant(model.outer, x.requires_grad_()).sum().backward()
+        if rank == 0:
+            non_reentrant(model.inner, x).sum().backward()
+    assert report.passes == {"outer.1": 2, "inner.1": 2}
+    assert set(momenta(model).values()) == {corrected_momentum(0.1, 2)}
+    assert report.rows[1].note == ("" if rank == 0 else "as counted on another rank")
+
+    stage = nn.Sequential(nn.BatchNorm2d(3), nn.Tanh()) if rank == 0 else Net().inner  # parts of a pipeline
+    with calibrate(stage) as report:
+        (non_reentrant if rank == 0 else plainly)(stage, x).sum().backward()
+    assert report.passes == ({"0": 2} if rank == 0 else {"1": 1})
+
+
+class Stage(nn.Module):
+    def __init__(self, ckpt):
+        super().__init__()
+        self.block, self.ckpt = Net().outer, ckpt
+
+    def forward(self, x):
+        return self.ckpt(self.block, x)
+
+
+def check_pipelines(rank):
+    """Two stages, four micro-batches: what their schedules make of the statistics of each stage."""
+    data = batches(3, 8, 3, 4, 4)
+    found = {}
+    for schedule_of in (ScheduleGPipe, Schedule1F1B):
+        for name, ckpt in (
+            ("truth", plainly),
+            ("nothing", non_reentrant),
+            ("correct", non_reentrant),
+            ("once", non_reentrant),
+        ):
+            torch.manual_seed(rank)
+            module = Stage(ckpt)
+            if name == "correct":
+                correct(module, 2)
+            if name == "once":
+                update_once(module)
+            part = torch.empty(2, 3, 4, 4, requires_grad=True)  # else a trial forward finds the shapes, and counts
+            stage = PipelineStage(module, rank, 2, torch.device("cpu"), input_args=part, output_args=part)
+            schedule = schedule_of(stage, n_microbatches=4, loss_fn=lambda y, _: y.square().sum())
+            for x in data:
+                schedule.step(x) if rank == 0 else schedule.step(target=x)
+            found[schedule_of.__name__, name] = module
+    for kind in ("ScheduleGPipe", "Schedule1F1B"):
+        truth = found[kind, "truth"]
+        assert deviation(found[kind, "nothing"], truth) > 1e-3
+        assert deviation(found[kind, "once"], truth) == 0
+        consecutive = kind == "Schedule1F1B" and rank == 1  # the last stage runs each micro-batch back at once
+        assert (deviation(found[kind, "correct"], truth) < ROUNDING) == consecutive
+
+
+@pytest.mark.parametrize(
+    "check", [check_ddp, check_fsdp2, check_torchs_own_checkpointing, check_agreement, check_pipelines]
+)
+def test_two_ranks(check, tmp_path):
+    on_two_ranks(check, tmp_path)
