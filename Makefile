@@ -2,32 +2,36 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint paper clean
+.PHONY: help demo test lint paper benchmarks clean
 help:
 	@echo "make demo   set everything up and run the demonstration on a real 3-D network (a few minutes)"
 	@echo "make test   set everything up and run all the tests"
 	@echo "make lint   formatting, lint and types"
 	@echo "make paper  compute the paper's numbers, draw its figures, build build/paper.html"
+	@echo "make benchmarks  measure the costs and write docs/benchmarks.md and its picture (half an hour)"
 	@echo "make clean  remove .venv and caches"
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/with-%: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
 	touch $@
 
-demo: .venv/installed
+demo: .venv/with-demo
 	$(BIN)/python -m momentum_fix demo
 
-test: .venv/installed
+test: .venv/with-dev
 	$(BIN)/python -m pytest --numprocesses 2
 
-lint: .venv/installed
+lint: .venv/with-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-paper: .venv/installed
+paper: .venv/with-dev
 	$(BIN)/python paper.py
+
+benchmarks: .venv/with-benchmarks
+	$(BIN)/python benchmarks/run.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants

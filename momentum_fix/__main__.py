@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import momentum_fix
+from momentum_fix.tables import show
 
 EXAMPLES = """\
 examples:
@@ -83,18 +84,25 @@ def audit(arguments: argparse.Namespace) -> int:
         except saved.UnreadableError as error:
             errors[str(file)] = str(error)
     found = saved.Audit(tuple(rows), errors)
-    print(json.dumps(found.as_json(), indent=2) if arguments.json else found)
+    if arguments.json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        print(found.verdict)
+        for source, cells in found.tables():
+            print(f"\n{source}")
+            show(cells)
+        print(*found.errors.values(), sep="\n")
     return 2 if found.errors else 1 if found.recomputed else 0
 
 
 def _with_progress(files: Sequence[Path]) -> Iterable[Path]:
     """Show a bar where there is a terminal to show it on, several files, and a library to draw it."""
-    if len(files) < 2 or not sys.stderr.isatty() or find_spec("tqdm") is None:
+    if len(files) < 2 or not sys.stderr.isatty() or find_spec("rich") is None:
         return files
-    from tqdm import tqdm
+    from rich.console import Console
+    from rich.progress import track
 
-    bar: Iterable[Path] = tqdm(files, desc="auditing", unit="file")
-    return bar
+    return track(files, "auditing", console=Console(stderr=True))
 
 
 def demo(arguments: argparse.Namespace) -> int:
@@ -103,8 +111,12 @@ def demo(arguments: argparse.Namespace) -> int:
         from momentum_fix import demo
     except ModuleNotFoundError as error:
         raise ImportError(f"the demonstration needs {error.name}: pip install 'momentum-fix[demo]'") from None
+    if not arguments.output.parent.is_dir():
+        raise ValueError(f"the picture cannot be written to {str(arguments.output)!r}: there is no such folder")
     outcome = demo.train(arguments.steps)
-    print(demo.table(outcome))
+    print(demo.heading(outcome))
+    show(demo.table(outcome))
+    print(demo.conclusion(outcome))
     demo.picture(outcome, arguments.output)
     print(f"Picture: {arguments.output}")
     return 0 if outcome.same_path else 1

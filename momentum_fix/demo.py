@@ -10,12 +10,13 @@ import torch
 from matplotlib.figure import Figure
 from monai.networks.nets.unet import CheckpointUNet, UNet
 from nilearn.datasets import load_mni152_brain_mask, load_mni152_template
+from rich.console import Console
+from rich.progress import track
 from torch import nn
-from tqdm import tqdm
 
 from momentum_fix.calibration import Row, calibrate
 from momentum_fix.layers import NormLayer, tracked_layers
-from momentum_fix.tables import aligned, number
+from momentum_fix.tables import number
 
 _BATCH = 2
 
@@ -62,7 +63,7 @@ def train(steps: int = 40, size: int = 48, channels: tuple[int, ...] = (16, 32, 
         torch.autograd.backward(nn.functional.binary_cross_entropy_with_logits(net(scan), brain))
         optimizer.step()
 
-    for number_of_step in tqdm(range(steps), desc="training three networks", unit="step", mininterval=1):
+    for number_of_step in track(range(steps), "training three networks", console=Console(stderr=True)):
         scan, brain = next(patches)
         for net, optimizer in zip(networks, optimizers, strict=True):
             if net is calibrated and number_of_step == 0:
@@ -86,28 +87,33 @@ def train(steps: int = 40, size: int = 48, channels: tuple[int, ...] = (16, 32, 
     )
 
 
-def table(outcome: Outcome) -> str:
-    """Lay the outcome out: a row a layer, and what follows from it."""
+def heading(outcome: Outcome) -> str:
+    """Say what was run."""
+    return f"MONAI CheckpointUNet beside UNet, {outcome.steps} steps on the MNI152 brain, float64:\n"
+
+
+def table(outcome: Outcome) -> list[tuple[str, ...]]:
+    """Give the cells of the table, a row a layer, the header first."""
     header = ("passes", "momentum", "corrected", "uncorrected off by", "calibrated off by", "layer")
-    rows = [
-        (str(row.passes), number(row.momentum), number(row.corrected), f"{wrong:.1e}", f"{right:.1e}", layer)
-        for layer, row, wrong, right in zip(
-            outcome.layers, outcome.rows, outcome.uncorrected, outcome.calibrated, strict=True
-        )
+    columns = zip(outcome.layers, outcome.rows, outcome.uncorrected, outcome.calibrated, strict=True)
+    return [
+        header,
+        *(
+            (str(row.passes), number(row.momentum), number(row.corrected), f"{wrong:.1e}", f"{right:.1e}", layer)
+            for layer, row, wrong, right in columns
+        ),
     ]
+
+
+def conclusion(outcome: Outcome) -> str:
+    """Say what the columns mean, and what is equal and what is not."""
     path = "bit-for-bit equal" if outcome.same_path else "NOT equal, so the comparison says nothing"
-    return "\n".join(
-        [
-            f"MONAI CheckpointUNet beside UNet, {outcome.steps} steps on the MNI152 brain, float64:",
-            "",
-            aligned([header, *rows]),
-            "",
-            "Off by: the running statistics' largest deviation from the uncheckpointed run over a layer's channels,",
-            "of the mean in standard deviations, of the variance relative to it.",
-            f"Gradients and weights of the three runs, compared after every step: {path}.",
-            "Only the buffers differ, and with them what the network says in evaluation mode: a voxel's probability is",
-            f"off by up to {outcome.output_uncorrected:.1e} uncorrected, {outcome.output_calibrated:.1e} calibrated.",
-        ]
+    return (
+        "\nOff by: the running statistics' largest deviation from the uncheckpointed run over a layer's channels,\n"
+        "of the mean in standard deviations, of the variance relative to it.\n"
+        f"Gradients and weights of the three runs, compared after every step: {path}.\n"
+        "Only the buffers differ, and with them what the network says in evaluation mode: a voxel's probability is\n"
+        f"off by up to {outcome.output_uncorrected:.1e} uncorrected, {outcome.output_calibrated:.1e} calibrated."
     )
 
 

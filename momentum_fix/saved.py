@@ -55,6 +55,20 @@ class LayerAudit:
     corrected: float | None  # the momentum to set
     note: str
 
+    def cells(self) -> tuple[str, ...]:
+        """Give the row's text."""
+        if self.passes is None:
+            return self.layer or "(the model)", "-" if self.batches is None else str(self.batches), *"----", self.note
+        return (
+            self.layer or "(the model)",
+            str(self.batches),
+            f"{float(self.passes):.6g}",
+            number(self.effective_momentum),
+            "-" if self.variance_ratio is None else f"{self.variance_ratio:.2f}",
+            number(self.corrected),
+            self.note,
+        )
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -71,15 +85,21 @@ class Audit:
     def as_json(self) -> dict[str, Any]:
         """Give plain lists, dictionaries and numbers; passes are floats."""
         rows = [{**vars(row), "passes": None if row.passes is None else float(row.passes)} for row in self.rows]
-        return {"verdict": self._verdict(), "recomputed": len(self.recomputed), "layers": rows, "errors": self.errors}
+        return {"verdict": self.verdict, "recomputed": len(self.recomputed), "layers": rows, "errors": self.errors}
 
     def __str__(self) -> str:
-        parts = [self._verdict()]
-        for source, rows in groupby(self.rows, key=lambda row: row.source):
-            parts.append("\n".join(filter(None, [source, _table(list(rows))])))
-        return "\n\n".join([*parts, "\n".join(self.errors.values())]).rstrip()
+        tables = ("\n".join(filter(None, [source, aligned(cells)])) for source, cells in self.tables())
+        return "\n\n".join([self.verdict, *tables, "\n".join(self.errors.values())]).rstrip()
 
-    def _verdict(self) -> str:
+    def tables(self) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+        """Give each source with the cells of its table, the header in the first row."""
+        header = ("layer", "batches", "passes", "effective momentum", "variance ratio", "set momentum", "note")
+        for source, rows in groupby(self.rows, key=lambda row: row.source):
+            yield source, [header, *(row.cells() for row in rows)]
+
+    @property
+    def verdict(self) -> str:
+        """What was found, in one sentence."""
         counted = [row for row in self.rows if row.passes is not None]
         inferred = any(row.inferred for row in counted)
         if self.recomputed:
@@ -254,27 +274,6 @@ def _row(
     corrected = power_of_decay(uncorrected, 1 / passes) if passes >= 1 else uncorrected
     note = "updated in fewer steps than were given" if passes < 1 else ""
     return LayerAudit(source, name, batches, steps, inferred, passes, effective, ratio, corrected, note)
-
-
-def _table(rows: list[LayerAudit]) -> str:
-    header = ("layer", "batches", "passes", "effective momentum", "variance ratio", "set momentum", "note")
-    cells = [
-        (
-            row.layer or "(the model)",
-            _or_dash(row.batches, str),
-            _or_dash(row.passes, lambda passes: f"{float(passes):.6g}"),
-            _or_dash(row.effective_momentum, number),
-            _or_dash(row.variance_ratio, lambda ratio: f"{ratio:.2f}"),
-            _or_dash(row.corrected, number),
-            row.note,
-        )
-        for row in rows
-    ]
-    return aligned([header, *cells])
-
-
-def _or_dash(value: Any, write: Any) -> str:
-    return "-" if value is None else str(write(value))
 
 
 def _file_rows(path: Path, steps: int | None, momentum: SupportsFloat | None) -> tuple[LayerAudit, ...]:

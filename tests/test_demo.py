@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,12 +48,14 @@ def test_the_patches_hold_brain_and_are_the_same_every_time():
     assert scan[brain == 1].mean() > 2 * scan[brain == 0].mean()
 
 
-def test_the_table_has_a_row_a_layer_and_says_what_is_equal(outcome):
-    lines = demo.table(outcome).splitlines()
-    rows = [line.split() for line in lines if line.endswith("adn.N")]
+def test_the_table_has_a_row_a_layer_and_the_conclusion_says_what_is_equal(outcome):
+    header, *rows = demo.table(outcome)
+    assert len(header) == len(rows[0]) == 6
     assert [int(row[0]) for row in rows] == [2, 3, 4, 5, 5, 4, 3, 2]
     assert [float(row[4]) for row in rows] == pytest.approx(outcome.calibrated, rel=0.1)
-    assert any("bit-for-bit equal" in line for line in lines)
+    assert "bit-for-bit equal" in demo.conclusion(outcome)
+    assert "NOT equal" in demo.conclusion(replace(outcome, same_path=False))
+    assert "3 steps" in demo.heading(outcome)
 
 
 def test_the_picture_is_written_also_where_a_deviation_is_zero(outcome, tmp_path):
@@ -67,6 +70,11 @@ def test_fewer_than_one_step_is_refused(capsys):
     )
 
 
+def test_a_picture_that_cannot_be_written_is_refused_before_training(capsys, tmp_path):
+    assert main(["demo", "-o", str(tmp_path / "nowhere" / "picture.png")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_demonstration_runs_as_the_readme_says(tmp_path):
     command = [sys.executable, "-m", "momentum_fix", "demo", "-o", "picture.png"]
@@ -78,5 +86,5 @@ def test_the_demonstration_runs_as_the_readme_says(tmp_path):
         assert float(uncorrected_off) > 1e-2
         assert float(calibrated_off) < 1e-13
     assert "bit-for-bit equal" in run.stdout
-    assert "training three networks: 100%" in run.stderr
+    assert re.search(r"training three networks.*100%", run.stderr)
     assert (tmp_path / "picture.png").read_bytes().startswith(PNG)

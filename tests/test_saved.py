@@ -1,8 +1,10 @@
 """audit: counters in models and files tell how often layers were updated, and no file can do harm."""
 
+import contextlib
 import json
 import os
 import pickle
+import pty
 import subprocess
 import sys
 import zipfile
@@ -349,6 +351,30 @@ def test_the_exit_status_tells_clean_found_and_unreadable(tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"{bad}: is empty" in out
     assert "Recomputation found: 1 of 4 layers" in out
+
+
+def on_a_terminal(*code_and_arguments):
+    """Run Python with its output on a terminal; give what that shows."""
+    terminal, end = pty.openpty()
+    subprocess.run([sys.executable, *code_and_arguments], stdout=end, stderr=subprocess.DEVNULL, check=False)
+    os.close(end)
+    lines = []
+    with open(terminal, errors="replace") as shown, contextlib.suppress(OSError):  # Linux says so that it was closed
+        lines.extend(line for line in shown)
+    return "".join(lines)
+
+
+def test_a_terminal_gets_a_drawn_table_and_a_pipe_an_aligned_one(tmp_path, capsys):
+    torch.save(counters(a=5, b=10), tmp_path / "m.pt")
+    assert main(["audit", str(tmp_path / "m.pt")]) == 1
+    assert "\nb      10       2 " in capsys.readouterr().out
+    run = f"from momentum_fix.__main__ import main; main(['audit', {str(tmp_path / 'm.pt')!r}])"
+    shown = on_a_terminal("-c", run)
+    assert "Recomputation found" in shown
+    assert "┃" in shown
+    without_rich = on_a_terminal("-c", f"import sys; sys.modules['rich'] = None; {run}")
+    assert "Recomputation found" in without_rich
+    assert "┃" not in without_rich
 
 
 def test_json_is_for_programs(tmp_path, capsys):
