@@ -693,7 +693,6 @@ def test_what_is_no_module_is_a_type_error(model):
             change(model)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace`", "ignore:`torch.jit.script`")
 def test_torchscript_is_refused():
     scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3)))
     with pytest.raises(TypeError, match="TorchScript, where momentum is part of the code"):
