@@ -1,3 +1,5 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
 from hypothesis import settings
@@ -5,6 +7,12 @@ from hypothesis import settings
 torch.set_num_threads(1)  # the suite runs one process a core
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+def pytest_configure(config):
+    """Let one process import yapf first: that writes a cache of its grammar, which two at once would damage."""
+    if not hasattr(config, "workerinput") and find_spec("yapf"):
+        __import__("yapf")
 
 
 @pytest.fixture(autouse=True)
