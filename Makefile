@@ -8,7 +8,7 @@ help:
 	@echo "make test   set everything up and run all the tests"
 	@echo "make lint   formatting, lint and types"
 	@echo "make paper  compute the paper's numbers, draw its figures, build build/paper.html"
-	@echo "make benchmarks  measure the costs and write docs/benchmarks.md and its picture (half an hour)"
+	@echo "make benchmarks  measure the costs and write docs/benchmarks.md and its picture (a few minutes)"
 	@echo "make clean  remove .venv and caches"
 
 .venv/with-%: pyproject.toml constraints.txt

@@ -298,6 +298,7 @@ def main():
     parser.add_argument("--rounds", type=float, default=1.0, help="how many times the usual number of rounds")
     parser.add_argument("--output", type=Path, default=ROOT / "docs")
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
