@@ -67,8 +67,8 @@ def put_back(layer: nn.Module, saved: Buffers) -> None:
 
 
 def moved(now: Buffers, then: Buffers) -> bool:
-    """Tell whether the running statistics of two snapshots of a layer differ, whatever its counter says."""
-    return any(name not in then or not torch.equal(now[name], then[name]) for name in now if name != _COUNTER)
+    """Tell whether two snapshots of a layer differ."""
+    return any(name not in then or not torch.equal(now[name], then[name]) for name in now)
 
 
 def batches_counted(layer: nn.Module) -> int:
