@@ -127,6 +127,6 @@ def replays(start: Buffers, forward: Buffers, after: Buffers, momentum: float, b
         return None
     count = round(math.log(ratio) / math.log1p(-momentum))
     left = (1 - momentum) ** count
-    next_move = momentum * left * distance
     misfit = (x2 - batch - left * (x1 - batch)).norm()
-    return count if misfit < 0.01 * next_move and next_move > (count + 1) * noise else None
+    next_move = momentum * left * distance  # one recomputation more would be off by this
+    return count if count and misfit < 0.01 * next_move else None
