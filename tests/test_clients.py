@@ -11,6 +11,7 @@ from momentum_fix import calibrate, correct, update_once
 from twins import counters, deviation
 
 ROUNDING = 1e-12
+pytestmark = pytest.mark.slow
 SPEECH = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 
 
