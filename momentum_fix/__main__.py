@@ -71,19 +71,14 @@ def audit(arguments: argparse.Namespace) -> int:
     from momentum_fix import saved
 
     files: list[Path] = []
-    rows: list[saved.LayerAudit] = []
     errors: dict[str, str] = {}
     for path in arguments.file:
         try:
             files += saved.checkpoint_files(path) if path.is_dir() else [path]
         except saved.UnreadableError as error:
             errors[str(path)] = str(error)
-    for file in _with_progress(files):
-        try:
-            rows += saved.audit(file, arguments.steps, arguments.momentum).rows
-        except saved.UnreadableError as error:
-            errors[str(file)] = str(error)
-    found = saved.Audit(tuple(rows), errors)
+    read = saved.audit_files(_with_progress(files), arguments.steps, arguments.momentum)
+    found = saved.Audit(read.rows, errors | read.errors)
     if arguments.json:
         print(json.dumps(found.as_json(), indent=2))
     else:

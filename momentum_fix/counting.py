@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from momentum_fix.layers import Buffers, NormLayer, batches_counted, moved, put_back, snapshot
+from momentum_fix.layers import COUNTER, Buffers, NormLayer, batches_counted, moved, put_back, snapshot
 from momentum_fix.model import Passes
 
 OTHER_RANK = "as counted on another rank"
@@ -96,7 +96,7 @@ class Count:
 def counts_itself(layer: nn.Module) -> bool:
     """Tell whether the layer's forward keeps num_batches_tracked, in compiled code too, as torch's BatchNorm does."""
     own = type(layer).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    return own and layer._buffers.get("num_batches_tracked") is not None
+    return own and layer._buffers.get(COUNTER) is not None
 
 
 def replays(start: Buffers, forward: Buffers, after: Buffers, momentum: float, batches: int) -> int | None:

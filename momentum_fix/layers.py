@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-_COUNTER = "num_batches_tracked"
+COUNTER = "num_batches_tracked"
 Buffers: TypeAlias = dict[str, torch.Tensor]
 NormLayer: TypeAlias = Any  # an nn.Module with a `momentum`, for which torch has no type
 
@@ -73,7 +73,7 @@ def moved(now: Buffers, then: Buffers) -> bool:
 
 def batches_counted(layer: nn.Module) -> int:
     """Read the layer's own count of updates, 0 if it keeps none (InstanceNorm has the buffer, but does not count)."""
-    count = layer._buffers.get(_COUNTER)
+    count = layer._buffers.get(COUNTER)
     return 0 if count is None else int(count)
 
 

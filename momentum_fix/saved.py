@@ -6,7 +6,7 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import groupby
@@ -18,12 +18,11 @@ import torch
 from torch import nn
 
 from momentum_fix.formula import corrected_momentum, positive_integer, power_of_decay
-from momentum_fix.layers import tracked_layers
+from momentum_fix.layers import COUNTER, tracked_layers
 from momentum_fix.model import uncorrected_momentum
 from momentum_fix.tables import aligned, number
 
-_COUNTER = "num_batches_tracked"
-_NAMES = (_COUNTER, "running_mean", "running_var")
+_NAMES = (COUNTER, "running_mean", "running_var")
 _ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 _NO_MODELS = (
     "optimizer",
@@ -152,9 +151,7 @@ def audit(
         >>> audit({"bn.num_batches_tracked": 100, "deep.num_batches_tracked": 300}).recomputed[0].passes
         Fraction(3, 1)
     """
-    corrected_momentum(momentum)  # refuse a wrong one before any file is opened
-    if steps is not None:
-        steps = positive_integer("steps", steps, "the batches trained on, or None to infer them")
+    steps = _checked(steps, momentum)
     if isinstance(source, nn.Module):
         return Audit(tuple(_model_rows(source, steps)))
     if isinstance(source, Mapping):
@@ -164,14 +161,26 @@ def audit(
     path = Path(source)
     if not path.is_dir():
         return Audit(_file_rows(path, steps, momentum))
+    return audit_files(checkpoint_files(path), steps, momentum)
+
+
+def audit_files(files: Iterable[Path], steps: SupportsIndex | None, momentum: SupportsFloat | None) -> Audit:
+    """Audit files one by one; one that cannot be read is listed in `errors`, and the others are read."""
+    steps = _checked(steps, momentum)
     rows: list[LayerAudit] = []
     errors = {}
-    for file in checkpoint_files(path):
+    for file in files:
         try:
             rows += _file_rows(file, steps, momentum)
         except UnreadableError as error:
             errors[str(file)] = str(error)
     return Audit(tuple(rows), errors)
+
+
+def _checked(steps: SupportsIndex | None, momentum: SupportsFloat | None) -> int | None:
+    """Refuse wrong numbers before any file is opened."""
+    corrected_momentum(momentum)
+    return None if steps is None else positive_integer("steps", steps, "the batches trained on, or None to infer them")
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
@@ -200,7 +209,7 @@ def checkpoint_files(directory: Path) -> list[Path]:
 
 def _model_rows(model: nn.Module, steps: int | None) -> Iterator[LayerAudit]:
     layers = tracked_layers(model)
-    counts = {aliases[0]: _count(layer._buffers.get(_COUNTER)) for layer, aliases in layers.items()}
+    counts = {aliases[0]: _count(layer._buffers.get(COUNTER)) for layer, aliases in layers.items()}
     taken = _taken(counts, steps)
     for layer, aliases in layers.items():
         uncorrected = uncorrected_momentum(model, layer, aliases)
@@ -211,7 +220,7 @@ def _rows(source: str, tree: Any, steps: int | None, momentum: SupportsFloat | N
     for prefix, values in _state_dicts(tree):
         split = [key.rpartition(".") for key in values if isinstance(key, str)]
         names = dict.fromkeys(name for name, _, kind in split if kind in _NAMES)
-        counts = {name: _count(values.get(f"{name}.{_COUNTER}" if name else _COUNTER)) for name in names}
+        counts = {name: _count(values.get(f"{name}.{COUNTER}" if name else COUNTER)) for name in names}
         taken = _taken(counts, steps)
         for name, count in counts.items():
             yield _row(source, prefix + name, count, taken, steps is None, momentum, momentum)
@@ -329,7 +338,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
     with safe_open(path, "pt") as file:
         names = [name for name in file.keys() if name.rpartition(".")[2] in _NAMES]  # noqa: SIM118  # no mapping
-        return {name: file.get_tensor(name) if name.endswith(_COUNTER) else None for name in names}
+        return {name: file.get_tensor(name) if name.endswith(COUNTER) else None for name in names}
 
 
 def _read_shards(index: Path) -> dict[str, Any]:

@@ -36,7 +36,20 @@ from torch.utils.checkpoint import (
 )
 
 from momentum_fix import calibrate, correct, update_once
-from twins import batches, counters, deviation, non_reentrant, plainly, reentrant, same_path, statistics, train
+from twins import (
+    batches,
+    counters,
+    deviation,
+    non_reentrant,
+    pipeline,
+    plainly,
+    reentrant,
+    same_path,
+    siamese,
+    statistics,
+    train,
+    twice_in_a_region,
+)
 
 ROUNDING = 1e-12  # relative, in float64
 STEPS, MIDWAY = 6, 3
@@ -144,21 +157,6 @@ def ending_in_a_norm(net, x, ckpt):
 def accumulation(net, x, ckpt):
     for micro in x.split(2):
         one(net, micro.detach(), ckpt)
-
-
-def siamese(net, x, ckpt):
-    left, right = x.requires_grad_().chunk(2)
-    (ckpt(net, left) - ckpt(net, right)).square().sum().backward()
-
-
-def pipeline(net, x, ckpt):
-    losses = [ckpt(net, micro).sum() for micro in x.requires_grad_().chunk(2)]
-    for loss in losses:
-        loss.backward(retain_graph=True)
-
-
-def twice_in_a_region(net, x, ckpt):
-    ckpt(lambda y: net(net(y)), x.requires_grad_()).sum().backward()
 
 
 def switched_off_midway(net, x, ckpt):

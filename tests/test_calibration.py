@@ -26,12 +26,15 @@ from twins import (
     deviation,
     momenta,
     non_reentrant,
+    pipeline,
     plainly,
     reentrant,
     same_path,
+    siamese,
     statistics,
     three,
     train,
+    twice_in_a_region,
 )
 
 ENGINES = {"reentrant": reentrant, "non-reentrant": non_reentrant}
@@ -384,21 +387,6 @@ def test_an_instance_norm_as_the_last_operation_is_not_updated_again():
 
 
 # Where the root cannot be exact.
-
-
-def siamese(net, x, ckpt):
-    left, right = x.requires_grad_().chunk(2)
-    (ckpt(net, left) - ckpt(net, right)).square().sum().backward()
-
-
-def pipeline(net, x, ckpt):
-    losses = [ckpt(net, micro).sum() for micro in x.requires_grad_().chunk(2)]
-    for loss in losses:
-        loss.backward(retain_graph=True)
-
-
-def twice_in_a_region(net, x, ckpt):
-    ckpt(lambda y: net(net(y)), x.requires_grad_()).sum().backward()
 
 
 def once_inside_once_outside(net, x, ckpt):

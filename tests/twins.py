@@ -75,3 +75,21 @@ def three(model, step, data, ckpt, fixed):
     truth = train(copy.deepcopy(model), step, data, plainly)
     uncorrected = train(copy.deepcopy(model), step, data, ckpt)
     return truth, uncorrected, fixed(copy.deepcopy(model), step, data, ckpt)
+
+
+# Training steps in which the passes of a batch do not follow one another; a step calls backward itself.
+
+
+def siamese(net, x, ckpt):
+    left, right = x.requires_grad_().chunk(2)
+    (ckpt(net, left) - ckpt(net, right)).square().sum().backward()
+
+
+def pipeline(net, x, ckpt):
+    losses = [ckpt(net, micro).sum() for micro in x.requires_grad_().chunk(2)]
+    for loss in losses:
+        loss.backward(retain_graph=True)
+
+
+def twice_in_a_region(net, x, ckpt):
+    ckpt(lambda y: net(net(y)), x.requires_grad_()).sum().backward()
