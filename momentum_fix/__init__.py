@@ -12,9 +12,10 @@ from momentum_fix.formula import corrected_momentum, effective_momentum
 
 if _TYPE_CHECKING:
     from momentum_fix.calibration import calibrate as calibrate
+    from momentum_fix.correction import applied as applied
+    from momentum_fix.correction import correct as correct
+    from momentum_fix.correction import restore as restore
     from momentum_fix.factory import norm_layer as norm_layer
-    from momentum_fix.model import correct as correct
-    from momentum_fix.model import restore as restore
     from momentum_fix.once import update_once as update_once
     from momentum_fix.saved import audit as audit
 
@@ -22,8 +23,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "norm_layer": "factory",
-    "correct": "model",
-    "restore": "model",
+    "correct": "correction",
+    "applied": "correction",
+    "restore": "correction",
     "calibrate": "calibration",
     "update_once": "once",
     "audit": "saved",

@@ -1,30 +1,26 @@
-"""Count the passes in place of assuming them: one training step finds, repairs and corrects."""
+"""Count the passes instead of assuming them: one training step finds them, and each momentum is set."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
-from momentum_fix.counting import (
-    NO_BACKWARD,
-    NOT_CONSECUTIVE,
-    ONLY_BACKWARD,
-    OTHER_RANK,
-    UNCOUNTED,
-    UNEQUAL,
-    Count,
-    counts_itself,
-)
-from momentum_fix.engine import watch_backward
-from momentum_fix.layers import NormLayer, refuse_updating_once, tracked_layers
-from momentum_fix.model import Passes, correct, corrected_for, uncorrected_momentum
+from momentum_fix.corrected import uncorrected
+from momentum_fix.correction import Passes, correct, corrected_for, set_momenta
+from momentum_fix.counting import WARNED, Count, Counted
+from momentum_fix.covering import cover, covering, uncover
+from momentum_fix.layers import named, tracked_layers, warn_of_none
+from momentum_fix.once import refuse_covered
 from momentum_fix.tables import aligned, number
+
+_OTHER_RANK = "as counted on another rank"
+_RANKS_DIFFER = "each rank keeps its own count: they differ (another model under the same names, or a mistake)"
 
 
 @dataclass(frozen=True)
@@ -45,24 +41,21 @@ class Row:
         return self.name or "(the model)", self.layer_class, passes, *momenta, self.note
 
 
-@dataclass(eq=False)
-class Report(Mapping[str, Passes]):
-    """What `calibrate` found: `rows`, one a layer; a mapping from layer to passes, for `correct`; a table in print.
+class Report(dict[str, Passes]):
+    """What `calibrate` found: a dict from layer to passes, for `correct`; `rows`, one a layer; a table in print.
 
-    A layer whose passes are unknown has a row, but is not in the mapping.
+    A layer whose passes are unknown has a row, but is not in the dict.
     """
 
     rows: tuple[Row, ...] = ()
-    passes: dict[str, Passes] = field(default_factory=dict)  # the mapping, to keep beside a state dict
 
-    def __getitem__(self, name: str) -> Passes:
-        return self.passes[name]
+    @property
+    def passes(self) -> dict[str, Passes]:
+        """The passes as a plain dict, to keep beside a state dict."""
+        return dict(self)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.passes)
-
-    def __len__(self) -> int:
-        return len(self.passes)
+    def __repr__(self) -> str:
+        return f"<Report on {len(self.rows)} layers, passes of {len(self)} known>"
 
     def __str__(self) -> str:
         if not self.rows:
@@ -71,48 +64,45 @@ class Report(Mapping[str, Passes]):
         return aligned([header, *(row.cells() for row in self.rows)])
 
 
-_under_way: set[NormLayer] = set()  # the layers that a block is calibrating
-
-
-@contextmanager
-def calibrate(model: nn.Module) -> Iterator[Report]:
-    """Count each layer's passes in one training step, undo what they spoilt, and set each momentum.
+def calibrate(model: nn.Module) -> AbstractContextManager[Report]:
+    """Count each layer's passes in one training step, keep that step from spoiling anything, and set each momentum.
 
         m' = 1 - (1 - m)**(1 / k),  k = updates of the layer's running statistics per batch
 
     Put one ordinary training step inside the block: forward and backward, as many micro-batches as you like,
     the optimizer's step inside or after. An update outside a backward pass is a batch; an update inside one is
-    a recomputation. Recomputations are counted and then undone, to the bit, so the step leaves the statistics
-    of a step without checkpointing. On leaving the block each layer's momentum is corrected for its own k.
+    a replay. Within the block replays work on copies, as with `update_once`, so the step leaves the statistics
+    of a step without checkpointing, to the bit. On leaving the block each layer's momentum is corrected for its own k.
 
     Exact for: layers whose k updates for one batch follow one another, with the same k in every step; then
     running_mean and running_var stay those of the uncheckpointed run to rounding. Not for: passes of several
-    batches in turn (two forwards before one backward, a layer called twice), or k that differs from batch to
-    batch: there the old value decays as it should (k is their mean), the shares of the batches differ, and a
-    warning names the layers. `num_batches_tracked` goes on counting passes after the calibrated step. A
-    training-mode forward that you run yourself inside a backward hook counts as a recomputation.
+    batches in turn (two forwards before one backward, a layer called twice), k that differs from batch to
+    batch, or replays of other data than the forward pass saw: there the old value decays as it should (k is
+    their mean), the shares of the batches differ, and a warning names the layers. Nor for a step that sets the
+    momentum itself (a schedule, SAM): a warning again. `num_batches_tracked` goes on counting passes after the
+    calibrated step. A training-mode forward that you run yourself inside a backward hook counts as a replay.
 
     Layers with one pass per batch, without running statistics, in evaluation mode or with `momentum=None` are
     left alone; a layer that did not run is reported and left alone. Calibrate again when the model, its
-    checkpointing or its compilation changes. Momentum is not in a state dict: keep `report.passes` and hand it to
-    `correct` when you rebuild the model. In a distributed run every rank has to calibrate, and the same step: ranks
-    whose models have the same layers exchange what they have counted, and set the same momentum.
+    checkpointing or its compilation changes. Compiled code is compiled once more in the block. Momentum is not in a
+    state dict: keep `report.passes` and hand it to `correct` when you rebuild the model. Copy the model before or
+    after the block. In a distributed run every rank has to calibrate, and the same step: a layer that did not run on
+    one rank gets the passes that the others have counted.
 
     Args:
         model: any module; every layer below it that tracks running statistics is watched.
 
-    Yields:
-        A `Report`, filled on leaving the block.
+    Returns:
+        A context manager that gives a `Report`, filled on leaving the block.
 
     Raises:
         ValueError: a layer's momentum is outside 0 to 1, `update_once` covers the layer, or another block is
             calibrating it (on entry; the model is left as it was).
-        TypeError: model is no module, or TorchScript (likewise).
-        RuntimeError: the ranks of a distributed run have counted different passes (on leaving the block; no
-            momentum is changed).
+        TypeError: model is no module, or a part of it with running statistics is TorchScript (likewise).
 
     Warns:
-        UserWarning: only the decay could be corrected, or passes could not be counted.
+        UserWarning: only the decay could be corrected, or passes could not be counted; no layer tracks running
+            statistics; or the block was never entered.
 
     Example:
         >>> import torch
@@ -126,91 +116,100 @@ def calibrate(model: nn.Module) -> Iterator[Report]:
 
     Source: the closed form for two passes, discuss.pytorch.org/t/17738 (2018).
     """
-    names = tracked_layers(model)
-    before = {layer: layer.momentum for layer in names}
-    momenta = {layer: uncorrected_momentum(model, layer, aliases) for layer, aliases in names.items()}
-    for layer, momentum in momenta.items():
-        if layer in _under_way:
-            raise ValueError(f"layer {names[layer][0]!r} is being calibrated already: calibrate it in one block only")
-        refuse_updating_once(layer, names[layer])
-        corrected_for(names[layer][0], momentum, 2)  # refuse what cannot be corrected before anything is changed
-    counts = {layer: Count(layer) for layer in names}
-    report = Report()
-    backwards = 0
+    return _Block(model)
 
-    def forward_ended() -> None:
-        for count in counts.values():
-            count.forward_ended()
 
-    def backward_ended() -> None:
-        nonlocal backwards
-        backwards += 1
-        for count in counts.values():
-            count.backward_ended()
+class _Block(AbstractContextManager[Report]):
+    """One calibrated step."""
 
-    hooks = []
-    _under_way.update(names)
-    try:
-        for layer, momentum in momenta.items():
-            layer.momentum = momentum  # so that the forward updates of an already corrected layer are right as well
-            if not counts_itself(layer):
-                hooks.append(layer.register_forward_hook(counts[layer].called))
-        with watch_backward(forward_ended, backward_ended):
-            yield report
-        forward_ended()
-    finally:
-        _under_way.difference_update(names)
-        for hook in hooks:
+    entered = backward_ran = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __del__(self) -> None:
+        if not self.entered:
+            warnings.warn(
+                "calibrate(model) was never entered, so it did nothing: write `with calibrate(model) as report:` "
+                "around one training step",
+                stacklevel=2,
+            )
+
+    def __enter__(self) -> Report:
+        self.entered = True
+        counts: dict[int, Count] = {}  # by the buffer, which layers may share
+        self.counted = []
+        for layer, (name, *_) in tracked_layers(self.model).items():
+            if isinstance(covering(layer), Counted):
+                raise ValueError(f"layer {name!r} is being calibrated already: calibrate it in one block only")
+            refuse_covered(layer, name)
+            corrected_for(name, layer.momentum, 2)  # refuse what cannot be corrected before anything is changed
+            buffer = layer._buffers.get("running_mean")
+            buffer = layer._buffers["running_var"] if buffer is None else buffer
+            self.counted.append(Counted(layer, name, counts.setdefault(id(buffer), Count(buffer.device))))
+        # Uncorrected, so that the forward updates of an already corrected layer are right as well.
+        set_momenta({each.layer: each.momentum for each in self.counted})
+        try:
+            cover(self.counted)
+        except Exception:
+            set_momenta({each.layer: each.before for each in self.counted})
+            raise
+        parameters = (p for p in self.model.parameters() if p.requires_grad and not nn.parameter.is_lazy(p))
+        self.hooks = [p.register_hook(self._in_backward) for p in parameters]  # type: ignore[no-untyped-call]
+        warn_of_none(self.counted, "to calibrate")
+        self.report = Report()
+        return self.report
+
+    def _in_backward(self, _: torch.Tensor) -> None:
+        self.backward_ran = True
+
+    def __exit__(self, exception: object, *_: object) -> None:
+        for hook in self.hooks:
             hook.remove()
-        for layer, momentum in momenta.items():
-            if layer.momentum is momentum and before[layer] is not momentum:  # `is`: the step has not set it
-                layer.momentum = before[layer]
+        uncover(every for each in self.counted for every in (each, *each.copies))
+        for each in self.counted:
+            each.count.read()
+        ran = self.backward_ran or any(each.count.updates > len(each.count.heard) for each in self.counted)
+        found = {each.name: each.finding(ran) for each in self.counted}
+        set_momenta({each.layer: each.before for each in self.counted if each.layer.momentum is each.momentum})
+        if exception is not None:
+            return
+        found = _agreed(found)
+        _warn({name: note for name, (_, note) in found.items()})
+        momenta = {each.name: uncorrected(each.layer.momentum) for each in self.counted}
+        self.report.update({name: passes for name, (passes, _) in found.items() if passes is not None})
+        correct(self.model, self.report)
+        self.report.rows = tuple(
+            Row(each.name, type(each.layer).__name__, *found[each.name], momenta[each.name], each.layer.momentum)
+            for each in self.counted
+        )
 
-    found = _agreed({names[layer][0]: count.finding(backwards > 0) for layer, count in counts.items()})
-    _warn({name: note for name, (_, note) in found.items()})
-    uncorrected = {names[layer][0]: uncorrected_momentum(model, layer, names[layer]) for layer in names}
-    passes = {name: passes for name, (passes, _) in found.items() if passes is not None}
-    correct(model, passes)
-    report.passes = passes
-    report.rows = tuple(
-        Row(name, type(layer).__name__, *found[name], uncorrected[name], layer.momentum)
-        for name, layer in ((aliases[0], layer) for layer, aliases in names.items())
-    )
+
+_Finding: TypeAlias = tuple[Passes | None, str]  # passes, and what there is to say about them
 
 
-Findings: TypeAlias = dict[str, tuple[Passes | None, str]]  # by layer: passes, and what there is to say about them
+def _agreed(found: dict[str, _Finding]) -> dict[str, _Finding]:
+    """In a distributed run, give a layer that did not run on this rank the passes that the others have counted.
 
-
-def _agreed(found: Findings) -> Findings:
-    """In a distributed run, give the passes that any rank has counted; raise if ranks have counted differently.
-
-    Ranks whose layers have other names hold other models (stages of a pipeline) and have nothing to agree on.
+    Ranks whose layers have other names hold other models (stages of a pipeline) and have nothing to say.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return found
-    everyone: list[Findings] = [{}] * dist.get_world_size()
+    everyone: list[dict[str, _Finding]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
-    alike = {rank: its for rank, its in enumerate(everyone) if its.keys() == found.keys()}
     agreed = {}
-    for name, mine in found.items():
-        by_rank = {rank: its[name][0] for rank, its in alike.items() if its[name][0] is not None}
-        if len(set(by_rank.values())) > 1:
-            counted = ", ".join(f"{passes} on rank {rank}" for rank, passes in by_rank.items())
-            raise RuntimeError(
-                f"the ranks have counted different passes in layer {name!r}: {counted}. No momentum is right for all: "
-                "run the same checkpointing on every rank, or use update_once(model)"
-            )
-        agreed[name] = mine if mine[0] is not None or not by_rank else (next(iter(by_rank.values())), OTHER_RANK)
+    for name, (passes, note) in found.items():
+        counted = {its[name][0] for its in everyone if its.keys() == found.keys()} - {None}
+        if passes is None and len(counted) == 1:
+            passes, note = counted.pop(), _OTHER_RANK
+        elif len(counted) > 1:
+            note = note or _RANKS_DIFFER
+        agreed[name] = (passes, note)
     return agreed
 
 
-_EXACT = "; exact: `restore(model)`, then `update_once(model)`"
-_WARNED = {NOT_CONSECUTIVE: _EXACT, UNCOUNTED: _EXACT, UNEQUAL: _EXACT, ONLY_BACKWARD: "", NO_BACKWARD: ""}
-
-
 def _warn(notes: dict[str, str]) -> None:
-    for note, remedy in _WARNED.items():
-        names = [name or "(the model)" for name, of_layer in notes.items() if of_layer == note]
-        if names:
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            warnings.warn(f"{note}{remedy}. Layers: {shown}.", UserWarning, stacklevel=4)
+    for note, remedy in (WARNED | {_RANKS_DIFFER: ""}).items():
+        layers = [name for name, of_layer in notes.items() if of_layer == note]
+        if layers:
+            warnings.warn(f"{note}{remedy}. Layers: {named(layers)}.", UserWarning, stacklevel=3)

@@ -1,132 +1,187 @@
-"""The updates of one layer in the order in which they came: batches, and recomputations of them."""
+"""The updates of one layer's running statistics in the order in which they came: batches, and replays of them."""
 
 from __future__ import annotations
 
-import math
+import copy
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from momentum_fix.layers import COUNTER, Buffers, NormLayer, batches_counted, moved, put_back, snapshot
-from momentum_fix.model import Passes
+from momentum_fix.corrected import uncorrected
+from momentum_fix.correction import Passes
+from momentum_fix.covering import ONLY_WRITES, Covering, on_copies
+from momentum_fix.layers import COUNTER, Buffers, NormLayer, tracks
+from momentum_fix.replay import selective, unseen
 
-OTHER_RANK = "as counted on another rank"
+_EXACT = "; exact: `restore(model)`, then `update_once(model)`"
 NOT_CONSECUTIVE = "only the decay is right: the passes of a batch do not follow one another, or their number varies"
-UNCOUNTED = "not corrected: nothing has counted its updates, and they are not of one batch"
+OTHER_DATA = "only the decay is right: a replay saw other data than its forward pass (random numbers not preserved?)"
+SET_BY_STEP = "the step itself sets the momentum (a schedule, SAM), so that a corrected one does not last"
 UNEQUAL = "not corrected: a cumulative average of batches with different numbers of passes"
+UNSEEN = "not corrected: its statistics moved, but its forward did not run (F.batch_norm on its buffers?)"
+NO_BACKWARD = "not corrected: no backward pass ran in the block, so replays could not be counted"
 ONLY_BACKWARD = "left alone: updated only inside a backward pass, so its batches are not known"
-NO_BACKWARD = "not corrected: no backward pass ran in the block, so recomputations could not be counted"
 CUMULATIVE = "left alone: equal passes do not change a cumulative average"
 EVALUATION = "left alone: in evaluation mode"
 IDLE = "left alone: did not run"
+WARNED = dict.fromkeys((NOT_CONSECUTIVE, OTHER_DATA, SET_BY_STEP, UNEQUAL), _EXACT) | dict.fromkeys(
+    (UNSEEN, NO_BACKWARD, ONLY_BACKWARD), ""
+)  # with the remedy
+
+_SLOTS = 1024
 
 
 class Count:
-    """Counts one layer's updates, if told when a run of forward passes and when a backward pass has ended.
+    """Counts the updates of one set of statistics, which layers may share."""
 
-    After a backward pass it puts the layer back to where the forward passes had brought it.
-    """
+    def __init__(self, device: torch.device | None) -> None:
+        self.heard: list[int] = []  # a number a batch: replays between it and the next batch
+        self.early = 0  # replays before the first batch
+        # The same for compiled code, which can count in a tensor only: batches, early replays, then a number a batch.
+        self.tally = torch.zeros(_SLOTS, dtype=torch.long, device=device)
+        self.other_data = False
+        self.batches: list[torch.Tensor] = []  # what each batch has added, as far as that can be told
 
-    def __init__(self, layer: NormLayer) -> None:
-        self.layer = layer
-        self.groups: list[list[int]] = []  # [forward updates, recomputations that came after them], in turn
-        self.countable = True
-        self.look()
-        self.start = self.saved  # before the last forward updates
+    def hear(self, replay: bool, added: torch.Tensor | None, noise: float) -> None:
+        """Count one update."""
+        if not replay:
+            self.heard.append(0)
+            self.batches += [] if added is None else [added]
+        elif not self.heard:
+            self.early += 1
+        else:
+            self.heard[-1] += 1
+            if added is not None and self.batches:
+                self.other_data |= all(bool((added - batch).abs().max() > noise) for batch in self.batches)
 
-    def look(self) -> None:
-        """Take the present state as the one to count from and to go back to."""
-        self.calls, self.counted, self.saved = 0, batches_counted(self.layer), snapshot(self.layer)
+    def read(self) -> None:
+        """Add what compiled code has counted."""
+        if has_values(self.tally):
+            batches, early, *replays = self.tally.tolist()
+            self.heard += replays[:batches]
+            self.early += early
+            self.tally.zero_()
 
-    def called(self, module: nn.Module, *_: Any) -> None:
-        """Count a call, as a forward hook, for a layer that does not count itself."""
-        if module.training and not torch.compiler.is_compiling():
-            self.calls += 1
+    @property
+    def updates(self) -> int:
+        """Give the number of all updates."""
+        return len(self.heard) + sum(self.heard) + self.early
 
-    def updates(self) -> int | None:
-        """Count the updates since the last look; None if there were some that nothing has counted."""
-        counted = batches_counted(self.layer) - self.counted or self.calls
-        if counted > 0:
-            return counted
-        return None if moved(snapshot(self.layer), self.saved) else 0
+    @property
+    def passes(self) -> Passes:
+        """Give the mean number of updates per batch."""
+        mean = Fraction(self.updates, len(self.heard))
+        return int(mean) if mean.denominator == 1 else mean
 
-    def forward_ended(self) -> None:
-        updates = self.updates()
-        if updates != 0:
-            self.groups.append([updates or 1, 0])  # `replays` finds out whether 1 is true
-            self.start = self.saved
-        self.look()
 
-    def backward_ended(self) -> None:
-        updates = self.updates()
-        if self.groups and self.layer.momentum is not None:
-            seen = replays(self.start, self.saved, snapshot(self.layer), self.layer.momentum, self.groups[-1][0])
-            updates = updates if seen is None else seen
-        if updates is None:
-            self.countable = False
-        elif updates:
-            self.groups = self.groups or [[0, 0]]
-            self.groups[-1][1] += updates
-        if self.groups and self.groups[0][0] and self.layer.momentum is not None:  # equal passes keep an average right
-            put_back(self.layer, self.saved)
-        self.look()
+class Counted(Covering):
+    """The forward of a layer that `calibrate` watches: like that of `update_once`, and it tells a `Count`."""
+
+    def __init__(self, layer: NormLayer, name: str, count: Count) -> None:
+        super().__init__(layer, name)
+        self.count = count
+        self.moves = False  # replays of batches from before the block are let through
+        self.copies: list[Counted] = []
+        self.start, self.before, self.momentum = copied(layer), layer.momentum, uncorrected(layer.momentum)
 
     def finding(self, backward_ran: bool) -> tuple[Passes | None, str]:
         """Give the passes per batch, None where they are not known, and what there is to say about it."""
-        forward, again = (sum(column) for column in zip([0, 0], *self.groups, strict=True))
-        if not self.countable:
-            return None, UNCOUNTED if forward else ONLY_BACKWARD
-        if not forward and not again:
-            return None, IDLE if self.layer.training else EVALUATION
-        if not forward:
+        layer, count = self.layer, self.count
+        if not count.heard and not count.early:
+            if moved(self.start, layer._buffers):
+                return None, UNSEEN
+            return None, IDLE if layer.training else EVALUATION
+        if not count.heard:
             return None, ONLY_BACKWARD
         if not backward_ran:
             return None, NO_BACKWARD
-        mean = Fraction(forward + again, forward)
-        passes = int(mean) if mean.denominator == 1 else mean
-        if self.layer.momentum is None:
-            return passes, CUMULATIVE if mean.denominator == 1 else UNEQUAL
-        consecutive = not again or self.groups == [[1, again // forward]] * forward
-        return passes, "" if consecutive else NOT_CONSECUTIVE
+        if layer.momentum is None:
+            return count.passes, CUMULATIVE if isinstance(count.passes, int) else UNEQUAL
+        if layer.momentum is not self.momentum:
+            return count.passes, SET_BY_STEP
+        if len(set(count.heard)) > 1 or count.early:
+            return count.passes, NOT_CONSECUTIVE
+        return count.passes, OTHER_DATA if count.other_data else ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Counted:
+        """Let a copy of the model that is made in the block be cleaned up with the original."""
+        twin = memo[id(self)] = object.__new__(type(self))
+        layer, inner = copy.deepcopy((self.layer, self.inner), memo)
+        vars(twin).update(vars(self), layer=layer, inner=inner)
+        self.copies.append(twin)
+        return twin
+
+    def __reduce__(self) -> tuple[type[Covering], tuple[Any, str]]:
+        """Let a model that is pickled in the block be a model that is updated once."""
+        return Covering, (self.layer, self.name)
+
+    def passed(self, *args: Any, **kwargs: Any) -> Any:
+        return self._heard(False, *args, **kwargs)
+
+    def left_alone(self, *args: Any, **kwargs: Any) -> Any:
+        return self._heard(True, *args, **kwargs)
+
+    def replayed(self, *args: Any, **kwargs: Any) -> Any:
+        if self.layer.momentum is None:  # in a cumulative average all batches must have equal passes, this one too
+            return self._heard(True, *args, **kwargs)
+        with on_copies(self.layer):
+            return self._heard(True, *args, **kwargs)
+
+    def compiled(self, replay: torch.Tensor) -> torch.Tensor:
+        tally, again = self.count.tally, replay.long().reshape(1)
+        tally[:1] += 1 - again
+        tally.scatter_add_(0, (tally[:1] + 1).clamp(max=_SLOTS - 1), again)
+        return replay if self.layer.momentum is not None else torch.zeros_like(replay)
+
+    def _heard(self, replay: bool, *args: Any, **kwargs: Any) -> Any:
+        layer = self.layer
+        if not (layer.training and tracks(layer)):
+            return self.run(*args, **kwargs)
+        with unseen():
+            before, counted, finished = copied(layer), self.count.updates, False
+        try:
+            output = self.run(*args, **kwargs)
+            finished = not selective()  # which may give a norm's saved result and leave its statistics alone
+            return output
+        finally:
+            with unseen():
+                own = self.count.updates == counted  # not that of a call within this one, by `self.forward`
+                if own and (finished or moved(before, layer._buffers)):
+                    self.count.hear(replay, *_added(layer, before))
 
 
-def counts_itself(layer: nn.Module) -> bool:
-    """Tell whether the layer's forward keeps num_batches_tracked, in compiled code too, as torch's BatchNorm does."""
-    own = type(layer).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    return own and layer._buffers.get(COUNTER) is not None
+def copied(layer: nn.Module) -> Buffers:
+    """Copy the layer's buffers that hold values; a lazy layer's do not before its first batch."""
+    own: Buffers = layer._buffers
+    return {name: b.detach().clone() for name, b in own.items() if b is not None and not nn.parameter.is_lazy(b)}
 
 
-def replays(start: Buffers, forward: Buffers, after: Buffers, momentum: float, batches: int) -> int | None:
-    """Read from the statistics how many recomputations lie between `forward` and `after`; None if that cannot be read.
+def moved(before: Buffers, now: Buffers) -> bool:
+    """Tell whether the statistics have changed; those without values (on the meta device, fake) never do.
 
-    A counter can miss: InstanceNorm's does not count, and selective checkpointing can replay a forward, counter
-    included, with the saved result of the operation that moves the statistics. But one update from `start` to
-    `forward` gives away the statistics b of its batch, and r more of the same batch bring the buffers to
-    b + (1 - m)**r * (forward - b).
-
-    It cannot be read if several batches were involved, or if the next update would move too little to be seen.
+    The counter does not tell: it is replayed also where selective checkpointing gives a norm's saved result.
     """
-    if not 0 < momentum < 1 or start.keys() != forward.keys():
-        return None
-    names = [name for name in forward if name.startswith("running_")]
-    x0, x1, x2 = (
-        torch.cat([buffers[name].double().flatten() for name in names]) for buffers in (start, forward, after)
-    )
-    noise = 10 * max(torch.finfo(forward[name].dtype).eps for name in names) * x1.norm()
-    if torch.equal(x1, x2):
-        return 0 if (1 - momentum) * (x1 - x0).norm() > noise else None
-    if batches != 1:
-        return None
-    batch = x0 + (x1 - x0) / momentum
-    distance = (x1 - batch).norm()
-    ratio = float((x2 - batch) @ (x1 - batch) / distance**2)
-    if not 0 < ratio < 1:
-        return None
-    count = round(math.log(ratio) / math.log1p(-momentum))
-    left = (1 - momentum) ** count
-    misfit = (x2 - batch - left * (x1 - batch)).norm()
-    next_move = momentum * left * distance  # one recomputation more would be off by this
-    return count if count and misfit < 0.01 * next_move else None
+    held = (name for name, value in before.items() if has_values(value) and name != COUNTER)
+    return any(not torch.equal(before[name], now[name]) for name in held)
+
+
+def has_values(buffer: torch.Tensor | None) -> bool:
+    return type(buffer) is torch.Tensor and not buffer.is_meta
+
+
+def _added(layer: NormLayer, before: Buffers) -> tuple[torch.Tensor | None, float]:
+    """Give what the last update has added to the statistics, m times those of its batch, and how exact that is.
+
+    None where that cannot be told: for classes with a rule of their own, and momenta that leave nothing to see.
+    """
+    now, m = layer._buffers, layer.momentum
+    names = ("running_mean", "running_var")
+    known = type(layer).forward in ONLY_WRITES and all(has_values(before.get(name)) for name in names)
+    if not known or not m:
+        return None, 0.0
+    values = torch.cat([now[name].flatten() for name in names])
+    old = torch.cat([before[name].flatten() for name in names])
+    noise = 64 * torch.finfo(values.dtype).eps * float(torch.maximum(values.abs(), old.abs()).max())
+    return values - (1 - m) * old, noise

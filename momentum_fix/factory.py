@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from momentum_fix.corrected import marked
 from momentum_fix.formula import corrected_momentum
 
 
@@ -26,8 +27,8 @@ def norm_layer(
         partial(norm, momentum=corrected_momentum(momentum, passes), **kwargs)
 
     What comes back holds the plain class and keywords only, so that whatever takes a `norm_layer` takes it
-    as it is, and what it builds is an ordinary torch layer. `correct` and `calibrate` would take such a
-    layer's momentum for an uncorrected one: use one of the three on a layer, not two.
+    as it is, and what it builds is an ordinary torch layer. `correct` and `calibrate` know such a layer's momentum
+    for a corrected one and start from the uncorrected one; `restore` puts that in.
 
     Exact for: layers updated `passes` times in a row for each batch. Not for: a model whose layers differ in
     passes (see `calibrate`), or passes of several batches in turn.
@@ -54,15 +55,17 @@ def norm_layer(
         ('BatchNorm3d', 0.001, 0.051316701949486204)
     """
     cls = _norm_class(norm)
-    return functools.partial(cls, momentum=corrected_momentum(momentum, passes), **kwargs)
+    plain, corrected = corrected_momentum(momentum, 1), corrected_momentum(momentum, passes)
+    return functools.partial(cls, momentum=marked(corrected, plain, plain), **kwargs)
 
 
 def _norm_class(norm: str | type[nn.Module]) -> type[nn.Module]:
     cls = getattr(nn, norm, None) if isinstance(norm, str) else norm
     if isinstance(norm, str) and not isinstance(cls, type):
         names = [name for name, value in vars(nn).items() if isinstance(value, type) and _takes_momentum(value)]
-        nearest = difflib.get_close_matches(norm, names, n=1, cutoff=0.0)[0]
-        raise ValueError(f"torch.nn has no class {norm!r}; did you mean {nearest!r}? Known: {', '.join(names)}")
+        likeness = {name: difflib.SequenceMatcher(None, norm.lower(), name.lower()).ratio() for name in names}
+        nearest = " or ".join(repr(name) for name in names if likeness[name] == max(likeness.values()))
+        raise ValueError(f"torch.nn has no class {norm!r}; did you mean {nearest}? Known: {', '.join(names)}")
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"norm is {norm!r}, but must be a norm layer class or the name of one in torch.nn")
     if not _takes_momentum(cls):

@@ -1,15 +1,16 @@
-"""Norm layers: which of them track running statistics, and how to read and put back what they track."""
+"""Norm layers: which of them track running statistics, what their names are, and how to copy what they track."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 COUNTER = "num_batches_tracked"
-Buffers: TypeAlias = dict[str, torch.Tensor]
+Buffers: TypeAlias = dict[str, Any]  # tensors, or None
 NormLayer: TypeAlias = Any  # an nn.Module with a `momentum`, for which torch has no type
 
 
@@ -30,62 +31,30 @@ def tracked_layers(model: nn.Module) -> dict[NormLayer, list[str]]:
     """Give the layers that track running statistics, each with its names; a shared layer has several.
 
     Raises:
-        TypeError: model is no module, or TorchScript, where momentum is part of the code.
+        TypeError: model is no module, or TorchScript, or a part of it with running statistics is.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is of type {type(model).__name__}, but must be an nn.Module")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("model is TorchScript, where momentum is part of the code: do this before scripting or tracing")
     layers: dict[NormLayer, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if tracks(module):
+        if isinstance(module, torch.jit.ScriptModule):
+            if not name or any("running_" in buffer for buffer, _ in module.named_buffers()):
+                part = f"the part {name!r} of the model" if name else "model"
+                raise TypeError(
+                    f"{part} is TorchScript, where momentum is part of the code: do this before scripting or tracing"
+                )
+        elif tracks(module):
             layers.setdefault(module, []).append(name)
     return layers
 
 
-def buffers(layer: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give the layer's own buffers that hold values; a lazy layer's do not before its first batch."""
-    for name, buffer in layer._buffers.items():
-        if buffer is not None and not nn.parameter.is_lazy(buffer):
-            yield name, buffer
+def warn_of_none(layers: Collection[NormLayer], what: str) -> None:
+    """Warn if a model has no layer for what is asked for; the warning points at the caller's caller."""
+    if not layers:
+        warnings.warn(f"the model has no layer with running statistics, so there is nothing {what}", stacklevel=3)
 
 
-def snapshot(layer: nn.Module) -> Buffers:
-    """Copy the layer's buffers."""
-    return {name: buffer.detach().clone() for name, buffer in buffers(layer)}
-
-
-def put_back(layer: nn.Module, saved: Buffers) -> None:
-    """Write a snapshot into the layer's buffers, unseen by autograd.
-
-    A graph that is still to be run backward may have saved the running statistics of a training-mode
-    forward, whose gradient does not use their values. So the copy must not count as a modification.
-    """
-    for name, buffer in buffers(layer):
-        if name in saved:
-            buffer.data.copy_(saved[name])
-
-
-def moved(now: Buffers, then: Buffers) -> bool:
-    """Tell whether two snapshots of a layer differ."""
-    return any(name not in then or not torch.equal(now[name], then[name]) for name in now)
-
-
-def batches_counted(layer: nn.Module) -> int:
-    """Read the layer's own count of updates, 0 if it keeps none (InstanceNorm has the buffer, but does not count)."""
-    count = layer._buffers.get(COUNTER)
-    return 0 if count is None else int(count)
-
-
-def updates_once(layer: nn.Module) -> bool:
-    """Tell whether `update_once` covers the layer: it gives it a `forward` of its own."""
-    return getattr(getattr(vars(layer).get("forward"), "func", None), "__module__", None) == "momentum_fix.once"
-
-
-def refuse_updating_once(layer: nn.Module, names: list[str]) -> None:
-    """Raise if `update_once` covers the layer: a corrected momentum would then be wrong."""
-    if updates_once(layer):
-        raise ValueError(
-            f"layer {names[0]!r} moves its statistics once per batch, by update_once, so there is nothing to correct: "
-            "call remove() on the handle that update_once gave you first"
-        )
+def named(layers: Sequence[str]) -> str:
+    """Write a list of layers' names for a sentence: five of them at most."""
+    shown = ", ".join(name or "(the model)" for name in layers[:5])
+    return shown + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")

@@ -1,18 +1,28 @@
-"""The exact alternative: only a forward pass moves the running statistics, a recomputation moves a copy of them."""
+"""The exact alternative: only a forward pass moves the running statistics, a replay moves a copy of them."""
 
 from __future__ import annotations
 
-import functools
+import warnings
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.utils._python_dispatch import _disable_current_modes
 
-from momentum_fix.layers import NormLayer, tracked_layers, updates_once
-from momentum_fix.model import uncorrected_momentum
+from momentum_fix.corrected import uncorrected
+from momentum_fix.covering import ONLY_WRITES, Covering, cover, covering, refuse_foreign_forward, uncover
+from momentum_fix.layers import named, tracked_layers, warn_of_none
+
+
+class Once(Covering):
+    """Covers a layer for `update_once`."""
+
+    def left_alone(self, *args: Any, **kwargs: Any) -> Any:
+        warnings.warn(
+            f"layer {self.name!r} is updated in the backward pass only, so update_once leaves it as it is: something, "
+            "as fairscale's checkpoint_wrapper does, switches its tracking off in the forward pass. Use "
+            "torch.utils.checkpoint instead, or restore(model) and rely on that",
+            stacklevel=2,
+        )
+        return self.run(*args, **kwargs)
 
 
 class Handle:
@@ -20,11 +30,11 @@ class Handle:
 
     It removes what its own call has added: after a second `update_once(model)`, which finds nothing to add, the
     second handle removes nothing and the first one everything. Copy or pickle model and handle together,
-    `copy.deepcopy((model, handle))`, to have a handle of the copy.
+    `copy.deepcopy((model, handle))`, to have a handle of the copy. `restore(model)` needs no handle.
     """
 
-    def __init__(self, layers: dict[NormLayer, list[str]]) -> None:
-        self._layers = layers
+    def __init__(self, coverings: list[Covering]) -> None:
+        self._coverings = coverings
 
     def remove(self) -> None:
         """Let every pass move the running statistics again; a second time, do nothing.
@@ -32,12 +42,8 @@ class Handle:
         Raises:
             ValueError: something else has wrapped a layer's `forward` since; nothing is removed.
         """
-        for layer, names in self._layers.items():
-            _refuse_foreign_forward(layer, names)
-        for layer in self._layers:
-            if updates_once(layer):
-                del layer.forward
-        self._layers = {}
+        uncover(self._coverings)
+        self._coverings = []
 
     def __enter__(self) -> Handle:
         return self
@@ -45,37 +51,47 @@ class Handle:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    def __repr__(self) -> str:
+        return f"<update_once on {len(self._coverings)} layers>"
+
 
 def update_once(model: nn.Module) -> Handle:
-    """Let a norm layer's running statistics move on a forward pass and never on a recomputation.
+    """Let a norm layer's running statistics move on a forward pass and never on a replay.
 
-    A forward that runs while a backward pass is running is a recomputation: it works on copies of the layer's
-    buffers, dropped with the graph that it builds. `running_mean`, `running_var` and `num_batches_tracked` are
-    then bit for bit those of the run without checkpointing, under every checkpoint, in every order, however often
-    a batch is recomputed, in compiled code too. Nothing need be known or calibrated.
+    A forward that runs while a backward pass is running is a replay: it works on copies of the layer's buffers, which
+    are dropped afterwards. `running_mean`, `running_var` and `num_batches_tracked` are then bit for bit those of the
+    run without checkpointing, under every checkpoint, in every order, however often a batch is recomputed, in
+    compiled code too. You need to know and calibrate nothing.
 
     Each layer keeps its class, its state dict and its momentum, and carries one more attribute: a `forward` of its
-    own. It survives `copy.deepcopy` and pickling of the whole model; `del layer.forward` takes it off by hand. A
-    model built anew, and layers made anew by `SyncBatchNorm.convert_sync_batchnorm`, do not have it: call this
-    afterwards, as often as you like.
+    own. It survives `copy.deepcopy` and pickling of the whole model. A model built anew, and layers made anew by
+    `SyncBatchNorm.convert_sync_batchnorm` or fused for quantization, do not have it: call this afterwards, as often as
+    you like.
 
-    Not for: a training-mode forward of a new batch that you run inside a backward hook, which is taken for a
-    recomputation (call `handle.remove()` before it and `update_once(model)` after it); the reverse, recomputing
-    outside of a backward pass by reading saved tensors from a graph by hand, which counts as a batch;
-    `nn.DataParallel` with several devices, whose replicas share the attribute (use DDP); `torch.jit.script`. What
-    else the forward of a class of your own assigns to the layer itself in a recomputation is dropped with the copies;
-    so is, in compiled code, what it assigns in any training-mode pass, and where such a class assigns new tensors to
-    its buffers, in place of writing to them, the compiled graph breaks (with `fullgraph=True`: an error).
+    Not for: a training-mode forward of a new batch that you run inside a backward hook, which is taken for a replay
+    (call `handle.remove()` before it and `update_once(model)` after it); the reverse, recomputing outside of a
+    backward pass by reading saved tensors from a graph by hand, which counts as a batch; a parent that calls
+    `F.batch_norm` on the layer's buffers itself; `nn.DataParallel` with several devices and `copy.copy`, whose copies
+    share the attribute (use DDP and `copy.deepcopy`); one layer in two threads at once; `torch.jit.script`.
+
+    Gradients are those of the run without checkpointing for torch's own layers, whose training-mode output does not
+    read the running statistics. A class whose output reads them (Batch Renormalization, say) gets wrong gradients from
+    any recomputation, with this function and without.
 
     Args:
         model: any module; every layer below it that tracks running statistics is covered.
 
     Returns:
-        A `Handle`.
+        A `Handle`; `restore(model)` takes everything off too.
 
     Raises:
         ValueError: the momentum of a layer is corrected, which would now be wrong (`restore(model)` first), or a
             layer has a `forward` of its own already. The model is left as it was.
+        TypeError: model is no module, or a part of it with running statistics is TorchScript.
+
+    Warns:
+        UserWarning: no layer tracks running statistics; a layer's class has a forward of its own, whose output may
+            read them; or, in training, a layer is updated in the backward pass only.
 
     Example:
         >>> from torch.utils.checkpoint import checkpoint
@@ -87,82 +103,35 @@ def update_once(model: nn.Module) -> Handle:
 
     Source: the question of "Checkpoint with BatchNorm running averages", discuss.pytorch.org/t/17738 (2018).
     """
-    layers = tracked_layers(model)
-    for layer, names in layers.items():
-        if uncorrected_momentum(model, layer, names) is not layer.momentum:
+    added: list[Covering] = []
+    for layer, (name, *_) in (layers := tracked_layers(model)).items():
+        if uncorrected(layer.momentum) is not layer.momentum:
+            plain = f"{uncorrected(layer.momentum):.6g}"
             raise ValueError(
-                f"layer {names[0]!r} has a corrected momentum ({layer.momentum}), which is wrong for statistics that "
-                "move once per batch: call restore(model) first"
+                f"layer {name!r} has a corrected momentum ({layer.momentum:.6g} for {plain}), which is wrong for "
+                "statistics that move once per batch: call restore(model) first, or, where the root was written by "
+                f"hand, set the layer's momentum to {plain}"
             )
-        _refuse_foreign_forward(layer, names)
-    added = {layer: names for layer, names in layers.items() if not updates_once(layer)}
-    for layer in added:
-        layer.forward = functools.partial(_forward, layer)
+        refuse_foreign_forward(layer, name)
+        if covering(layer) is None:
+            added.append(Once(layer, name))
+    cover(added)
+    warn_of_none(layers, "to update once")
+    own = [once.name for once in added if type(once.layer).forward not in ONLY_WRITES]
+    if own:
+        warnings.warn(
+            f"{named(own)}: the class has a forward of its own. Their statistics will move once per batch; but if "
+            "its output reads them in training, as that of torch's layers does not, every recomputation computes "
+            "something else than the forward pass did, and gradients are wrong, with update_once and without",
+            stacklevel=2,
+        )
     return Handle(added)
 
 
-def _refuse_foreign_forward(layer: NormLayer, names: list[str]) -> None:
-    if "forward" in vars(layer) and not updates_once(layer):
+def refuse_covered(layer: nn.Module, name: str) -> None:
+    """Raise if `update_once` covers the layer: a corrected momentum would then be wrong."""
+    if isinstance(covering(layer), Once):
         raise ValueError(
-            f"layer {names[0]!r} has a forward of its own, {layer.forward!r}, put there by something else: take that "
-            "off first, and put it back afterwards"
+            f"layer {name!r} moves its statistics once per batch, by update_once, so there is nothing to correct: "
+            "call restore(model), or remove() on the handle that update_once gave you, first"
         )
-
-
-_graph_task = torch._C._current_graph_task_id  # -1 outside of a backward pass; torch.utils.module_tracker reads it too
-_modes = torch._C._len_torch_dispatch_stack
-_WRITING = (_BatchNorm.forward, _InstanceNorm.forward)  # in training they write the buffers and read none of them
-
-
-def _forward(layer: NormLayer, *args: Any, **kwargs: Any) -> Any:
-    """Run the layer's forward, in a backward pass on a stand-in that shares all but the buffers.
-
-    The stand-in has buffers of the same shapes, so that a checkpoint which compares the tensors saved for backward
-    finds no difference; and nothing has to be put back if the checkpoint stops the forward by an exception. Code
-    that is being compiled has to find out at run time what it is part of: it takes the stand-in always, and commits.
-    """
-    cls = type(layer)  # looked up at each call: a lazy layer changes it at its first batch
-    compiling = torch.compiler.is_compiling()
-    if not layer.training if compiling else _graph_task() == -1:
-        return cls.forward(layer, *args, **kwargs)
-    stand_in = object.__new__(cls)
-    state = stand_in.__dict__
-    state.update(layer.__dict__)
-    if compiling:
-        state["_buffers"] = _copies(layer)
-    elif _modes():
-        with _disable_current_modes():  # selective checkpointing knows the operations that the forward did, no others
-            state["_buffers"] = _copies(layer)
-    elif layer.training and cls.forward in _WRITING:
-        state["_buffers"] = _scratch(layer)
-    else:
-        state["_buffers"] = _copies(layer)
-    output = cls.forward(stand_in, *args, **kwargs)
-    if compiling:
-        own = {name: buffer for name, buffer in layer._buffers.items() if buffer is not None}
-        torch.ops.momentum_fix.commit(list(own.values()), [state["_buffers"][name] for name in own])
-    return output
-
-
-def _copies(layer: nn.Module) -> dict[str, torch.Tensor | None]:
-    return {name: buffer if buffer is None else buffer.clone() for name, buffer in layer._buffers.items()}
-
-
-def _scratch(layer: NormLayer) -> dict[str, torch.Tensor | None]:
-    """Give what a forward that only writes needs, which is cheaper than copies: statistics unset, nothing to count."""
-    own = layer._buffers
-    mean, var = torch.empty_like(own["running_mean"]), torch.empty_like(own["running_var"])
-    return {**own, "running_mean": mean, "running_var": var, "num_batches_tracked": None}
-
-
-def _commit(own: list[torch.Tensor], moved: list[torch.Tensor]) -> None:
-    if _graph_task() == -1:
-        for buffer, value in zip(own, moved, strict=True):
-            buffer.copy_(value)
-
-
-_library = torch.library.Library("momentum_fix", "DEF")  # type: ignore[no-untyped-call]
-_tags = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()  # since torch 2.9
-_library.define("commit(Tensor(a!)[] own, Tensor[] moved) -> ()", tags=_tags)  # type: ignore[no-untyped-call]
-_library.impl("commit", _commit, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-_library.impl("commit", lambda own, moved: None, "Meta")  # type: ignore[no-untyped-call]

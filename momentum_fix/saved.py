@@ -17,9 +17,9 @@ from typing import Any, SupportsFloat, SupportsIndex
 import torch
 from torch import nn
 
+from momentum_fix.corrected import uncorrected
 from momentum_fix.formula import corrected_momentum, positive_integer, power_of_decay
 from momentum_fix.layers import COUNTER, tracked_layers
-from momentum_fix.model import uncorrected_momentum
 from momentum_fix.tables import aligned, number
 
 _NAMES = (COUNTER, "running_mean", "running_var")
@@ -212,8 +212,8 @@ def _model_rows(model: nn.Module, steps: int | None) -> Iterator[LayerAudit]:
     counts = {aliases[0]: _count(layer._buffers.get(COUNTER)) for layer, aliases in layers.items()}
     taken = _taken(counts, steps)
     for layer, aliases in layers.items():
-        uncorrected = uncorrected_momentum(model, layer, aliases)
-        yield _row("", aliases[0], counts[aliases[0]], taken, steps is None, layer.momentum, uncorrected)
+        momentum = layer.momentum
+        yield _row("", aliases[0], counts[aliases[0]], taken, steps is None, momentum, uncorrected(momentum))
 
 
 def _rows(source: str, tree: Any, steps: int | None, momentum: SupportsFloat | None) -> Iterator[LayerAudit]:

@@ -1,4 +1,4 @@
-"""An existing model: set the corrected momentum of its norm layers in place, and put it back."""
+"""An existing model: set the corrected momentum of its norm layers in place, ask for it, and put it back."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypeVar
 
 from torch import nn
 
+from momentum_fix.corrected import Corrected, marked, uncorrected, unmarked
+from momentum_fix.covering import covering, uncover
 from momentum_fix.formula import corrected_momentum, power_of_decay
-from momentum_fix.layers import NormLayer, refuse_updating_once, tracked_layers
+from momentum_fix.layers import NormLayer, tracked_layers, warn_of_none
+from momentum_fix.once import refuse_covered
 
 Model = TypeVar("Model", bound=nn.Module)
 Passes: TypeAlias = SupportsIndex | Fraction
-
-# A corrected layer carries {"": (uncorrected momentum, corrected momentum)} as a plain attribute, and its parents the
-# same under its name: `SyncBatchNorm.convert_sync_batchnorm` makes new layers, but keeps their parents.
-_MARKS = "_momentum_fix"
 
 
 def correct(model: Model, passes: Passes | Mapping[str, Passes] = 2) -> Model:
@@ -29,9 +28,13 @@ def correct(model: Model, passes: Passes | Mapping[str, Passes] = 2) -> Model:
     turn; there only the decay is right. `calibrate` finds out the passes, layer by layer.
 
     Correcting twice changes nothing; other `passes` start again from the uncorrected momentum; a momentum
-    that you have set since counts as the new uncorrected one. A shared layer is corrected once. The layers
-    stay plain torch layers with the same state dict; that they are corrected survives `copy.deepcopy`,
-    pickling and `convert_sync_batchnorm`. Momentum is not in a state dict: correct a rebuilt model again.
+    that you have set since counts as the new uncorrected one. That a layer is corrected is known by its number,
+    whether this function, `calibrate` or `norm_layer` has set it; it survives `copy.deepcopy`, pickling and
+    `convert_sync_batchnorm`. A root that was written by hand, `1 - 0.9 ** 0.5` for 0.1, is recognized if the
+    uncorrected momentum has at most four digits, and counts as corrected too. A shared layer is corrected once.
+
+    The layers stay plain torch layers with the same state dict. Momentum is not in a state dict: correct a rebuilt
+    model again. To load a model that was pickled whole where this package is not installed, `restore` it first.
 
     Args:
         model: any module.
@@ -66,36 +69,29 @@ def correct(model: Model, passes: Passes | Mapping[str, Passes] = 2) -> Model:
     names = tracked_layers(model)
     if isinstance(passes, Mapping):
         _check_names(model, passes, [name for aliases in names.values() for name in aliases])
-    plan = []
+    plan = {}
     for layer, aliases in names.items():
         wanted = _deepest(by_name, aliases)
         if wanted is not None:
-            momentum = uncorrected_momentum(model, layer, aliases)
+            momentum = uncorrected(layer.momentum)
             corrected = corrected_for(aliases[0], momentum, wanted)
             if corrected != momentum:
-                refuse_updating_once(layer, aliases)
-            plan.append((layer, aliases, momentum, corrected))
-    before = [(layer, layer.momentum) for layer, *_ in plan]
-    try:
-        for layer, _, momentum, corrected in plan:
-            layer.momentum = corrected if corrected != momentum else momentum
-    except Exception:  # a class of the user's own may refuse
-        for layer, momentum in before:
-            if layer.momentum is not momentum:
-                layer.momentum = momentum
-        raise
-    for layer, aliases, momentum, corrected in plan:
-        _set_mark(model, layer, aliases, (momentum, corrected) if corrected != momentum else None)
+                refuse_covered(layer, aliases[0])
+            plan[layer] = marked(corrected, momentum, unmarked(layer.momentum))
+    set_momenta(plan)
+    warn_of_none(names, "to correct")
     return model
 
 
 def restore(model: Model) -> Model:
-    """Put back, in place, the momentum of every layer that `correct` or `calibrate` has changed.
+    """Undo, in place, everything that this package has done to a model.
 
-    A momentum that you have set since stays.
+    Each layer gets back the momentum that it had before `correct`, `calibrate` or `norm_layer`; one that you have set
+    since stays. What `update_once` has put on is taken off, unless something else has
+    wrapped it since: take that off first. Running statistics stay as they are.
 
     Args:
-        model: any module, corrected or not.
+        model: any module, changed by this package or not.
 
     Returns:
         `model` itself.
@@ -104,36 +100,44 @@ def restore(model: Model) -> Model:
         >>> restore(correct(nn.BatchNorm1d(4, momentum=0.3))).momentum
         0.3
     """
-    for layer, aliases in tracked_layers(model).items():
-        layer.momentum = uncorrected_momentum(model, layer, aliases)
-        _set_mark(model, layer, aliases, None)
+    layers = tracked_layers(model)
+    uncover(each for layer in layers if (each := covering(layer)) is not None)
+    set_momenta({layer: unmarked(layer.momentum) for layer in layers if isinstance(layer.momentum, Corrected)})
     return model
 
 
-def uncorrected_momentum(model: nn.Module, layer: NormLayer, aliases: list[str]) -> Any:
-    """Give the momentum of a layer as it is, or as it was before `correct` if nobody has changed it since."""
-    for module, key in _places(model, layer, aliases):
-        mark = vars(module).get(_MARKS, {}).get(key)
-        if mark is not None and mark[1] == layer.momentum:
-            return mark[0]
-    return layer.momentum
+def applied(model: nn.Module) -> dict[str, str]:
+    """Tell what this package has done to a model: what `restore` would undo, by layer.
+
+    Returns:
+        A sentence for each layer that has a corrected momentum or is covered by `update_once`; empty for a model that
+        is as it was built.
+
+    Example:
+        >>> applied(correct(nn.Sequential(nn.BatchNorm1d(4))))
+        {'0': 'momentum 0.0513167, corrected from 0.1'}
+    """
+    found = {}
+    for layer, aliases in tracked_layers(model).items():
+        momentum = layer.momentum
+        if isinstance(momentum, Corrected):
+            found[aliases[0]] = f"momentum {momentum:.6g}, corrected from {momentum.before:.6g}"
+        elif covering(layer) is not None:
+            found[aliases[0]] = "update_once"
+    return found
 
 
-def _set_mark(model: nn.Module, layer: NormLayer, aliases: list[str], mark: tuple[Any, Any] | None) -> None:
-    for module, key in _places(model, layer, aliases):
-        marks = {other: value for other, value in vars(module).get(_MARKS, {}).items() if other != key}
-        if mark is not None:
-            marks[key] = mark
-        if marks:
-            setattr(module, _MARKS, marks)
-        else:
-            vars(module).pop(_MARKS, None)
-
-
-def _places(model: nn.Module, layer: NormLayer, aliases: list[str]) -> list[tuple[nn.Module, str]]:
-    """Give the modules that remember this layer's correction, and the key under which each does."""
-    split = [name.rpartition(".") for name in aliases if name]
-    return [(layer, ""), *((model.get_submodule(parent), key) for parent, _, key in split)]
+def set_momenta(momenta: Mapping[NormLayer, Any]) -> None:
+    """Set each layer's momentum: all, or, if a class refuses, none."""
+    before = [(layer, layer.momentum) for layer in momenta]
+    try:
+        for layer, momentum in momenta.items():
+            layer.momentum = momentum
+    except Exception:
+        for layer, momentum in before:
+            if layer.momentum is not momentum:
+                layer.momentum = momentum
+        raise
 
 
 def corrected_for(name: str, momentum: SupportsFloat | None, passes: Passes) -> float | None:

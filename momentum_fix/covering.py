@@ -1,0 +1,162 @@
+"""The forward of a covered layer: a pass moves the layer's buffers, a replay moves copies of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from momentum_fix.layers import Buffers, NormLayer, tracks
+from momentum_fix.replay import replaying, selective, unseen
+
+_NEED_NO_COUNTER = (_BatchNorm.forward, _InstanceNorm.forward)
+ONLY_WRITES = (*_NEED_NO_COUNTER, nn.SyncBatchNorm.forward)  # the output in training does not read the statistics
+
+
+class Covering:
+    """Covers one layer. Bound methods of one class let Dynamo compile equal layers once.
+
+    The layer itself runs, so that whatever its forward leaves on it is found there. Only its buffers, and those of the
+    modules below it, are others during a replay.
+    """
+
+    def __init__(self, layer: NormLayer, name: str) -> None:
+        self.layer, self.name = layer, name
+        self.inner = layer.forward if has_foreign_forward(layer) else None
+        # Whether a training-mode pass moves the statistics; None before there was one. Something may switch tracking
+        # off in the forward pass, and count on the replay to move them.
+        self.moves: bool | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer; in a replay, on other buffers than its own."""
+        if torch.compiler.is_compiling():
+            return self._compiled(*args, **kwargs)
+        if not replaying():
+            if not self.moves and self.layer.training:
+                self.moves = tracks(self.layer)
+            return self.passed(*args, **kwargs)
+        if self.moves is False and tracks(self.layer):
+            return self.left_alone(*args, **kwargs)
+        return self.replayed(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run what the layer would run if it were not covered; a lazy layer changes its class at its first batch."""
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(self.layer).forward(self.layer, *args, **kwargs)
+
+    passed = left_alone = run
+
+    def replayed(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on copies, or, where the buffers are only written, on scratch; of the same shapes either way.
+
+        A checkpoint compares the tensors that are saved for backward; and it can stop a replay by an exception.
+        """
+        layer = self.layer
+        if self.inner is not None or type(layer).forward not in _NEED_NO_COUNTER or selective():
+            with on_copies(layer):
+                return self.run(*args, **kwargs)
+        if not layer.training:
+            return self.run(*args, **kwargs)
+        own = layer._buffers
+        layer.__dict__["_buffers"] = _scratch(own)
+        try:
+            return self.run(*args, **kwargs)
+        finally:
+            layer.__dict__["_buffers"] = own
+
+    def _compiled(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on the buffers, and take back what has changed in them if that turns out to be a replay."""
+        if not self.layer.training or torch.compiler.is_exporting():  # an exported graph is run as a forward pass
+            return self.run(*args, **kwargs)
+        own = self.layer._buffers
+        before = {name: (buffer, buffer.clone()) for name, buffer in own.items() if buffer is not None}
+        first = next(iter(before.values()))[0]
+        undo = self.compiled(torch.ops.momentum_fix.replaying(first))
+        output = self.run(*args, **kwargs)
+        for name, (buffer, value) in before.items():
+            if own[name] is buffer:
+                # Unseen by autograd, which may have saved the buffer: the gradient does not use its value.
+                buffer.data.copy_(torch.where(undo, value, buffer))
+            else:  # the class assigns new buffers
+                own[name] = torch.where(undo, value, own[name])
+        return output
+
+    def compiled(self, replay: torch.Tensor) -> torch.Tensor:
+        """Say, in compiled code, whether to take back what a pass moves."""
+        return replay
+
+    def take_off(self) -> None:
+        """Give the layer back the forward that it had."""
+        if covering(self.layer) is self:
+            if self.inner is None:
+                del self.layer.forward
+            else:
+                self.layer.forward = self.inner
+
+
+def cover(coverings: Sequence[Covering]) -> None:
+    """Put each on its layer: all, or, if a class refuses the attribute, none."""
+    try:
+        for each in coverings:
+            each.layer.forward = each.forward
+    except Exception:
+        for each in coverings:
+            each.take_off()
+        raise
+
+
+def uncover(coverings: Iterable[Covering]) -> None:
+    """Take each off its layer, or, if something else has wrapped a layer's forward since, none."""
+    coverings = list(coverings)
+    for each in coverings:
+        refuse_foreign_forward(each.layer, each.name)
+    for each in coverings:
+        each.take_off()
+
+
+def covering(layer: nn.Module) -> Covering | None:
+    """Give what covers the layer. A `copy.copy` shares the attribute of the original, but is not covered."""
+    each = getattr(vars(layer).get("forward"), "__self__", None)
+    return each if isinstance(each, Covering) and each.layer is layer else None
+
+
+def has_foreign_forward(layer: nn.Module) -> bool:
+    """Tell whether something else has given the layer a forward of its own."""
+    forward = vars(layer).get("forward")
+    return forward is not None and not isinstance(getattr(forward, "__self__", None), Covering)
+
+
+def refuse_foreign_forward(layer: nn.Module, name: str) -> None:
+    """Raise if something else has given the layer a forward of its own."""
+    if has_foreign_forward(layer):
+        raise ValueError(
+            f"layer {name!r} has a forward of its own, {layer.forward!r}, put there by something else: take that off "
+            "first, and put it back afterwards"
+        )
+
+
+@contextmanager
+def on_copies(layer: nn.Module) -> Iterator[None]:
+    """Let the layer, and the modules below it, work on copies of their buffers, written to or replaced."""
+    own = [(module, module._buffers) for module in layer.modules()]
+    with unseen():
+        copies = [{name: b if b is None else b.clone() for name, b in buffers.items()} for _, buffers in own]
+    for (module, _), copied in zip(own, copies, strict=True):
+        module.__dict__["_buffers"] = copied
+    try:
+        yield
+    finally:
+        for module, buffers in own:
+            module.__dict__["_buffers"] = buffers
+
+
+def _scratch(own: dict[str, Any]) -> Buffers:
+    """Give what a forward that only writes needs, which is cheaper than copies: statistics unset, nothing to count."""
+    mean, var = torch.empty_like(own["running_mean"]), torch.empty_like(own["running_var"])
+    return {**own, "running_mean": mean, "running_var": var, "num_batches_tracked": None}

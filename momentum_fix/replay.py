@@ -1,0 +1,53 @@
+"""The one place that knows whether a forward is a replay: it is, if it runs while a backward pass is running."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
+from torch.utils.module_tracker import ModuleTracker
+
+_tracker = ModuleTracker()
+
+
+def replaying() -> bool:
+    """Tell whether a backward pass is running in this thread."""
+    replay: bool = _tracker.is_bw
+    return replay
+
+
+# Compiled code is traced before anybody knows what it will be part of, so it asks at run time, by an operator. Where
+# several calls of a layer are in one graph, each depends on the buffer as the one before has left it, so that they
+# cannot be merged into one.
+_tags = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()  # since torch 2.9
+torch.library.define("momentum_fix::replaying", "(Tensor buffer) -> Tensor", tags=_tags)
+
+
+@torch.library.impl("momentum_fix::replaying", "CompositeExplicitAutograd")
+def _replaying(buffer: torch.Tensor) -> torch.Tensor:
+    return torch.full((), replaying(), device=buffer.device)
+
+
+@torch.library.register_fake("momentum_fix::replaying")  # type: ignore[untyped-decorator]
+def _(buffer: torch.Tensor) -> torch.Tensor:
+    return torch.empty((), dtype=torch.bool, device=buffer.device)
+
+
+def selective() -> bool:
+    """Tell whether a mode such as that of selective checkpointing sees every operation."""
+    return is_in_torch_dispatch_mode(include_infra_modes=False)
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Run operations of this package's own, which selective checkpointing does not know from the forward.
+
+    Fake and proxy modes stay: they decide what a tensor is.
+    """
+    with _disable_current_modes() as modes, ExitStack() as kept:
+        for mode in modes:
+            if mode.is_infra_mode():
+                kept.enter_context(mode)
+        yield
