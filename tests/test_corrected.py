@@ -1,0 +1,213 @@
+"""A corrected momentum is a float that knows the uncorrected one: nothing is corrected twice, nobody notices it."""
+
+import copy
+import functools
+import io
+import json
+import pickle
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from momentum_fix import applied, calibrate, correct, corrected_momentum, norm_layer, restore, update_once
+from momentum_fix.corrected import Corrected, corrected_by_hand, uncorrected
+from twins import batches, deviation, momenta, non_reentrant, plainly, train
+
+
+def layer_of(momentum):
+    return nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, momentum=momentum), nn.Tanh())
+
+
+def one(net, x, ckpt):
+    ckpt(net, x.requires_grad_()).sum().backward()
+
+
+BY_HAND = {
+    "1 - sqrt": lambda m, k: 1 - (1 - m) ** (1 / k),
+    "of the decay": lambda m, k: 1 - (1.0 - m) ** (1.0 / k) if m != 0.1 else 1 - 0.9 ** (1 / k),
+    "from the formula": corrected_momentum,
+}
+
+
+@pytest.mark.parametrize("passes", [2, 3, 4, 5])
+@pytest.mark.parametrize("momentum", [0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("how", BY_HAND.values(), ids=BY_HAND)
+def test_a_root_that_was_written_by_hand_is_recognized(how, momentum, passes):
+    assert corrected_by_hand(how(momentum, passes)) == momentum
+
+
+@pytest.mark.parametrize(
+    "momentum",
+    [None, 0, 0.0, 1.0, 1e-17, 0.05, 0.1, 1 - 0.9, 1 - 0.99, 1 - 0.9997, 0.0625, 0.03125, 1 / 3, 2 / 3, 0.0513, 0.0975],
+)
+def test_a_momentum_that_people_mean_as_it_stands_is_not_taken_for_a_root(momentum):
+    assert corrected_by_hand(momentum) is None
+    assert uncorrected(momentum) is momentum
+
+
+def test_random_momenta_are_not_taken_for_roots():
+    generator = random.Random(0)
+    for _ in range(2000):
+        assert corrected_by_hand(generator.random() ** generator.choice((1, 3))) is None
+
+
+@pytest.mark.parametrize("build", [lambda: norm_layer("BatchNorm2d", passes=2)(3), lambda: correct(nn.BatchNorm2d(3))])
+@pytest.mark.parametrize("again", [lambda layer: correct(layer, 2), lambda layer: correct(correct(layer, 5), 2)])
+def test_a_layer_is_corrected_once_whoever_built_it(build, again):
+    layer = build()
+    assert layer.momentum == again(layer).momentum == corrected_momentum(0.1, 2)
+    assert restore(layer).momentum == 0.1
+    assert type(layer.momentum) is float
+
+
+@pytest.mark.parametrize("momentum", [norm_layer(passes=2).keywords["momentum"], 1 - 0.9**0.5, corrected_momentum(0.1)])
+def test_calibrate_starts_from_the_uncorrected_momentum_of_a_corrected_layer(momentum):
+    data = batches(4, 4, 3, 4, 4)
+    truth = train(layer_of(0.1), one, data, plainly)
+    net = layer_of(momentum)
+    net.load_state_dict(layer_of(0.1).state_dict())
+    torch.manual_seed(0)
+    truth, net = layer_of(0.1), layer_of(momentum)
+    net.load_state_dict(truth.state_dict())
+    train(truth, one, data, plainly)
+    with calibrate(net) as report:
+        train(net, one, data[:1], non_reentrant)
+    train(net, one, data[1:], non_reentrant)
+    assert (report["1"], report.rows[0].momentum) == (2, 0.1)
+    assert net[1].momentum == corrected_momentum(0.1, 2)
+    assert deviation(net, truth) < 1e-12
+    assert restore(net)[1].momentum == (0.1 if isinstance(momentum, Corrected) else momentum)
+
+
+def test_a_root_by_hand_where_nothing_is_recomputed_gives_way_to_the_momentum_itself():
+    net = layer_of(1 - 0.9**0.5)
+    with calibrate(net):
+        train(net, one, batches(1, 4, 3, 4, 4), plainly)
+    assert net[1].momentum == 0.1
+    assert applied(net) == {"1": "momentum 0.1, corrected from 0.0513167"}
+    assert restore(net)[1].momentum == 1 - 0.9**0.5
+
+
+def test_a_momentum_that_is_computed_from_a_corrected_one_counts_as_ones_own():
+    layer = correct(nn.BatchNorm2d(3, momentum=0.3), 3)
+    layer.momentum *= 0.5
+    assert type(layer.momentum) is float
+    mine = layer.momentum
+    assert restore(layer).momentum == mine
+    assert correct(layer, 2).momentum == corrected_momentum(mine, 2)
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("travel", [copy.copy, copy.deepcopy, pickled, saved, nn.SyncBatchNorm.convert_sync_batchnorm])
+@pytest.mark.parametrize("momentum", [0.1, 0.123456789])
+def test_the_knowledge_travels_with_the_number(travel, momentum):
+    model = nn.Sequential(nn.BatchNorm2d(3, momentum=momentum))
+    before = correct(model, 3)[0].momentum
+    there = travel(model)
+    assert correct(there, 3)[0].momentum == before
+    assert restore(there)[0].momentum == momentum
+
+
+def test_whatever_takes_a_float_takes_it():
+    model = correct(layer_of(0.1))
+    number = model[1].momentum
+    assert isinstance(number, float)
+    assert repr(number) == repr(corrected_momentum(0.1)) == json.dumps(number)
+    assert f"{number:.4g}" == "0.05132"
+    x = torch.rand(4, 3, 4, 4)
+    truth = model(x)
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x), truth)
+    exported = torch.export.export(model, (x,)).module()
+    assert torch.equal(exported(x), truth)
+    model.eval()
+    with pytest.warns(DeprecationWarning, match="jit"):
+        assert torch.equal(torch.jit.script(model)(x), model(x))
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+    fused = torch.nn.utils.fusion.fuse_conv_bn_eval(model[0], model[1])
+    assert torch.allclose(fused(x).tanh(), model(x))
+
+
+def test_compiled_code_of_a_corrected_model_is_compiled_once():
+    torch.compiler.reset()
+    model = correct(layer_of(0.1))
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    run = torch.compile(model, backend=backend)
+    for _ in range(3):
+        run(torch.rand(4, 3, 4, 4))
+    assert len(graphs) == 1
+
+
+def test_a_restored_model_that_is_pickled_whole_loads_without_this_package(tmp_path):
+    file = tmp_path / "model.pt"
+    handle = update_once(restore(correct(layer_of(0.1))))
+    handle.remove()
+    code = f"import sys; sys.modules['momentum_fix'] = None; import torch; torch.load({str(file)!r}, weights_only=False)"
+    for model, loads in ((correct(layer_of(0.1)), False), (restore(correct(layer_of(0.1))), True)):
+        torch.save(model, file)
+        assert (subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0) is loads
+
+
+# What is on a model, and taking it off.
+
+
+def test_what_is_on_a_model_can_be_asked_for_and_restore_undoes_all_of_it():
+    model = nn.ModuleDict({name: nn.BatchNorm2d(3) for name in ("plain", "corrected", "once")})
+    keys = {name: set(vars(layer)) for name, layer in model.items()}
+    correct(model["corrected"], 3)
+    update_once(model["once"])
+    assert applied(model) == {"corrected": "momentum 0.0345106, corrected from 0.1", "once": "update_once"}
+    restore(model)
+    assert applied(model) == {}
+    assert set(momenta(model).values()) == {0.1}
+    assert {name: set(vars(layer)) for name, layer in model.items()} == keys
+
+
+@pytest.mark.parametrize("change", [correct, calibrate, update_once], ids=lambda change: change.__name__)
+def test_a_model_without_running_statistics_is_said_to_have_none(change):
+    with pytest.warns(UserWarning, match="no layer with running statistics, so there is nothing to") as caught:
+        changed = change(nn.Linear(1, 1))
+        if change is calibrate:
+            with changed:
+                pass
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("change", [correct, update_once, lambda model: calibrate(model).__enter__()])
+def test_a_scripted_part_with_running_statistics_is_named_and_nothing_is_changed(change):
+    with pytest.warns(DeprecationWarning, match="jit"):
+        part, harmless = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))), torch.jit.script(nn.Linear(1, 1))
+    model = nn.ModuleDict({"plain": nn.BatchNorm2d(3), "part": part, "harmless": harmless})
+    with pytest.raises(TypeError, match="the part 'part' of the model is TorchScript, where momentum is part of the code"):
+        change(model)
+    assert vars(model["plain"]).keys() == vars(nn.BatchNorm2d(3)).keys()
+    assert model["plain"].momentum == 0.1
+    del model["part"]
+    restore(correct(model))
+
+
+def test_a_partial_of_the_factory_is_as_serializable_as_before():
+    partial = norm_layer("BatchNorm3d", momentum=0.3, passes=3, eps=1e-3)
+    again = pickle.loads(pickle.dumps(partial))
+    assert isinstance(again, functools.partial)
+    assert json.loads(json.dumps(again.keywords)) == {"momentum": corrected_momentum(0.3, 3), "eps": 1e-3}
+    assert restore(again(4)).momentum == 0.3
