@@ -16,10 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from momentum_fix import calibrate, correct, corrected_momentum, update_once
 from pages import blocks
 from pages import run as run_block
-from twins import batches, deviation, momenta, non_reentrant, plainly, same_path, statistics, train
+from twins import ROUNDING, batches, deviation, momenta, non_reentrant, plainly, same_path, statistics, train
 
 BOTH = {"outer.1": 2, "inner.1": 3}
-ROUNDING = 1e-12
 
 
 class Net(nn.Module):

@@ -7,7 +7,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from momentum_fix import calibrate
 from momentum_fix.layers import tracked_layers
+
+ROUNDING = 1e-12  # relative, in float64
 
 
 def plainly(function, *args, **_):
@@ -77,19 +80,13 @@ def three(model, step, data, ckpt, fixed):
     return truth, uncorrected, fixed(copy.deepcopy(model), step, data, ckpt)
 
 
-# Training steps in which the passes of a batch do not follow one another; a step calls backward itself.
-
-
-def siamese(net, x, ckpt):
-    left, right = x.requires_grad_().chunk(2)
-    (ckpt(net, left) - ckpt(net, right)).square().sum().backward()
-
-
-def pipeline(net, x, ckpt):
-    losses = [ckpt(net, micro).sum() for micro in x.requires_grad_().chunk(2)]
-    for loss in losses:
-        loss.backward(retain_graph=True)
-
-
-def twice_in_a_region(net, x, ckpt):
-    ckpt(lambda y: net(net(y)), x.requires_grad_()).sum().backward()
+def train_calibrated(model, step, data, ckpt):
+    """Calibrate the first step, check that it left no trace but the momentum, and train on; `found` is the report."""
+    first = train(copy.deepcopy(model), step, data[:1], plainly)
+    with calibrate(model) as report:
+        train(model, step, data[:1], ckpt)
+    assert same_path(model, first)
+    assert all(torch.equal(mine, statistics(first)[name]) for name, mine in statistics(model).items())
+    assert counters(model) == counters(first)
+    model.found = report
+    return train(model, step, data[1:], ckpt)
