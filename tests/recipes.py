@@ -249,9 +249,12 @@ def autograd_grad(net, x, ckpt):
         parameter.grad = gradient
 
 
-def accumulation(net, x, ckpt):
-    for micro in x.split(2):
-        nested(net, micro.detach(), ckpt)
+def accumulating(step):
+    def accumulation(net, x, ckpt):
+        for micro in x.split(2):
+            step(net, micro.detach(), ckpt)
+
+    return accumulation
 
 
 def forward_in_a_backward_hook(net, x, ckpt):

@@ -44,7 +44,7 @@ PASSES = {  # with the reentrant engine, with the other; None: not for this engi
     "nested directly": (by.nested_directly, same(3), same(2)),  # early stop cuts the outer replay
     "never stopping early": (by.never_stopping_early, same(3), same(3)),
     "two backwards": (by.two_backwards, same(3), same(3)),
-    "accumulation": (by.accumulation, INNER, INNER),
+    "accumulation": (by.accumulating(by.nested), INNER, INNER),
     "frozen": (by.frozen, None, {**same(2), "a.1": 1}),
     "ending in a norm": (by.ending_in_a_norm, same(2), same(2)),
     "sequential, reentrant": (by.sequential(True), LAST, None),
@@ -103,7 +103,9 @@ class FromScratch(nn.Module):
 
 
 @pytest.mark.parametrize("norm", [instance_norm, Uncounted, NonCounting, FromScratch])
-@pytest.mark.parametrize(("step", "k"), [(by.nested, 3), (by.accumulation, 3), (by.two_backwards, 3), (by.one, 2)])
+@pytest.mark.parametrize(
+    ("step", "k"), [(by.nested, 3), (by.accumulating(by.nested), 3), (by.two_backwards, 3), (by.one, 2)]
+)
 @pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
 def test_every_kind_of_layer_is_counted_whether_it_counts_its_batches_or_not(norm, step, k, ckpt):
     truth, uncorrected, calibrated = three(Net(norm), step, data(), ckpt, train_calibrated)
@@ -238,7 +240,7 @@ class ByHand(nn.Module):
         return nn.functional.batch_norm(x, mean, var, n.weight, n.bias, n.training, n.momentum, n.eps)
 
 
-@pytest.mark.parametrize("step", [by.nested, by.accumulation])
+@pytest.mark.parametrize("step", [by.nested, by.accumulating(by.nested)])
 def test_updates_that_nothing_counts_are_read_from_the_statistics(step):
     truth, uncorrected, calibrated = three(Net(ByHand), step, data(), non_reentrant, train_calibrated)
     assert list(calibrated.found.passes.values()) == [2, 3, 2]
