@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -27,9 +26,10 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 import recipes as by
 import rivals
+import twins
 from momentum_fix import calibrate, correct, update_once
 from recipes import MIDWAY, Net
-from twins import ROUNDING, counters, deviation, non_reentrant, plainly, reentrant, same_path, statistics, train
+from twins import non_reentrant, plainly, reentrant
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "conformance.md"
 STEPS = 2 * MIDWAY
@@ -132,7 +132,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {"": unchanged, "DDP": distributed_d
 def go(net, row, data, ckpt):
     """Train on the data with this checkpoint function; give the model that came of it."""
     for x in data:
-        train(net, row.step, [x.clone()], ckpt)
+        twins.train(net, row.step, [x.clone()], ckpt)
         net.seen += 1
         if net.seen == MIDWAY:
             net = row.midway(net)
@@ -155,17 +155,17 @@ def by_calibration(net, row, data):
     return go(net, row, data[1:], row.ckpt)
 
 
-def by_update_once(net, row, data):
-    update_once(net)
-    return go(net, row, data, row.ckpt)
+def preparing(prepare):
+    """Give the method that prepares the model and trains it as always."""
 
-
-def by_hooks(put_on):
     def method(net, row, data):
-        put_on(net)
+        prepare(net)
         return go(net, row, data, row.ckpt)
 
     return method
+
+
+by_update_once = preparing(update_once)
 
 
 def around_the_region(net, row, data):
@@ -184,16 +184,20 @@ class Method:
 
     def outcomes(self) -> dict[str, str]:
         """Give the asserted outcome of each row."""
-        return {name: self._outcome(name) for name in ROWS}
-
-    def _outcome(self, row: str) -> str:
-        named = [outcome for outcome, rows in self.but.items() if any(fnmatch.fnmatchcase(row, each) for each in rows)]
-        if len(named) > 1:
-            raise ValueError(f"{row!r} is named for {' and for '.join(named)}")
-        return named[0] if named else self.mostly
+        others = {row: outcome for outcome, names in self.but.items() for name in names for row in matching(name)}
+        return dict.fromkeys(ROWS, self.mostly) | others
 
 
+def matching(pattern: str) -> list[str]:
+    """Give the rows of a name, in which `*` stands for anything."""
+    return fnmatch.filter(ROWS, pattern)
+
+
+# Rows with something in common, by name or pattern.
 ONCE = ["no checkpoint", "compiled with the checkpoint*"]
+CUMULATIVE = ["momentum=None*", "selective: norms saved"]
+ONE_BY_ONE = ["one checkpoint", "checkpoint_sequential", "nested", "nested directly", "gradient accumulation"]
+REENTRANT = [f"{way}, reentrant" for way in [*ONE_BY_ONE, "compiled block"]] + ["recomputation written by hand"]
 IN_TURN = ["siamese inputs*", "pipeline order", "a layer twice in a region"]
 VARYING = ["batches *", "an exception in *"]
 CHANGED_LATER = ["switched off midway", "a momentum schedule"]
@@ -201,7 +205,7 @@ NEW_BATCH, BY_HAND = "a new batch in a backward hook", "saved tensors read by ha
 UNSEEN = ["converted to SyncBatchNorm midway", NEW_BATCH, BY_HAND]
 
 METHODS = {
-    "nothing": Method(nothing, "wrong", {"exact": ONCE, "equal": ["momentum=None*", "selective: norms saved"]}),
+    "nothing": Method(nothing, "wrong", {"exact": ONCE, "equal": CUMULATIVE}),
     "`correct`": Method(
         by_root, "equal", {"exact": ONCE, "decay": IN_TURN, "wrong": [*VARYING, *CHANGED_LATER, NEW_BATCH]}
     ),
@@ -216,23 +220,14 @@ METHODS = {
         },
     ),
     "`update_once`": Method(by_update_once, "exact", {"wrong": UNSEEN}),
-    "flag, saved statistics": Method(by_hooks(rivals.flag), "exact", {"wrong": [*UNSEEN, "compiled block*"]}),
-    "stand-in buffers": Method(by_hooks(rivals.stand_ins), "exact", {"wrong": [*UNSEEN, "compiled block*"]}),
+    "flag, saved statistics": Method(preparing(rivals.flag), "exact", {"wrong": [*UNSEEN, "compiled block*"]}),
+    "stand-in buffers": Method(preparing(rivals.stand_ins), "exact", {"wrong": [*UNSEEN, "compiled block*"]}),
     "only in backward": Method(
-        by_hooks(rivals.only_in_backward),
+        preparing(rivals.only_in_backward),
         "wrong",
         {
-            "exact": [
-                *ONCE,
-                "one checkpoint, reentrant",
-                "checkpoint_sequential, reentrant",
-                "nested, reentrant",
-                "nested directly, reentrant",
-                "recomputation written by hand",
-                "gradient accumulation, reentrant",
-                "compiled block, reentrant",
-            ],
-            "equal": ["momentum=None*", "selective: norms saved"],
+            "exact": [*ONCE, *REENTRANT],
+            "equal": CUMULATIVE,
             "decay": ["siamese inputs, reentrant", "batches under no_grad", NEW_BATCH],
         },
     ),
@@ -275,12 +270,12 @@ def outcome(row: Row, method: Callable, device: str = "cpu") -> str:
 
 def _outcome(row: Row, method: Callable, device: str) -> str:
     truth, mine = _pair(row, method, device, 0.0)
-    apart = deviation(mine, truth)
-    moved = _pair(row, method, device, 1.0) if apart >= ROUNDING or row.wrap else None  # from another old value
-    if not same_path(mine, truth):
+    apart = twins.deviation(mine, truth)
+    moved = _pair(row, method, device, 1.0) if apart >= twins.ROUNDING or row.wrap else None  # from another old value
+    if not twins.same_path(mine, truth):
         return "other gradients"
-    if apart < ROUNDING:
-        return "exact" if apart == 0 and counters(mine) == counters(truth) else "equal"
+    if apart < twins.ROUNDING:
+        return "exact" if apart == 0 and twins.counters(mine) == twins.counters(truth) else "equal"
     return "decay" if _decays_alike((truth, moved[0]), (mine, moved[1])) else "wrong"
 
 
@@ -300,9 +295,9 @@ def _pair(row: Row, method: Callable, device: str, old: float) -> tuple[nn.Modul
 
 
 def _decays_alike(truths, mine) -> bool:
-    true_old, true_moved, old, moved = (statistics(net) for net in (*truths, *mine))
+    true_old, true_moved, old, moved = (twins.statistics(net) for net in (*truths, *mine))
     return all(
-        torch.allclose(moved[name] - old[name], true_moved[name] - true_old[name], rtol=0, atol=ROUNDING)
+        torch.allclose(moved[name] - old[name], true_moved[name] - true_old[name], rtol=0, atol=twins.ROUNDING)
         for name in old
     ) and any(not torch.equal(true_old[name], true_moved[name]) for name in old)
 
@@ -318,7 +313,7 @@ def row_outcomes(name: str) -> dict[str, str]:
 def distributed_outcomes() -> Table:
     """Run the cells of all rows with two processes; an outcome counts if both ranks have it."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_distributed_worker, args=(folder,), nprocs=2)
+        twins.on_two_ranks(functools.partial(_write_outcomes, folder), folder)
         first, second = (json.loads(Path(folder, str(rank)).read_text()) for rank in range(2))
     return {
         name: {column: found if found == second[name][column] else "ranks differ" for column, found in cells.items()}
@@ -326,17 +321,13 @@ def distributed_outcomes() -> Table:
     }
 
 
-def _distributed_worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _write_outcomes(folder: str, rank: int) -> None:
     found = {
         name: {column: outcome(row, method.run) for column, method in METHODS.items()}
         for name, row in ROWS.items()
         if row.wrap
     }
     Path(folder, str(rank)).write_text(json.dumps(found))
-    dist.destroy_process_group()
 
 
 # The document.

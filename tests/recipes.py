@@ -50,6 +50,15 @@ class Net(nn.Module):
         return self.ckpt(lambda y: self.c(self.ckpt(self.b, self.a(y))), x)
 
 
+def seeded_pair(norm):
+    """Give two equal Nets, for layers that cannot be copied before their first batch."""
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        nets.append(Net(norm))
+    return nets
+
+
 def norms(net):
     return [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
 

@@ -13,19 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 import recipes as by
 from momentum_fix import calibrate, corrected_momentum
 from momentum_fix.counting import replays as read_replays
-from recipes import ENGINES, Net, Uncounted, data, instance_norm, same
-from twins import (
-    ROUNDING,
-    deviation,
-    momenta,
-    non_reentrant,
-    plainly,
-    reentrant,
-    same_path,
-    three,
-    train,
-    train_calibrated,
-)
+from recipes import ENGINES, Net, Uncounted, data, instance_norm, same, seeded_pair
+from twins import ROUNDING, calibrating, deviation, momenta, non_reentrant, plainly, reentrant, same_path, three, train
 
 INNER = {"a.1": 2, "b.1": 3, "c.1": 2}
 LAST = {"a.1": 2, "b.1": 2, "c.1": 1}
@@ -66,7 +55,7 @@ CASES = [
 
 @pytest.mark.parametrize(("step", "ckpt", "passes"), CASES)
 def test_k_is_counted_and_the_statistics_stay_those_of_the_uncheckpointed_run(step, ckpt, passes):
-    truth, uncorrected, calibrated = three(Net(), step, data(5), ckpt, train_calibrated)
+    truth, uncorrected, calibrated = three(Net(), step, data(5), ckpt, calibrating)
     assert {row.name: row.passes for row in calibrated.found.rows} == passes
     assert momenta(calibrated) == {name: corrected_momentum(0.1, k or 1) for name, k in passes.items()}
     assert same_path(uncorrected, truth)
@@ -108,7 +97,7 @@ class FromScratch(nn.Module):
 )
 @pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
 def test_every_kind_of_layer_is_counted_whether_it_counts_its_batches_or_not(norm, step, k, ckpt):
-    truth, uncorrected, calibrated = three(Net(norm), step, data(), ckpt, train_calibrated)
+    truth, uncorrected, calibrated = three(Net(norm), step, data(), ckpt, calibrating)
     assert calibrated.found.passes["b.1"] == k
     assert deviation(uncorrected, truth) > 1e-3
     assert deviation(calibrated, truth) < ROUNDING
@@ -118,7 +107,7 @@ def test_every_kind_of_layer_is_counted_whether_it_counts_its_batches_or_not(nor
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_layers_in_a_compiled_block_are_counted_if_they_do_not_count_themselves(ckpt, fullgraph):
     step = by.compiled_block_inside(fullgraph=fullgraph)
-    truth, uncorrected, calibrated = three(Net(instance_norm), step, data(3), ckpt, train_calibrated)
+    truth, uncorrected, calibrated = three(Net(instance_norm), step, data(3), ckpt, calibrating)
     assert calibrated.found.passes["b.1"] == 3
     assert deviation(uncorrected, truth) > 1e-3
     assert deviation(calibrated, truth) < ROUNDING
@@ -126,11 +115,7 @@ def test_layers_in_a_compiled_block_are_counted_if_they_do_not_count_themselves(
 
 @pytest.mark.parametrize("norm", [nn.LazyBatchNorm2d, nn.LazyInstanceNorm2d])
 def test_lazy_layers_may_meet_their_first_batch_in_the_block(norm):
-    nets = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        nets.append(Net(lambda _: norm()))
-    model, truth = nets
+    model, truth = seeded_pair(lambda _: norm())
     with calibrate(model) as report:
         train(model, by.one, data(3)[:1], reentrant)
     train(model, by.one, data(3)[1:], reentrant)
@@ -140,9 +125,7 @@ def test_lazy_layers_may_meet_their_first_batch_in_the_block(norm):
 
 
 def test_an_instance_norm_as_the_last_operation_is_not_updated_again():
-    truth, uncorrected, calibrated = three(
-        Net(instance_norm), by.ending_in_a_norm, data(3), non_reentrant, train_calibrated
-    )
+    truth, uncorrected, calibrated = three(Net(instance_norm), by.ending_in_a_norm, data(3), non_reentrant, calibrating)
     assert calibrated.found.passes == LAST
     assert deviation(uncorrected, truth) > 1e-3
     assert deviation(calibrated, truth) < ROUNDING
@@ -158,7 +141,7 @@ def one_saved_within_another(net, x, ckpt):
     ("step", "passes"), [(by.selective(CheckpointPolicy.MUST_SAVE), same(1)), (one_saved_within_another, same(2))]
 )
 def test_a_replay_that_moves_no_statistics_is_no_pass(step, passes):
-    truth, _, calibrated = three(Net(), step, data(), non_reentrant, train_calibrated)
+    truth, _, calibrated = three(Net(), step, data(), non_reentrant, calibrating)
     assert calibrated.found.passes == passes
     assert deviation(calibrated, truth) < ROUNDING
 
@@ -242,7 +225,7 @@ class ByHand(nn.Module):
 
 @pytest.mark.parametrize("step", [by.nested, by.accumulating(by.nested)])
 def test_updates_that_nothing_counts_are_read_from_the_statistics(step):
-    truth, uncorrected, calibrated = three(Net(ByHand), step, data(), non_reentrant, train_calibrated)
+    truth, uncorrected, calibrated = three(Net(ByHand), step, data(), non_reentrant, calibrating)
     assert list(calibrated.found.passes.values()) == [2, 3, 2]
     assert deviation(uncorrected, truth) > 1e-3
     assert deviation(calibrated, truth) < ROUNDING

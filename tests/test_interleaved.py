@@ -7,52 +7,28 @@ import pytest
 import torch
 from torch import nn
 
+import recipes as by
 import rivals
 from momentum_fix import calibrate
-from recipes import (
-    ENGINES,
-    Net,
-    Uncounted,
-    block,
-    data,
-    forward_only,
-    instance_norm,
-    norms,
-    once_inside_once_outside,
-    one,
-    pipeline,
-    siamese,
-    twice_in_a_region,
-)
-from twins import (
-    ROUNDING,
-    counters,
-    deviation,
-    momenta,
-    non_reentrant,
-    plainly,
-    reentrant,
-    three,
-    train,
-    train_calibrated,
-)
+from recipes import Net, block, data, siamese
+from twins import ROUNDING, calibrating, counters, deviation, momenta, non_reentrant, plainly, reentrant, three, train
 
 PASSES = {
     siamese: 2,
-    pipeline: 2,
-    twice_in_a_region: 2,
-    once_inside_once_outside: Fraction(3, 2),
-    forward_only: Fraction(3, 2),
+    by.pipeline: 2,
+    by.twice_in_a_region: 2,
+    by.once_inside_once_outside: Fraction(3, 2),
+    by.forward_only: Fraction(3, 2),
 }
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, Uncounted, instance_norm])
-@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, by.Uncounted, by.instance_norm])
+@pytest.mark.parametrize("ckpt", by.ENGINES.values(), ids=by.ENGINES)
 @pytest.mark.parametrize(("step", "k"), PASSES.items(), ids=[step.__name__ for step in PASSES])
 def test_where_passes_interleave_the_step_is_repaired_the_decay_is_right_and_a_warning_says_so(step, k, ckpt, norm):
     model = Net(norm)
     with pytest.warns(UserWarning, match=r"only the decay is right.*Layers: a\.1, b\.1, c\.1"):
-        truth, uncorrected, calibrated = three(model, step, data(3), ckpt, train_calibrated)
+        truth, uncorrected, calibrated = three(model, step, data(3), ckpt, calibrating)
     assert set(calibrated.found.passes.values()) == {k}
     assert all("only the decay" in row.note for row in calibrated.found.rows)
     assert deviation(uncorrected, truth) > deviation(calibrated, truth) > ROUNDING
@@ -90,19 +66,19 @@ def test_the_warning_points_at_the_users_own_line():
     assert caught[0].filename == __file__
 
 
-def test_a_list_of_five_layers_is_whole_and_a_model_that_is_the_layer_is_called_so():
-    model = nn.Sequential(*(block() for _ in range(5)))
-    with pytest.warns(UserWarning, match=r"Layers: 0\.1, 1\.1, 2\.1, 3\.1, 4\.1\.$"), calibrate(model):
+@pytest.mark.parametrize(
+    ("count", "listed"), [(5, r"0\.1, 1\.1, 2\.1, 3\.1, 4\.1\."), (7, r"0\.1, .* 4\.1 and 2 more\.")]
+)
+def test_a_list_of_more_than_five_layers_is_cut_short(count, listed):
+    model = nn.Sequential(*(block() for _ in range(count)))
+    with pytest.warns(UserWarning, match=rf"Layers: {listed}$"), calibrate(model):
         train(model, siamese, data(1), non_reentrant)
+
+
+def test_a_model_that_is_the_layer_is_called_so():
     layer = nn.BatchNorm2d(3)
     with pytest.warns(UserWarning, match=r"Layers: \(the model\)\.$"), calibrate(layer):
         siamese(lambda y: layer(y).tanh(), *data(1), non_reentrant)
-
-
-def test_a_long_list_of_layers_is_cut_short_in_the_warning():
-    model = nn.Sequential(*(block() for _ in range(7)))
-    with pytest.warns(UserWarning, match=r"Layers: 0\.1, 1\.1, 2\.1, 3\.1, 4\.1 and 2 more\.$"), calibrate(model):
-        train(model, siamese, data(1), non_reentrant)
 
 
 def test_a_warning_turned_into_an_error_leaves_momentum_untouched():
@@ -114,10 +90,10 @@ def test_a_warning_turned_into_an_error_leaves_momentum_untouched():
 
 def test_unequal_passes_of_a_cumulative_average_are_warned_of():
     model = Net()
-    for layer in norms(model):
+    for layer in by.norms(model):
         layer.momentum = None
     with pytest.warns(UserWarning, match="a cumulative average of batches with different numbers"), calibrate(model):
-        train(model, once_inside_once_outside, data(1), non_reentrant)
+        train(model, by.once_inside_once_outside, data(1), non_reentrant)
 
 
 def test_a_step_without_backward_is_warned_of_and_changes_nothing():
@@ -149,8 +125,8 @@ def test_a_layer_that_is_updated_in_backward_passes_only_is_warned_of_and_left_a
 
 def test_a_wrapper_that_updates_in_the_replay_alone_keeps_its_statistics():
     model = Net()
-    truth = train(copy.deepcopy(model), one, data(1), plainly)
+    truth = train(copy.deepcopy(model), by.one, data(1), plainly)
     rivals.only_in_backward(model)
     with pytest.warns(UserWarning, match="updated only inside a backward pass"), calibrate(model):
-        train(model, one, data(1), reentrant)
+        train(model, by.one, data(1), reentrant)
     assert deviation(model, truth) == 0

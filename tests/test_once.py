@@ -11,20 +11,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+import recipes
 from momentum_fix import calibrate, correct, norm_layer, restore, update_once
 from momentum_fix.layers import updates_once
-from recipes import (
-    ENGINES,
-    Net,
-    OwnForward,
-    block,
-    data,
-    forward_in_a_backward_hook,
-    instance_norm,
-    norms,
-    one,
-    siamese,
-)
+from recipes import ENGINES, Net, OwnForward, block, data, instance_norm, one, siamese
 from twins import batches, counters, deviation, non_reentrant, plainly, reentrant, same_path, statistics, train
 
 
@@ -116,7 +106,7 @@ def test_a_layer_whose_forward_reads_its_statistics_reads_copies_of_them():
     train(net, one, data(1), reentrant)
     forward, replay = seen[:3], seen[3:]
     assert all(torch.equal(mean, torch.zeros(3)) for mean in forward)
-    assert all(torch.equal(mean, layer.running_mean) for mean, layer in zip(replay, norms(net), strict=True))
+    assert all(torch.equal(mean, layer.running_mean) for mean, layer in zip(replay, recipes.norms(net), strict=True))
 
 
 @pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
@@ -255,10 +245,7 @@ def test_deleting_forward_by_hand_takes_it_off_too():
 
 
 def test_lazy_layers_are_covered_from_their_first_batch_on():
-    nets = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        nets.append(Net(lambda _: nn.LazyBatchNorm2d()))
+    nets = recipes.seeded_pair(recipes.lazy)
     update_once(nets[0])
     for net, ckpt in zip(nets, (reentrant, plainly), strict=True):
         train(net, one, data(), ckpt)
@@ -291,7 +278,7 @@ def test_the_way_out_for_a_new_batch_within_a_backward_hook():
     nets = [Net(), Net()]
     nets[1].load_state_dict(nets[0].state_dict())
     for net, step, ckpt in zip(
-        nets, (with_the_way_out, forward_in_a_backward_hook), (non_reentrant, plainly), strict=True
+        nets, (with_the_way_out, recipes.forward_in_a_backward_hook), (non_reentrant, plainly), strict=True
     ):
         if ckpt is not plainly:
             net.handle = update_once(net)
@@ -464,7 +451,7 @@ def test_compiled_code_follows_a_momentum_schedule_and_the_mode():
     for net, ckpt in zip(nets, (non_reentrant, plainly), strict=True):
         run = compiled(net) if ckpt is non_reentrant else net
         for i, x in enumerate(data(6)):
-            for layer in norms(net):
+            for layer in recipes.norms(net):
                 layer.momentum = (0.1, 0.3, 0.02)[i // 2]
             net.train(i != 3)
             ckpt(run, x.clone().requires_grad_())

@@ -4,6 +4,8 @@ import copy
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -80,7 +82,7 @@ def three(model, step, data, ckpt, fixed):
     return truth, uncorrected, fixed(copy.deepcopy(model), step, data, ckpt)
 
 
-def train_calibrated(model, step, data, ckpt):
+def calibrating(model, step, data, ckpt):
     """Calibrate the first step, check that it left no trace but the momentum, and train on; `found` is the report."""
     first = train(copy.deepcopy(model), step, data[:1], plainly)
     with calibrate(model) as report:
@@ -90,3 +92,17 @@ def train_calibrated(model, step, data, ckpt):
     assert counters(model) == counters(first)
     model.found = report
     return train(model, step, data[1:], ckpt)
+
+
+def on_two_ranks(work, folder):
+    """Run `work(rank)` in two processes that know each other; work and what it needs have to be picklable."""
+    mp.spawn(_run_rank, args=(work, folder), nprocs=2)
+
+
+def _run_rank(rank, work, folder):
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    work(rank)
+    dist.destroy_process_group()
