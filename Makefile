@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint paper benchmarks clean
+.PHONY: help demo test lint paper documents benchmarks clean
 help:
 	@echo "make demo   set everything up and run the demonstration on a real 3-D network (a few minutes)"
 	@echo "make test   set everything up and run all the tests"
 	@echo "make lint   formatting, lint and types"
 	@echo "make paper  compute the paper's numbers, draw its figures, build build/paper.html"
+	@echo "make documents  compute what is generated: docs/conformance.md, the notebook's outputs, the paper (some minutes)"
 	@echo "make benchmarks  measure the costs and write docs/benchmarks.md and its picture (a few minutes)"
 	@echo "make clean  remove .venv and caches"
 
@@ -28,6 +29,11 @@ lint: .venv/with-dev
 	$(BIN)/mypy
 
 paper: .venv/with-dev
+	$(BIN)/python paper.py
+
+documents: .venv/with-dev
+	$(BIN)/python tests/conformance.py
+	$(BIN)/python notebooks/execute.py
 	$(BIN)/python paper.py
 
 benchmarks: .venv/with-benchmarks

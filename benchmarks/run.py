@@ -26,16 +26,16 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import conformance  # noqa: E402
-from conformance import norms, put_statistics_back, save_statistics  # noqa: E402
 from fairscale.nn.checkpoint import checkpoint_wrapper  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from monai.networks.blocks.activation_checkpointing import ActivationCheckpointWrapper  # noqa: E402
 from monai.networks.nets.unet import CheckpointUNet  # noqa: E402
 from pytorch_pfn_extras.utils.checkpoint import checkpoint as pfn_checkpoint  # noqa: E402
 
+import conformance  # noqa: E402
+import rivals  # noqa: E402
 from momentum_fix import correct, update_once  # noqa: E402
-from twins import non_reentrant, reentrant  # noqa: E402
+from twins import non_reentrant, plainly, reentrant  # noqa: E402
 
 
 class Checkpointed(nn.Module):
@@ -47,12 +47,6 @@ class Checkpointed(nn.Module):
 
     def forward(self, x):
         return self.ckpt(self.module, x)
-
-
-def flag(net):
-    for layer in norms(net):
-        layer.register_forward_pre_hook(save_statistics)
-        layer.register_forward_hook(put_statistics_back)
 
 
 @dataclass(frozen=True)
@@ -69,16 +63,28 @@ def under(ckpt):
     return functools.partial(Checkpointed, ckpt=ckpt)
 
 
+def region(ckpt):
+    return lambda module: Checkpointed(module, rivals.around_the_region(module, ckpt))
+
+
 PLAIN, PLAIN_REENTRANT = "plain checkpoint", "plain checkpoint, reentrant"
 CONTESTANTS = {
     PLAIN: Contestant(under(non_reentrant), lambda net: None, PLAIN, "nothing"),
     "`correct`": Contestant(under(non_reentrant), correct, PLAIN, "`correct`"),
     "`update_once`": Contestant(under(non_reentrant), update_once, PLAIN, "`update_once`"),
-    "flag by hand": Contestant(under(non_reentrant), flag, PLAIN, "flag, saved statistics"),
+    "flag by hand": Contestant(under(non_reentrant), rivals.flag, PLAIN, "flag, saved statistics"),
+    "stand-in buffers by hand": Contestant(under(non_reentrant), rivals.stand_ins, PLAIN, "stand-in buffers"),
+    "around the region by hand": Contestant(region(non_reentrant), lambda net: None, PLAIN, "around the region"),
     PLAIN_REENTRANT: Contestant(under(reentrant), lambda net: None, PLAIN_REENTRANT, "nothing"),
     "`correct`, reentrant": Contestant(under(reentrant), correct, PLAIN_REENTRANT, "`correct`"),
     "`update_once`, reentrant": Contestant(under(reentrant), update_once, PLAIN_REENTRANT, "`update_once`"),
-    "flag by hand, reentrant": Contestant(under(reentrant), flag, PLAIN_REENTRANT, "flag, saved statistics"),
+    "flag by hand, reentrant": Contestant(under(reentrant), rivals.flag, PLAIN_REENTRANT, "flag, saved statistics"),
+    "stand-in buffers by hand, reentrant": Contestant(
+        under(reentrant), rivals.stand_ins, PLAIN_REENTRANT, "stand-in buffers"
+    ),
+    "around the region by hand, reentrant": Contestant(
+        region(reentrant), lambda net: None, PLAIN_REENTRANT, "around the region"
+    ),
     "pytorch-pfn-extras": Contestant(under(pfn_checkpoint), lambda net: None, PLAIN_REENTRANT),
     "fairscale": Contestant(checkpoint_wrapper, lambda net: None, PLAIN_REENTRANT),
 }
@@ -195,7 +201,8 @@ def right(contestant):
     """Count the rows of the conformance table, those with one process, in which the statistics come out right."""
     rows = {name: row for name, row in conformance.ROWS.items() if not row.wrap}
     if contestant.method:
-        return sum(row.outcomes()[contestant.method].split()[0] in ("exact", "equal") for row in rows.values())
+        outcomes = conformance.METHODS[contestant.method].outcomes()
+        return sum(outcomes[name] in ("exact", "equal") for name in rows)
     wrapped = {}
 
     def ckpt(function, *args):
@@ -207,7 +214,7 @@ def right(contestant):
 
     def method(net, row, data):
         wrapped.clear()
-        return conformance.go(net, row, data, row.ckpt if row.ckpt is conformance.plainly else ckpt)
+        return conformance.go(net, row, data, row.ckpt if row.ckpt is plainly else ckpt)
 
     torch.set_default_dtype(torch.float64)
     found = [conformance.outcome(row, method) for row in tqdm(rows.values(), desc="conformance", mininterval=10)]

@@ -1,3 +1,4 @@
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -16,9 +17,11 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def _seeded_float64():
+def _seeded_float64_and_nothing_compiled():
     """Statistics are compared in float64, from the same seed, whatever ran before."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

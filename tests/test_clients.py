@@ -8,9 +8,8 @@ import transformers as hf
 from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TSpeechEncoder
 
 from momentum_fix import calibrate, correct, update_once
-from twins import counters, deviation
+from twins import ROUNDING, counters, deviation
 
-ROUNDING = 1e-12
 pytestmark = pytest.mark.slow
 SPEECH = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 

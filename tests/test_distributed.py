@@ -5,21 +5,20 @@ import functools
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel
 
+import recipes
+import twins
 from momentum_fix import calibrate, correct, corrected_momentum, update_once
 from pages import blocks
 from pages import run as run_block
-from twins import batches, deviation, momenta, non_reentrant, plainly, same_path, statistics, train
+from twins import ROUNDING, batches, deviation, momenta, non_reentrant, plainly, same_path, statistics, train
 
 BOTH = {"outer.1": 2, "inner.1": 3}
-ROUNDING = 1e-12
 
 
 class Net(nn.Module):
@@ -37,20 +36,6 @@ class Net(nn.Module):
 
 def step(model, x, _):
     model(x).square().sum().backward()
-
-
-def enter(rank, file, check):
-    """Set one process up and run the check in it."""
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    check(rank)
-    dist.destroy_process_group()
-
-
-def on_two_ranks(check, tmp_path):
-    mp.spawn(enter, args=(tmp_path / "rendezvous", check), nprocs=2)
 
 
 def run_every_method(wrap, rank, prefix=""):
@@ -100,18 +85,9 @@ def check_fsdp2(rank):
     run_every_method(shard, rank)
 
 
-class Plain(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.outer, self.inner = Net().outer, Net().inner
-
-    def forward(self, x):
-        return self.inner(self.outer(x))
-
-
 def check_torchs_own_checkpointing(rank):
     data = batches(4, 4, 3, 4, 4, seed=rank)
-    net = Plain()
+    net = recipes.Net()
     wrap = functools.partial(apply_activation_checkpointing, check_fn=lambda module: isinstance(module, nn.Sequential))
     ends = []
     for checkpointed, method in ((False, None), (True, None), (True, calibrate), (True, update_once)):
@@ -208,4 +184,4 @@ def check_page(rank):
     "check", [check_ddp, check_fsdp2, check_torchs_own_checkpointing, check_agreement, check_pipelines, check_page]
 )
 def test_two_ranks(check, tmp_path):
-    on_two_ranks(check, tmp_path)
+    twins.on_two_ranks(check, tmp_path)

@@ -5,39 +5,19 @@ import functools
 import pickle
 import threading
 
-import conformance
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conformance import Net, OwnForward, block, forward_in_a_backward_hook, instance_norm, one, siamese
 from torch import nn
 
+import recipes
 from momentum_fix import calibrate, correct, norm_layer, restore, update_once
 from momentum_fix.covering import covering as covers
+from recipes import ENGINES, Net, OwnForward, block, data, instance_norm, one, siamese
 from twins import batches, counters, deviation, non_reentrant, plainly, reentrant, same_path, statistics, train
 
-ENGINES = {"reentrant": reentrant, "non-reentrant": non_reentrant}
-
-
-pytestmark = [
-    # torch's own words on a reentrant checkpoint within another, and on compiling what runs in a replay
-    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-]
-
-
 own_class = pytest.mark.filterwarnings("ignore:.*the class has a forward of its own")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    yield
-    torch.compiler.reset()
-
-
-def data(count=4):
-    return batches(count, 4, 3, 4, 4)
 
 
 def same_statistics(model, truth):
@@ -138,9 +118,7 @@ def test_a_layer_whose_forward_reads_its_statistics_reads_copies_of_them():
     train(net, one, data(1), reentrant)
     forward, replay = seen[:3], seen[3:]
     assert all(torch.equal(mean, torch.zeros(3)) for mean in forward)
-    assert all(
-        torch.equal(mean, layer.running_mean) for mean, layer in zip(replay, conformance.norms(net), strict=True)
-    )
+    assert all(torch.equal(mean, layer.running_mean) for mean, layer in zip(replay, recipes.norms(net), strict=True))
 
 
 @pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
@@ -279,10 +257,7 @@ def test_deleting_forward_by_hand_takes_it_off_too():
 
 
 def test_lazy_layers_are_covered_from_their_first_batch_on():
-    nets = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        nets.append(Net(lambda _: nn.LazyBatchNorm2d()))
+    nets = recipes.seeded_pair(recipes.lazy)
     update_once(nets[0])
     for net, ckpt in zip(nets, (reentrant, plainly), strict=True):
         train(net, one, data(), ckpt)
@@ -315,7 +290,7 @@ def test_the_way_out_for_a_new_batch_within_a_backward_hook():
     nets = [Net(), Net()]
     nets[1].load_state_dict(nets[0].state_dict())
     for net, step, ckpt in zip(
-        nets, (with_the_way_out, forward_in_a_backward_hook), (non_reentrant, plainly), strict=True
+        nets, (with_the_way_out, recipes.forward_in_a_backward_hook), (non_reentrant, plainly), strict=True
     ):
         if ckpt is not plainly:
             net.handle = update_once(net)
@@ -498,7 +473,7 @@ def test_compiled_code_follows_a_momentum_schedule_and_the_mode():
     for net, ckpt in zip(nets, (non_reentrant, plainly), strict=True):
         run = compiled(net) if ckpt is non_reentrant else net
         for i, x in enumerate(data(6)):
-            for layer in conformance.norms(net):
+            for layer in recipes.norms(net):
                 layer.momentum = (0.1, 0.3, 0.02)[i // 2]
             net.train(i != 3)
             ckpt(run, x.clone().requires_grad_())
@@ -602,7 +577,7 @@ def _synchronized(rank, file):
     net = nn.SyncBatchNorm.convert_sync_batchnorm(Net()).cuda()
     truth, uncovered = copy.deepcopy(net), copy.deepcopy(net)
     update_once(net)
-    mine = [x.cuda() for x in batches(4, 4, 3, 4, 4, seed=rank)]
+    mine = [x.cuda() for x in data(seed=rank)]
     for model, ckpt in ((truth, plainly), (net, non_reentrant), (uncovered, non_reentrant)):
         train(model, one, [x.clone() for x in mine], ckpt)
     assert same_statistics(net, truth)

@@ -4,10 +4,15 @@ import copy
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from momentum_fix import calibrate
 from momentum_fix.layers import tracked_layers
+
+ROUNDING = 1e-12  # relative, in float64
 
 
 def plainly(function, *args, **_):
@@ -77,19 +82,27 @@ def three(model, step, data, ckpt, fixed):
     return truth, uncorrected, fixed(copy.deepcopy(model), step, data, ckpt)
 
 
-# Training steps in which the passes of a batch do not follow one another; a step calls backward itself.
+def calibrating(model, step, data, ckpt):
+    """Calibrate the first step, check that it left no trace but the momentum, and train on; `found` is the report."""
+    first = train(copy.deepcopy(model), step, data[:1], plainly)
+    with calibrate(model) as report:
+        train(model, step, data[:1], ckpt)
+    assert same_path(model, first)
+    assert all(torch.equal(mine, statistics(first)[name]) for name, mine in statistics(model).items())
+    assert counters(model) == counters(first)
+    model.found = report
+    return train(model, step, data[1:], ckpt)
 
 
-def siamese(net, x, ckpt):
-    left, right = x.requires_grad_().chunk(2)
-    (ckpt(net, left) - ckpt(net, right)).square().sum().backward()
+def on_two_ranks(work, folder):
+    """Run `work(rank)` in two processes that know each other; work and what it needs have to be picklable."""
+    mp.spawn(_run_rank, args=(work, folder), nprocs=2)
 
 
-def pipeline(net, x, ckpt):
-    losses = [ckpt(net, micro).sum() for micro in x.requires_grad_().chunk(2)]
-    for loss in losses:
-        loss.backward(retain_graph=True)
-
-
-def twice_in_a_region(net, x, ckpt):
-    ckpt(lambda y: net(net(y)), x.requires_grad_()).sum().backward()
+def _run_rank(rank, work, folder):
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    work(rank)
+    dist.destroy_process_group()

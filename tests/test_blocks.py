@@ -1,0 +1,240 @@
+"""The block of calibrate: what it leaves behind, whatever happens in it and beside it, and what it leaves alone."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from momentum_fix import calibrate, correct, corrected_momentum, restore
+from recipes import Net, StoppedError, Stubborn, data, instance_norm, nested, one, same
+from twins import ROUNDING, deviation, momenta, non_reentrant, plainly, reentrant, train
+
+
+def one_forward(model):
+    return non_reentrant(model, data(1)[0].requires_grad_()).sum()
+
+
+# Corrected models and users' changes.
+
+
+@pytest.mark.parametrize("earlier", [2, 3, 5])
+def test_a_corrected_model_is_calibrated_from_its_uncorrected_momentum(earlier):
+    model = Net()
+    truth = train(copy.deepcopy(model), nested, data(), plainly)
+    correct(model, earlier)
+    with calibrate(model) as report:
+        train(model, nested, data()[:1], non_reentrant)
+    train(model, nested, data()[1:], non_reentrant)
+    assert report.passes == {"a.1": 2, "b.1": 3, "c.1": 2}
+    assert {row.momentum for row in report.rows} == {0.1}
+    assert deviation(model, truth) < ROUNDING
+    assert set(momenta(restore(model)).values()) == {0.1}
+
+
+def test_a_model_whose_checkpointing_was_switched_off_goes_back_to_its_own_momentum():
+    model = correct(Net(), 2)
+    with calibrate(model) as report:
+        train(model, one, data(1), plainly)
+    assert report.passes == same(1)
+    assert set(momenta(model).values()) == {0.1}
+
+
+def test_a_corrected_layer_that_does_not_run_stays_corrected():
+    model = correct(Net(), 2)
+    with calibrate(model):
+        one_forward(model.a).backward()
+    assert momenta(model) == same(corrected_momentum(0.1, 2))
+    assert set(momenta(restore(model)).values()) == {0.1}
+
+
+def test_a_momentum_that_the_step_sets_is_the_one_that_is_corrected():
+    model = Net()
+    with calibrate(model) as report:
+        one(model, *data(1), non_reentrant)
+        model.b[1].momentum = 0.4
+    assert momenta(model)["b.1"] == corrected_momentum(0.4, 2)
+    assert [row.momentum for row in report.rows] == [0.1, 0.4, 0.1]
+
+
+def test_untracked_evaluating_cumulative_and_idle_layers_are_left_alone_and_reported():
+    net = nn.ModuleDict(
+        {
+            "untracked": nn.BatchNorm1d(3, track_running_stats=False),
+            "evaluating": nn.BatchNorm1d(3).eval(),
+            "cumulative": nn.BatchNorm1d(3, momentum=None),
+            "idle": nn.BatchNorm1d(3),
+            "counted": nn.BatchNorm1d(3),
+        }
+    )
+
+    def step(net, x, ckpt):
+        names = ("untracked", "evaluating", "cumulative", "counted")
+        ckpt(lambda y: sum(net[name](y) for name in names).square(), x.requires_grad_()).sum().backward()
+
+    inputs = [x[:, :, 0, 0] for x in data()]
+    truth = train(copy.deepcopy(net), step, inputs, plainly)
+    with calibrate(net) as report:
+        train(net, step, inputs[:1], non_reentrant)
+    train(net, step, inputs[1:], non_reentrant)
+    assert {row.name: (row.passes, row.note) for row in report.rows} == {
+        "evaluating": (None, "left alone: in evaluation mode"),
+        "cumulative": (2, "left alone: equal passes do not change a cumulative average"),
+        "idle": (None, "left alone: did not run"),
+        "counted": (2, ""),
+    }
+    assert "cumulative  BatchNorm1d  2       None      None       left alone" in str(report)
+    assert momenta(net) == {"evaluating": 0.1, "cumulative": None, "idle": 0.1, "counted": corrected_momentum(0.1, 2)}
+    assert deviation(net, truth) < ROUNDING
+
+
+# What it leaves behind.
+
+
+def test_a_calibrated_model_comes_back_from_restore_as_it_was():
+    model = Net(instance_norm)
+    keys = [vars(module).keys() for module in model.modules()]
+    with calibrate(model):
+        one(model, *data(1), non_reentrant)
+    assert set(momenta(model).values()) == {corrected_momentum(0.1, 2)}
+    assert [vars(module).keys() for module in restore(model).modules()] == keys
+    assert set(momenta(model).values()) == {0.1}
+
+
+def test_the_block_leaves_graphs_that_saved_the_statistics_usable():
+    model = Net()
+    with calibrate(model) as report:
+        loss = one_forward(model)
+        loss.backward(retain_graph=True)
+    assert report.passes == same(2)
+    loss.backward()  # raises if undoing passes counted as a modification of what autograd has saved
+
+
+def explode(*_):
+    raise StoppedError
+
+
+def exploding_step(model, where):
+    x = data(1)[0].requires_grad_()
+    y = non_reentrant(model, x)
+    if where == "forward":
+        explode()
+    if where == "backward":
+        x.register_hook(explode)
+    y.sum().backward()
+    explode()
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "after"])
+@pytest.mark.parametrize("earlier", [1, 2])
+def test_an_exception_leaves_momentum_untouched_and_the_next_block_right(where, earlier):
+    model = correct(Net(instance_norm), earlier)
+    before = momenta(model)
+    with pytest.raises(StoppedError), calibrate(model) as report:
+        exploding_step(model, where)
+    assert momenta(model) == before
+    assert report.rows == ()
+    with calibrate(model) as report:
+        one(model, *data(1), non_reentrant)
+    assert report.passes == same(2)
+    assert set(momenta(restore(model)).values()) == {0.1}
+
+
+def test_a_backward_that_fails_has_moved_nothing():
+    model = Net()
+    truth = copy.deepcopy(model)
+    with pytest.raises(StoppedError), calibrate(model):
+        exploding_step(model, "backward")
+    one_forward(truth)
+    assert deviation(model, truth) == 0
+
+
+# What is refused before anything runs.
+
+
+def test_an_impossible_momentum_is_refused_before_anything_runs():
+    model = Net()
+    model.b[1].momentum = -0.5
+    with pytest.raises(ValueError, match=r"layer 'b\.1': momentum is -0\.5"), calibrate(model):
+        pytest.fail("the block must not be entered")
+    assert momenta(model) == {"a.1": 0.1, "b.1": -0.5, "c.1": 0.1}
+
+
+def test_a_layer_that_refuses_its_momentum_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.BatchNorm2d(3), instance_norm(3), Stubborn(3))
+    keys = [vars(layer).keys() for layer in model]
+    for change in (correct, lambda model: calibrate(model).__enter__()):
+        with pytest.raises(AttributeError, match="momentum is fixed"):
+            change(model)
+        assert set(momenta(model).values()) == {0.1}
+        assert [vars(layer).keys() for layer in model] == keys
+
+
+@pytest.mark.parametrize("model", [3, {}, nn.BatchNorm2d])
+def test_what_is_no_module_is_a_type_error(model):
+    for change in (correct, restore, lambda model: calibrate(model).__enter__()):
+        with pytest.raises(TypeError, match=r"but must be an nn\.Module"):
+            change(model)
+
+
+def test_torchscript_is_refused():
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3)))
+    with pytest.raises(TypeError, match="TorchScript, where momentum is part of the code"):
+        correct(scripted)
+
+
+# Blocks within and beside each other, and other threads.
+
+
+def test_a_layer_is_calibrated_in_one_block_only():
+    model = Net()
+    with (
+        calibrate(model),
+        pytest.raises(ValueError, match=r"layer '1' is being calibrated already"),
+        calibrate(model.b),
+    ):
+        pytest.fail("the block must not be entered")
+    with calibrate(model) as report:
+        one(model, *data(1), non_reentrant)
+    assert report.passes == same(2)
+
+
+def test_blocks_may_end_in_any_order():
+    models = [Net(), Net()]
+    blocks = [calibrate(model) for model in models]
+    reports = [block.__enter__() for block in blocks]
+    for model, block in zip(models, blocks, strict=True):  # the second step runs after the first block
+        one(model, *data(1), non_reentrant)
+        block.__exit__(None, None, None)
+    assert [report.passes for report in reports] == [same(2), same(2)]
+
+
+def test_two_models_can_be_calibrated_in_one_step():
+    generator, critic = Net(), Net()
+    with calibrate(generator) as first, calibrate(critic) as second:
+        non_reentrant(critic, reentrant(generator, data(1)[0].requires_grad_())).sum().backward()
+    assert first.passes == second.passes == same(2)
+
+
+def test_a_backward_pass_in_another_thread_does_not_undo_this_threads_forward():
+    model = Net()
+    truth = copy.deepcopy(model)
+    inside, forward = threading.Event(), threading.Event()
+
+    def elsewhere():
+        weight = torch.ones(1, requires_grad=True)
+        loss = weight * 2
+        weight.register_hook(lambda _: inside.set() or (forward.wait(10) and None))
+        loss.backward()
+
+    thread = threading.Thread(target=elsewhere)
+    with calibrate(model):
+        thread.start()
+        assert inside.wait(10)
+        loss = one_forward(model)  # falls into the other thread's backward
+        forward.set()
+        thread.join()
+        loss.backward()
+    one_forward(truth)
+    assert deviation(model, truth) == 0

@@ -1,0 +1,296 @@
+"""calibrate counts k under every engine and for every kind of layer, and every later step is right."""
+
+import contextlib
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import Variable
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import CheckpointPolicy
+
+import recipes as by
+from momentum_fix import calibrate, corrected_momentum
+from momentum_fix.counting import replays as read_replays
+from recipes import ENGINES, Net, Uncounted, data, instance_norm, same, seeded_pair
+from twins import ROUNDING, calibrating, deviation, momenta, non_reentrant, plainly, reentrant, same_path, three, train
+
+INNER = {"a.1": 2, "b.1": 3, "c.1": 2}
+LAST = {"a.1": 2, "b.1": 2, "c.1": 1}
+
+
+def forward_only_first(net, x, ckpt):
+    with torch.no_grad():
+        net.c(x)
+    ckpt(net.a, x.requires_grad_()).sum().backward()
+
+
+PASSES = {  # with the reentrant engine, with the other; None: not for this engine
+    "one checkpoint": (by.one, same(2), same(2)),
+    "each its own": (by.each_its_own, {**same(2), "a.1": 1}, {**same(2), "a.1": 1}),
+    "nested": (by.nested, INNER, INNER),
+    "nested directly": (by.nested_directly, same(3), same(2)),  # early stop cuts the outer replay
+    "never stopping early": (by.never_stopping_early, same(3), same(3)),
+    "two backwards": (by.two_backwards, same(3), same(3)),
+    "accumulation": (by.accumulating(by.nested), INNER, INNER),
+    "frozen": (by.frozen, None, {**same(2), "a.1": 1}),
+    "ending in a norm": (by.ending_in_a_norm, same(2), same(2)),
+    "sequential, reentrant": (by.sequential(True), LAST, None),
+    "sequential": (by.sequential(False), None, LAST),
+    "gradient penalty": (by.gradient_penalty, None, same(3)),
+    "autograd.grad": (by.autograd_grad, None, same(2)),
+    "a forward without backward beside": (forward_only_first, *[{"a.1": 2, "b.1": None, "c.1": 1}] * 2),
+    "compiled whole": (by.compiled_whole("aot_eager"), None, same(1)),
+    "compiled block inside": (by.compiled_block_inside(), *[{**INNER, "c.1": None}] * 2),
+    "compiled block inside, full graph": (by.compiled_block_inside(fullgraph=True), None, {**INNER, "c.1": None}),
+}
+CASES = [
+    pytest.param(step, ckpt, passes, id=f"{name}, {engine}")
+    for name, (step, *by_engine) in PASSES.items()
+    for (engine, ckpt), passes in zip(ENGINES.items(), by_engine, strict=True)
+    if passes is not None
+]
+
+
+@pytest.mark.parametrize(("step", "ckpt", "passes"), CASES)
+def test_k_is_counted_and_the_statistics_stay_those_of_the_uncheckpointed_run(step, ckpt, passes):
+    truth, uncorrected, calibrated = three(Net(), step, data(5), ckpt, calibrating)
+    assert {row.name: row.passes for row in calibrated.found.rows} == passes
+    assert momenta(calibrated) == {name: corrected_momentum(0.1, k or 1) for name, k in passes.items()}
+    assert same_path(uncorrected, truth)
+    assert same_path(calibrated, truth)
+    assert deviation(calibrated, truth) < ROUNDING
+    if any(k not in (None, 1) for k in passes.values()):
+        assert deviation(uncorrected, truth) > 1e-3
+    else:
+        assert deviation(uncorrected, truth) < ROUNDING
+
+
+class NonCounting(_BatchNorm):
+    """A user's own forward, which does not keep num_batches_tracked."""
+
+    def forward(self, x):
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+
+
+class FromScratch(nn.Module):
+    """A norm layer that is not derived from torch's and has a buffer of its own kind."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.momentum = 0.1
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x):
+        variance = x.var(dim=(0, 2, 3))
+        with torch.no_grad():
+            self.running_var.lerp_(variance, self.momentum)
+        return x / variance[:, None, None].sqrt()
+
+
+@pytest.mark.parametrize("norm", [instance_norm, Uncounted, NonCounting, FromScratch])
+@pytest.mark.parametrize(
+    ("step", "k"), [(by.nested, 3), (by.accumulating(by.nested), 3), (by.two_backwards, 3), (by.one, 2)]
+)
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+def test_every_kind_of_layer_is_counted_whether_it_counts_its_batches_or_not(norm, step, k, ckpt):
+    truth, uncorrected, calibrated = three(Net(norm), step, data(), ckpt, calibrating)
+    assert calibrated.found.passes["b.1"] == k
+    assert deviation(uncorrected, truth) > 1e-3
+    assert deviation(calibrated, truth) < ROUNDING
+
+
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_layers_in_a_compiled_block_are_counted_if_they_do_not_count_themselves(ckpt, fullgraph):
+    step = by.compiled_block_inside(fullgraph=fullgraph)
+    truth, uncorrected, calibrated = three(Net(instance_norm), step, data(3), ckpt, calibrating)
+    assert calibrated.found.passes["b.1"] == 3
+    assert deviation(uncorrected, truth) > 1e-3
+    assert deviation(calibrated, truth) < ROUNDING
+
+
+@pytest.mark.parametrize("norm", [nn.LazyBatchNorm2d, nn.LazyInstanceNorm2d])
+def test_lazy_layers_may_meet_their_first_batch_in_the_block(norm):
+    model, truth = seeded_pair(lambda _: norm())
+    with calibrate(model) as report:
+        train(model, by.one, data(3)[:1], reentrant)
+    train(model, by.one, data(3)[1:], reentrant)
+    assert report.passes == same(2)
+    assert not report.rows[0].layer_class.startswith("Lazy")
+    assert deviation(model, train(truth, by.one, data(3), plainly)) < ROUNDING
+
+
+def test_an_instance_norm_as_the_last_operation_is_not_updated_again():
+    truth, uncorrected, calibrated = three(Net(instance_norm), by.ending_in_a_norm, data(3), non_reentrant, calibrating)
+    assert calibrated.found.passes == LAST
+    assert deviation(uncorrected, truth) > 1e-3
+    assert deviation(calibrated, truth) < ROUNDING
+    assert torch.equal(uncorrected.c[1].running_mean, truth.c[1].running_mean)
+
+
+def one_saved_within_another(net, x, ckpt):
+    saving = functools.partial(ckpt, context_fn=by.selecting(CheckpointPolicy.MUST_SAVE))
+    ckpt(lambda y: net.c(saving(net.b, net.a(y))), x.requires_grad_()).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("step", "passes"), [(by.selective(CheckpointPolicy.MUST_SAVE), same(1)), (one_saved_within_another, same(2))]
+)
+def test_a_replay_that_moves_no_statistics_is_no_pass(step, passes):
+    truth, _, calibrated = three(Net(), step, data(), non_reentrant, calibrating)
+    assert calibrated.found.passes == passes
+    assert deviation(calibrated, truth) < ROUNDING
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0])
+def test_passes_are_counted_where_the_statistics_have_nowhere_to_move(momentum):
+    model = Net()
+    for layer in by.norms(model):
+        layer.momentum = momentum
+    (x,) = data(1)
+    with torch.no_grad():
+        for _ in range(800):
+            model(x)  # to their fixed point
+    with calibrate(model) as report:
+        by.one(model, x, non_reentrant)
+    assert report.passes == same(2)
+
+
+def test_calls_in_evaluation_mode_are_no_updates():
+    model = Net(instance_norm).eval()
+    with calibrate(model) as report:
+        by.one(model, *data(1), non_reentrant)
+    assert {row.note for row in report.rows} == {"left alone: in evaluation mode"}
+    assert set(momenta(model).values()) == {0.1}
+
+
+def test_the_optimizers_step_may_be_inside_the_block_and_take_a_closure():
+    model = Net()
+    (x,) = data(1)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=1e-3, max_iter=3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = non_reentrant(model, x.requires_grad_()).square().sum()
+        loss.backward()
+        return loss
+
+    with calibrate(model) as report:
+        optimizer.step(closure)
+    assert report.passes == same(2)
+
+
+# Internals. These tests are bound to the present way of counting: it hooks the layers, stands in for torch's engine,
+# and reads from the statistics what no counter tells.
+
+
+@pytest.mark.parametrize("error", [None, by.StoppedError])
+def test_no_hook_stays_and_the_engine_is_torchs_own_however_the_blocks_end(error):
+    engine, models = Variable._execution_engine, [Net(instance_norm), Net()]
+    refused = nn.Sequential(nn.BatchNorm2d(3), instance_norm(3), by.Stubborn(3))
+    with contextlib.suppress(AttributeError), calibrate(refused):
+        pytest.fail("the block must not be entered")
+    with contextlib.suppress(by.StoppedError), calibrate(models[0]):
+        by.one(models[0], *data(1), non_reentrant)
+        if error:
+            raise error
+    assert Variable._execution_engine is engine
+    blocks = [calibrate(model) for model in models]
+    for block in blocks:
+        block.__enter__()
+    for model, block in zip(models, blocks, strict=True):
+        by.one(model, *data(1), non_reentrant)
+        block.__exit__(None, None, None)
+    assert Variable._execution_engine is engine
+    for model in (refused, *models):
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class ByHand(nn.Module):
+    """Calls the function instead of its layer, so that neither the counter nor a hook sees it."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        n = self.norm
+        mean, var = n.running_mean, n.running_var
+        return nn.functional.batch_norm(x, mean, var, n.weight, n.bias, n.training, n.momentum, n.eps)
+
+
+@pytest.mark.parametrize("step", [by.nested, by.accumulating(by.nested)])
+def test_updates_that_nothing_counts_are_read_from_the_statistics(step):
+    truth, uncorrected, calibrated = three(Net(ByHand), step, data(), non_reentrant, calibrating)
+    assert list(calibrated.found.passes.values()) == [2, 3, 2]
+    assert deviation(uncorrected, truth) > 1e-3
+    assert deviation(calibrated, truth) < ROUNDING
+
+
+def test_several_batches_in_a_compiled_block_that_does_not_count_are_not_guessed():
+    model, truth = Net(instance_norm), Net(instance_norm)
+    truth.load_state_dict(model.state_dict())
+    before = momenta(model)
+    inner = torch.compile(model.b, backend="aot_eager")
+    left, right = data(1)[0].requires_grad_().chunk(2)
+    truth.b(left), truth.b(right)
+    with (
+        pytest.warns(UserWarning, match=r"nothing has counted its updates.*Layers: b\.1\."),
+        calibrate(model) as report,
+    ):
+        (non_reentrant(inner, left).sum() + non_reentrant(inner, right).square().sum()).backward()
+    assert dict(report) == {}
+    assert momenta(model) == before
+    assert deviation(model, truth) < ROUNDING
+
+
+def updated(values, batch, momentum, times):
+    for _ in range(times):
+        values = {name: value + momentum * (batch[name] - value) for name, value in values.items()}
+    return values
+
+
+def some_statistics(seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(4, generator=generator, dtype=dtype) for name in ("running_mean", "running_var")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("momentum", [0.003, 0.1, 0.5])
+@pytest.mark.parametrize("replays", [1, 2, 3, 5])
+def test_replays_of_one_batch_are_counted_from_the_statistics_alone(replays, momentum, dtype):
+    start, batch, other = (some_statistics(seed, dtype) for seed in range(3))
+    forward = updated(start, batch, momentum, 1)
+    assert read_replays(start, forward, forward, momentum, 1) == 0
+    assert read_replays(start, forward, updated(forward, batch, momentum, replays), momentum, 1) == replays
+    assert read_replays(start, forward, updated(forward, batch, momentum, replays), momentum, 2) is None
+    assert read_replays(start, forward, updated(forward, other, momentum, replays), momentum, 1) is None
+    mixed = updated(updated(forward, batch, momentum, replays), other, momentum, 1)
+    assert read_replays(start, forward, mixed, momentum, 1) is None
+
+
+def test_replays_that_cannot_be_told_from_the_statistics_are_not_guessed():
+    start, batch, other = (some_statistics(seed, torch.float64) for seed in range(3))
+    for momentum in (0.0, 1.0):
+        assert read_replays(start, batch, batch, momentum, 1) is None
+    assert read_replays(start, start, start, 0.1, 1) is None  # a batch that equals the running values leaves no trace
+    assert read_replays({}, batch, other, 0.1, 1) is None  # a lazy layer had no values before
+    forward = updated(start, batch, 0.1, 1)
+    assert read_replays(start, forward, start, 0.1, 1) is None  # moved away from the batch
+    past = {name: 2 * batch[name] - forward[name] for name in batch}
+    assert read_replays(start, forward, past, 0.1, 1) is None
+
+
+def test_what_single_precision_cannot_resolve_is_not_read_from_the_statistics():
+    read = []
+    for seed in range(200):  # with so large a momentum every pass ends next to the batch
+        start, batch = some_statistics(seed, torch.float32), some_statistics(seed + 1000, torch.float32)
+        forward = updated(start, batch, 0.99, 1)
+        replays = 1 + seed % 4
+        read.append((read_replays(start, forward, updated(forward, batch, 0.99, replays), 0.99, 1), replays))
+    assert all(seen in (None, replays) for seen, replays in read)
+    assert any(seen is None for seen, _ in read)
