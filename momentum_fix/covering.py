@@ -74,17 +74,16 @@ class Covering:
         """Run on the buffers, and take back what has changed in them if that turns out to be a replay."""
         if not self.layer.training or torch.compiler.is_exporting():  # an exported graph is run as a forward pass
             return self.run(*args, **kwargs)
-        own = self.layer._buffers
-        before = {name: (buffer, buffer.clone()) for name, buffer in own.items() if buffer is not None}
-        first = next(iter(before.values()))[0]
-        undo = self.compiled(torch.ops.momentum_fix.replaying(first))
+        own = [module._buffers for module in self.layer.modules()]
+        before = [(buffers, name, b, b.clone()) for buffers in own for name, b in buffers.items() if b is not None]
+        undo = self.compiled(torch.ops.momentum_fix.replaying(before[0][2]))
         output = self.run(*args, **kwargs)
-        for name, (buffer, value) in before.items():
-            if own[name] is buffer:
+        for buffers, name, buffer, value in before:
+            if buffers[name] is buffer:
                 # Unseen by autograd, which may have saved the buffer: the gradient does not use its value.
                 buffer.data.copy_(torch.where(undo, value, buffer))
             else:  # the class assigns new buffers
-                own[name] = torch.where(undo, value, own[name])
+                buffers[name] = torch.where(undo, value, buffers[name])
         return output
 
     def compiled(self, replay: torch.Tensor) -> torch.Tensor:

@@ -49,11 +49,16 @@ def test_a_corrected_layer_that_does_not_run_stays_corrected():
     assert set(momenta(restore(model)).values()) == {0.1}
 
 
-def test_a_momentum_that_the_step_sets_is_the_one_that_is_corrected():
+def sets_a_momentum(model):
+    one(model, *data(1), non_reentrant)
+    model.b[1].momentum = 0.4
+
+
+def test_a_momentum_that_the_step_sets_is_the_one_that_is_corrected_and_a_warning_says_that_it_will_not_last():
     model = Net()
-    with calibrate(model) as report:
-        one(model, *data(1), non_reentrant)
-        model.b[1].momentum = 0.4
+    said = r"the step itself sets the momentum.*update_once.*Layers: b\.1\."
+    with pytest.warns(UserWarning, match=said), calibrate(model) as report:
+        sets_a_momentum(model)
     assert momenta(model)["b.1"] == corrected_momentum(0.4, 2)
     assert [row.momentum for row in report.rows] == [0.1, 0.4, 0.1]
 

@@ -1,0 +1,367 @@
+"""Norm layers that are not torch's, and odd ones that are: update_once is exact, calibrate right or it says so."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from momentum_fix import applied, calibrate, correct, update_once
+from recipes import ENGINES, Net, block, data, norms, one
+from twins import ROUNDING, counters, deviation, non_reentrant, plainly, same_path, statistics, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*the class has a forward of its own")
+
+
+class TakesLists(nn.BatchNorm2d):
+    """Calls itself for each element of a list."""
+
+    def forward(self, x):
+        return [self.forward(each) for each in x] if isinstance(x, list) else super().forward(x)
+
+
+class TakesVideos(nn.BatchNorm2d):
+    """Calls itself with another shape."""
+
+    def forward(self, x):
+        if x.dim() == 5:
+            return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        return self.forward(x[None])[0]
+
+
+class KeepsABoundMethod(nn.BatchNorm2d):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.normalize = super().forward
+
+    def forward(self, x):
+        return self.normalize(x)
+
+
+class Squares(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("running_square", torch.ones(channels))
+
+    def forward(self, x, momentum):
+        self.running_square.lerp_(x.detach().square().mean((0, 2, 3)), momentum)
+
+
+class KeepsStatisticsInAChild(nn.BatchNorm2d):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.child = Squares(channels)
+
+    def forward(self, x):
+        if self.training:
+            self.child(x, self.momentum)
+        return super().forward(x)
+
+
+class Growing(nn.Module):
+    """Gets the shape of its statistics at the first batch."""
+
+    dtype = torch.float64
+
+    def __init__(self, channels):
+        super().__init__()
+        self.momentum = 0.1
+        self.register_buffer("running_mean", torch.zeros(1, dtype=self.dtype))
+
+    def forward(self, x):
+        mean = x.mean((0, 2, 3)).to(self.dtype)
+        if self.training:
+            self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * mean.detach()
+        return x - mean[:, None, None].real
+
+
+class Complex(Growing):
+    dtype = torch.complex128
+
+
+class CountsSamples(nn.BatchNorm2d):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.register_buffer("running_count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        self.running_count += len(x)
+        return super().forward(x)
+
+
+OWN = [TakesVideos, KeepsABoundMethod, KeepsStatisticsInAChild, Growing, Complex, CountsSamples]
+
+
+def is_exact(net, truth):
+    mine, true = statistics(net), statistics(truth)
+    same = all(torch.equal(mine[name], true[name]) for name in true)
+    return same and counters(net) == counters(truth) and same_path(net, truth)
+
+
+def in_a_compiled_block(net, x, ckpt):
+    run = net if ckpt is plainly else torch.compile(net, backend="aot_eager")
+    ckpt(run, x.requires_grad_()).sum().backward()
+
+
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize("norm", OWN)
+@pytest.mark.parametrize("step", [one, in_a_compiled_block])
+def test_update_once_is_exact_for_it(norm, ckpt, step):
+    net = Net(norm)
+    truth, uncovered = train(copy.deepcopy(net), step, data(), plainly), train(copy.deepcopy(net), step, data(), ckpt)
+    update_once(net)
+    assert is_exact(train(net, step, data(), ckpt), truth)
+    stopped_before_it_assigns = step is in_a_compiled_block and issubclass(norm, Growing) and ckpt is non_reentrant
+    assert is_exact(uncovered, truth) is stopped_before_it_assigns
+
+
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize("norm", OWN)
+def test_calibrate_is_right_for_it(norm, ckpt):
+    net = Net(norm)
+    truth, uncorrected = train(copy.deepcopy(net), one, data(), plainly), train(copy.deepcopy(net), one, data(), ckpt)
+    with calibrate(net) as report:
+        train(net, one, data()[:1], ckpt)
+    train(net, one, data()[1:], ckpt)
+    assert set(report.values()) == {2}
+    means = {name: mean for name, mean in statistics(truth).items() if not name.endswith("count")}
+    for model, right in ((net, True), (uncorrected, False)):
+        close = (torch.allclose(statistics(model)[name], mean, rtol=ROUNDING, atol=0) for name, mean in means.items())
+        assert all(close) is right
+
+
+def of_a_list(net, x, ckpt):
+    ckpt(lambda y: sum(net.a[1]([net.a[0](y), net.a[0](2 * y)])).tanh(), x.requires_grad_()).sum().backward()
+
+
+def test_a_layer_that_runs_once_for_each_element_of_a_list_takes_turns_with_itself():
+    net = Net(TakesLists)
+    truth = train(copy.deepcopy(net), of_a_list, data(), plainly)
+    other = copy.deepcopy(net)
+    with pytest.warns(UserWarning, match=r"only the decay is right.*a\.1\."), calibrate(net) as report:
+        train(net, of_a_list, data(1), non_reentrant)
+    assert report["a.1"] == 2
+    update_once(other)
+    assert is_exact(train(other, of_a_list, data(), non_reentrant), truth)
+
+
+def sharing_buffers():
+    net = Net()
+    net.b[1].running_mean, net.b[1].running_var = net.a[1].running_mean, net.a[1].running_var
+    return net
+
+
+def test_layers_that_share_buffers_take_turns_at_them():
+    nets = [sharing_buffers() for _ in range(3)]
+    for net in nets[1:]:
+        net.load_state_dict(nets[0].state_dict())
+    truth, calibrated, once = nets
+    train(truth, one, data(), plainly)
+    with (
+        pytest.warns(UserWarning, match=r"only the decay is right.*Layers: a\.1, b\.1\."),
+        calibrate(calibrated) as report,
+    ):
+        train(calibrated, one, data(1), non_reentrant)
+    assert report.passes == {"a.1": 2, "b.1": 2, "c.1": 2}
+    update_once(once)
+    assert is_exact(train(once, one, data(), non_reentrant), truth)
+
+
+# update_once says where it cannot help, and changes nothing where it cannot be put on.
+
+
+class ReadsItsStatistics(nn.BatchNorm2d):
+    """As Batch Renormalization does."""
+
+    def forward(self, x):
+        return super().forward(x) * self.running_var.sqrt()[:, None, None].clone()
+
+
+@pytest.mark.filterwarnings("default:.*the class has a forward of its own")
+def test_a_class_with_a_forward_of_its_own_is_named_since_its_output_may_read_the_statistics():
+    net = Net(ReadsItsStatistics)
+    truth = train(copy.deepcopy(net), one, data(1), plainly)
+    with pytest.warns(UserWarning, match=r"^a\.1, b\.1, c\.1: .* forward of its own.* gradients are wrong") as caught:
+        update_once(net)
+    assert caught[0].filename == __file__
+    train(net, one, data(1), non_reentrant)
+    assert deviation(net, truth) == 0
+    assert not same_path(net, truth)
+
+
+def tracking_in_the_replay_only(net):
+    """Do what fairscale's checkpoint_wrapper does."""
+    for layer in norms(net):
+        layer.register_forward_pre_hook(lambda layer, _: setattr(layer, "track_running_stats", torch.is_grad_enabled()))
+        layer.register_forward_hook(lambda layer, *_: setattr(layer, "track_running_stats", True), always_call=True)
+    return net
+
+
+def test_layers_that_are_updated_in_the_replay_only_stay_so_and_a_warning_says_it():
+    net = tracking_in_the_replay_only(nn.Sequential(block(), nn.Tanh()))
+    truth = train(copy.deepcopy(net), one, data(1), plainly)
+    update_once(net)
+    with pytest.warns(UserWarning, match=r"layer '0\.1' is updated in the backward pass only.*restore\(model\)"):
+        train(net, one, data(1), ENGINES["reentrant"])
+    assert deviation(net, truth) == 0
+
+
+class Sealed(nn.BatchNorm2d):
+    def __setattr__(self, name, value):
+        if name == "forward":
+            raise AttributeError("sealed")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("change", [update_once, lambda model: calibrate(model).__enter__()])
+def test_a_class_that_refuses_the_attribute_leaves_the_model_as_it_was(change):
+    model = correct(nn.ModuleList([nn.BatchNorm2d(3, momentum=0.2), nn.BatchNorm2d(3), Sealed(3)]), {"0": 2})
+    if change is update_once:
+        model[0].momentum = 0.3
+    before = [layer.momentum for layer in model]
+    with pytest.raises(AttributeError, match="sealed"):
+        change(model)
+    assert not any("forward" in vars(layer) for layer in model)
+    assert [layer.momentum for layer in model] == before
+
+
+def test_a_shallow_copy_of_a_covered_layer_is_covered_by_a_call_of_its_own():
+    layer = nn.BatchNorm1d(3)
+    update_once(layer)
+    twin = copy.copy(layer)
+    twin._parameters = {"weight": nn.Parameter(torch.full((3,), 5.0)), "bias": None}
+    x = torch.rand(4, 3)
+    update_once(twin)
+    assert torch.equal(twin(x), nn.functional.batch_norm(x, None, None, twin.weight, None, True))
+    assert applied(layer) == applied(twin) == {"": "update_once"}
+
+
+# Modes and devices.
+
+
+class NoFloat64(TorchDispatchMode):
+    """Stand in for a device that has no float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        assert getattr(result, "dtype", None) is not torch.float64
+        return result
+
+
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+def test_a_device_without_float64_can_be_calibrated_and_updated_once(ckpt):
+    torch.set_default_dtype(torch.float32)
+    net, once = Net(), Net()
+    update_once(once)
+    with NoFloat64():
+        with calibrate(net) as report:
+            one(net, *data(1), ckpt)
+        one(once, *data(1), ckpt)
+    assert set(report.values()) == {2}
+    assert set(counters(once).values()) == {1}
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_training_step_traced_by_make_fx_has_its_statistics_moved_once(mode):
+    net = block()
+    update_once(net)
+    names, buffers = [name for name, _ in net.named_parameters()], [name for name, _ in net.named_buffers()]
+
+    def step(parameters, values, x):
+        def run(parameters, values, x):
+            state = dict(zip(names, parameters, strict=True)) | dict(zip(buffers, values, strict=True))
+            return torch.func.functional_call(net, state, (x,))
+
+        return torch.autograd.grad(non_reentrant(run, parameters, values, x).sum(), parameters)
+
+    parameters = [parameter.detach().clone().requires_grad_() for parameter in net.parameters()]
+    values = [buffer.clone() for buffer in net.buffers()]
+    graph = torch.fx.experimental.proxy_tensor.make_fx(step, tracing_mode=mode)(
+        parameters, [value.clone() for value in values], *data(1)
+    )
+    truth = copy.deepcopy(net)
+    for x in data(3):
+        graph(parameters, values, x)
+        truth(x)
+    assert all(torch.equal(mine, true) for mine, true in zip(values, truth.buffers(), strict=True))
+
+
+# Compiled code.
+
+
+class Deep(nn.Module):
+    """Equal blocks, each compiled by itself and checkpointed, more of them than Dynamo would compile one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(block() for _ in range(12))
+        self.run = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+
+    def forward(self, x, ckpt=plainly):
+        for each in self.blocks:
+            x = each(x) if ckpt is plainly else ckpt(self.run(each), x)
+        return x
+
+
+@pytest.mark.parametrize("method", ["update_once", "calibrate"])
+def test_equal_compiled_blocks_are_compiled_once(method):
+    net = Deep()
+    truth = copy.deepcopy(net)
+    truth(data(1)[0].requires_grad_()).sum().backward()
+    torch._dynamo.utils.counters.clear()
+    if method == "update_once":
+        update_once(net)
+        net(data(1)[0].requires_grad_(), non_reentrant).sum().backward()
+    else:
+        with calibrate(net) as report:
+            net(data(1)[0].requires_grad_(), non_reentrant).sum().backward()
+        assert set(report.values()) == {2}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert deviation(net, truth) == 0
+
+
+class Stemmed(nn.Module):
+    """A norm outside of the checkpoints, and one inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body = block(), block()
+        self.ckpt = plainly
+
+    def forward(self, x):
+        return self.ckpt(self.body, self.stem(x))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("method", ["update_once", "calibrate"])
+def test_norms_outside_of_the_checkpoints_move_too_in_a_model_compiled_with_them(backend, method):
+    net = Stemmed()
+    truth = copy.deepcopy(net)
+    net.ckpt = non_reentrant
+    run = torch.compile(net, backend=backend, fullgraph=True)
+    if method == "update_once":
+        update_once(net)
+    for i, x in enumerate(data()):
+        truth(x.clone().requires_grad_()).sum().backward()
+        if method == "calibrate" and i == 0:
+            with calibrate(net) as report:
+                run(x.requires_grad_()).sum().backward()
+            assert report.passes == {"stem.1": 1, "body.1": 1}
+        else:
+            run(x.requires_grad_()).sum().backward()
+    assert deviation(net, truth) < ROUNDING
+    assert counters(net) == counters(truth) == {"stem.1.num_batches_tracked": 4, "body.1.num_batches_tracked": 4}
+
+
+def test_a_corrected_momentum_makes_a_model_wrong_that_is_compiled_with_its_checkpoints():
+    net = Stemmed()
+    truth = copy.deepcopy(net)
+    net.ckpt = non_reentrant
+    correct(net)
+    run = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for x in data():
+        truth(x.clone().requires_grad_()).sum().backward()
+        run(x.requires_grad_()).sum().backward()
+    assert deviation(net, truth) > 1e-3
