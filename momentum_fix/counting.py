@@ -13,6 +13,7 @@ from momentum_fix.corrected import uncorrected
 from momentum_fix.correction import Passes
 from momentum_fix.covering import ONLY_WRITES, Covering, on_copies
 from momentum_fix.layers import COUNTER, Buffers, NormLayer, tracks
+from momentum_fix.once import Once
 from momentum_fix.replay import selective, unseen
 
 _EXACT = "; exact: `restore(model)`, then `update_once(model)`"
@@ -113,9 +114,9 @@ class Counted(Covering):
         self.copies.append(twin)
         return twin
 
-    def __reduce__(self) -> tuple[type[Covering], tuple[Any, str]]:
+    def __reduce__(self) -> tuple[type[Once], tuple[Any, str]]:
         """Let a model that is pickled in the block be a model that is updated once."""
-        return Covering, (self.layer, self.name)
+        return Once, (self.layer, self.name)
 
     def passed(self, *args: Any, **kwargs: Any) -> Any:
         return self._heard(False, *args, **kwargs)

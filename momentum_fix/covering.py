@@ -34,7 +34,7 @@ class Covering:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer; in a replay, on other buffers than its own."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # torch.export by itself does not: it is given a forward pass
             return self._compiled(*args, **kwargs)
         if not replaying():
             if not self.moves and self.layer.training:
@@ -72,7 +72,7 @@ class Covering:
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the buffers, and take back what has changed in them if that turns out to be a replay."""
-        if not self.layer.training or torch.compiler.is_exporting():  # an exported graph is run as a forward pass
+        if not self.layer.training:
             return self.run(*args, **kwargs)
         own = [module._buffers for module in self.layer.modules()]
         before = [(buffers, name, b, b.clone()) for buffers in own for name, b in buffers.items() if b is not None]

@@ -1,13 +1,15 @@
 """The block of calibrate: what it leaves behind, whatever happens in it and beside it, and what it leaves alone."""
 
 import copy
+import pickle
 import threading
 
 import pytest
 import torch
 from torch import nn
 
-from momentum_fix import calibrate, correct, corrected_momentum, restore
+import recipes as by
+from momentum_fix import applied, calibrate, correct, corrected_momentum, restore, update_once
 from recipes import Net, StoppedError, Stubborn, data, instance_norm, nested, one, same
 from twins import ROUNDING, deviation, momenta, non_reentrant, plainly, reentrant, train
 
@@ -242,4 +244,64 @@ def test_a_backward_pass_in_another_thread_does_not_undo_this_threads_forward():
         thread.join()
         loss.backward()
     one_forward(truth)
+    assert deviation(model, truth) == 0
+
+
+def test_a_block_that_is_never_entered_says_so():
+    with pytest.warns(
+        UserWarning, match=r"never entered, so it did nothing: write `with calibrate\(model\) as report:`"
+    ):
+        calibrate(Net())
+
+
+def sharpness_aware(net, x, ckpt):
+    """Run a second pass that must not move the statistics, as SAM does: with momentum 0, which it leaves behind."""
+    for layer in by.norms(net):
+        layer.momentum = getattr(layer, "backup", layer.momentum)
+    one(net, x.clone(), ckpt)
+    for layer in by.norms(net):
+        layer.backup, layer.momentum = layer.momentum, 0
+    one(net, x.clone(), ckpt)
+
+
+def test_a_step_that_leaves_another_momentum_behind_is_warned_of():
+    model = Net()
+    truth = train(copy.deepcopy(model), sharpness_aware, data(), plainly)
+    once = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=r"the step itself sets the momentum.*then `update_once"), calibrate(model):
+        sharpness_aware(model, *data(1), non_reentrant)
+    update_once(once)
+    assert deviation(train(once, sharpness_aware, data(), non_reentrant), truth) == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_in_the_block_is_an_uncorrected_model(copied):
+    model = correct(Net(), 2)
+    with calibrate(model) as report:
+        one(model, *data(1), non_reentrant)
+        twin = copied(model)
+    if copied is copy.deepcopy:
+        assert applied(twin) == {}
+        assert not any("forward" in vars(module) for module in twin.modules())
+    assert momenta(restore(twin)) == dict.fromkeys(same(2), 0.1)
+    assert momenta(correct(twin, report)) == momenta(model)
+
+
+def test_a_layer_with_a_forward_of_somebody_elses_is_counted_and_keeps_it():
+    model, calls = Net(), []
+    inner = model.b[1].forward
+
+    def forward(x):
+        calls.append(x)
+        return inner(x)
+
+    model.b[1].forward = forward
+    truth = Net()
+    truth.load_state_dict(model.state_dict())
+    one(truth, *data(1), plainly)
+    with calibrate(model) as report:
+        one(model, *data(1), non_reentrant)
+    assert report.passes == same(2)
+    assert model.b[1].forward is forward
+    assert len(calls) == 2
     assert deviation(model, truth) == 0

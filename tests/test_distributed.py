@@ -113,9 +113,11 @@ def check_agreement(rank):
     (x,) = batches(1, 4, 3, 4, 4, seed=rank)
     model = Net()
     model.ckpt = non_reentrant if rank == 0 else plainly
-    with pytest.raises(RuntimeError, match=r"layer 'outer\.1': 2 on rank 0, 1 on rank 1"), calibrate(model):
+    said = r"each rank keeps its own count.*Layers: outer\.1, inner\.1\."  # stages of one class, say, or a mistake
+    with pytest.warns(UserWarning, match=said), calibrate(model) as report:
         step(model, x, None)
-    assert set(momenta(model).values()) == {0.1}
+    assert report.passes == ({"outer.1": 2, "inner.1": 3} if rank == 0 else {"outer.1": 1, "inner.1": 1})
+    assert momenta(model) == {name: corrected_momentum(0.1, k) for name, k in report.items()}
 
     model = Net()  # a layer that only one rank has run
     with calibrate(model) as report:

@@ -10,7 +10,7 @@ from torch import nn
 import recipes as by
 import rivals
 from momentum_fix import calibrate
-from recipes import Net, block, data, siamese
+from recipes import Net, block, data, instance_norm, one, same, siamese
 from twins import ROUNDING, calibrating, counters, deviation, momenta, non_reentrant, plainly, reentrant, three, train
 
 PASSES = {
@@ -130,3 +130,37 @@ def test_a_wrapper_that_updates_in_the_replay_alone_keeps_its_statistics():
     with pytest.warns(UserWarning, match="updated only inside a backward pass"), calibrate(model):
         train(model, by.one, data(1), reentrant)
     assert deviation(model, truth) == 0
+
+
+# A replay of other data.
+
+
+def dropping(net, x, ckpt):
+    """Draw other random numbers in the replay."""
+    ckpt(lambda y: net(nn.functional.dropout(y, 0.5)), x.requires_grad_(), preserve_rng_state=False).sum().backward()
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, instance_norm])
+def test_a_replay_of_other_data_than_the_forward_pass_saw_is_noticed(norm):
+    model, same_data = Net(norm), Net(norm)
+    said = r"only the decay is right: a replay saw other data.*update_once.*Layers: a\.1, b\.1, c\.1\."
+    with pytest.warns(UserWarning, match=said), calibrate(model) as report:
+        dropping(model, *data(1), non_reentrant)
+    assert report.passes == same(2)
+    with calibrate(same_data):
+        one(same_data, *data(1), non_reentrant)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.001, 0.1, 0.9])
+def test_replays_of_the_same_data_are_not_taken_for_others_in_any_precision(dtype, momentum):
+    model = Net().to(dtype)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = momentum
+            layer.running_mean += 3
+    with calibrate(model) as report:
+        for x in data(3):
+            one(model, x.to(dtype), non_reentrant)
+    assert report.passes == same(2)
+    assert {row.note for row in report.rows} == {""}
