@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from momentum_fix.corrected import uncorrected
-from momentum_fix.correction import Passes, correct, corrected_for, set_momenta
+from momentum_fix.corrected import set_momenta, uncorrected
+from momentum_fix.correction import Passes, correct, corrected_for
 from momentum_fix.counting import WARNED, Count, Counted
 from momentum_fix.covering import cover, covering, uncover
 from momentum_fix.layers import named, tracked_layers, warn_of_none
@@ -176,7 +176,7 @@ class _Block(AbstractContextManager[Report]):
             return
         found = _agreed(found)
         _warn({name: note for name, (_, note) in found.items()})
-        momenta = {each.name: uncorrected(each.layer.momentum) for each in self.counted}
+        momenta = {each.name: uncorrected(each.layer) for each in self.counted}
         self.report.update({name: passes for name, (passes, _) in found.items() if passes is not None})
         correct(self.model, self.report)
         self.report.rows = tuple(

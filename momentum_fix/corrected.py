@@ -1,68 +1,91 @@
-"""A corrected momentum knows the momentum that it was made from, so that nothing is corrected twice."""
+"""Which momenta are corrected ones, and of what: so that nothing is corrected twice, and everything can be undone.
+
+`correct` and `calibrate` leave a mark on a layer, which is copied and pickled with it. A layer that `norm_layer` has
+built, or `SyncBatchNorm.convert_sync_batchnorm` anew, has no mark: it is known by its number, and so is a root that was
+written by hand.
+"""
 
 from __future__ import annotations
 
-from typing import Any, SupportsFloat
+from collections.abc import Mapping
+from typing import Any
 
 from momentum_fix.formula import corrected_momentum, effective_momentum
 
+_MARK = "_momentum_fix"  # (the uncorrected momentum, the one that the layer had, the corrected one)
 _ROUNDING = 2.0**-52  # what `1 - 0.9 ** 0.5` and the like can be off by
 _BY_HAND = range(2, 9)  # passes for which people have written the root by hand, and a few more
+_made: dict[float, float] = {}  # the corrected momenta of this process, with the uncorrected ones
 
 
-class Corrected(float):
-    """A momentum that a layer has got from this package: a float in every respect, which also knows two others.
-
-    It travels with the layer: through `copy.deepcopy`, pickling and `SyncBatchNorm.convert_sync_batchnorm`. Whatever
-    is computed from it is a plain float again, so a momentum that you set yourself is never taken for a corrected one.
-    """
-
-    uncorrected: float  # what one update per batch would use
-    before: float  # what the layer had before this package changed it
-
-    def __new__(cls, value: float, uncorrected: float, before: float) -> Corrected:
-        self = super().__new__(cls, value)
-        self.uncorrected, self.before = uncorrected, before
-        return self
-
-    def __getnewargs__(self) -> tuple[float, float, float]:  # type: ignore[override]
-        return float(self), self.uncorrected, self.before
+def uncorrected(layer: Any) -> Any:
+    """Give the momentum that a layer's corrected one was made from, or its momentum if that is not corrected."""
+    mark = _mark(layer)
+    if mark is not None:
+        return mark[0]
+    by_hand = corrected_by_hand(layer.momentum)
+    return layer.momentum if by_hand is None else by_hand
 
 
-def marked(value: float | None, uncorrected: float | None, before: float | None) -> float | None:
-    """Give a layer's new momentum, which knows the other two, unless it is the one that the layer had."""
-    if value is None or uncorrected is None or before is None or value == before:
-        return before
-    return Corrected(value, uncorrected, before)
+def before(layer: Any) -> Any:
+    """Give the momentum that a layer had before this package corrected it, or its momentum if it did not."""
+    mark = _mark(layer)
+    return layer.momentum if mark is None else mark[1]
 
 
-def uncorrected(momentum: Any) -> Any:
-    """Give the momentum that a corrected one was made from, and any other momentum as it is."""
-    if isinstance(momentum, Corrected):
-        return momentum.uncorrected
-    by_hand = corrected_by_hand(momentum)
-    return momentum if by_hand is None else by_hand
+def is_marked(layer: Any) -> bool:
+    """Tell whether this package has set the layer's momentum, and nobody else since."""
+    return _mark(layer) is not None
 
 
-def unmarked(momentum: Any) -> Any:
-    """Give the momentum that a layer had before this package corrected it, and any other momentum as it is."""
-    return momentum.before if isinstance(momentum, Corrected) else momentum
+def _mark(layer: Any) -> tuple[Any, Any, Any] | None:
+    mark: tuple[Any, Any, Any] | None = vars(layer).get(_MARK)
+    if mark is not None and mark[2] == layer.momentum:
+        return mark
+    made = _made.get(layer.momentum) if type(layer.momentum) is float else None
+    return None if made is None else (made, made, layer.momentum)
 
 
-def corrected_by_hand(momentum: SupportsFloat | None) -> float | None:
+def made(corrected: float | None, plain: float | None) -> float | None:
+    """Remember a corrected momentum by its number, and give it; one of four digits could be anybody's."""
+    if corrected is not None and plain is not None and corrected != plain and not _is_short(corrected):
+        _made[corrected] = plain
+    return corrected
+
+
+def set_momenta(momenta: Mapping[Any, Any], plain: Mapping[Any, Any] | None = None) -> None:
+    """Set layers' momenta, corrected ones of `plain` momenta if that is given: all, or, if a class refuses, none."""
+    old = [(layer, layer.momentum, before(layer)) for layer in momenta]
+    try:
+        for layer, momentum in momenta.items():
+            layer.momentum = momentum
+    except Exception:
+        for layer, momentum, _ in old:
+            if layer.momentum is not momentum:
+                layer.momentum = momentum
+        raise
+    if plain is None:
+        return
+    for layer, _, first in old:
+        vars(layer).pop(_MARK, None)
+        if layer.momentum != first:
+            vars(layer)[_MARK] = (plain[layer], first, made(layer.momentum, plain[layer]))
+
+
+def corrected_by_hand(momentum: Any) -> float | None:
     """Give m if the momentum is 1 - (1 - m)**(1/k) for an m of at most four digits, as in `1 - 0.9 ** 0.5`; else None.
 
     Models carry that number in their source, and other packages set it. A momentum of four digits is never taken
     for one (0.05 would be the root of 0.0975).
     """
-    if type(momentum) is not float or not 0 < momentum < 1 or _close(momentum, round(momentum, 4)):
+    if type(momentum) is not float or not 0 < momentum < 1 or _is_short(momentum):
         return None
     for passes in _BY_HAND:
         m = round(effective_momentum(momentum, passes), 4)
-        if 0 < m < 1 and _close(momentum, corrected_momentum(m, passes)):
+        if 0 < m < 1 and abs(momentum - corrected_momentum(m, passes)) <= _ROUNDING:
             return m
     return None
 
 
-def _close(a: float, b: float) -> bool:
-    return abs(a - b) <= _ROUNDING
+def _is_short(momentum: float) -> bool:
+    return abs(momentum - round(momentum, 4)) <= _ROUNDING

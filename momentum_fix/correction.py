@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
-from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypeVar
+from typing import SupportsFloat, SupportsIndex, TypeAlias, TypeVar
 
 from torch import nn
 
-from momentum_fix.corrected import Corrected, marked, uncorrected, unmarked
+from momentum_fix.corrected import before, is_marked, set_momenta, uncorrected
 from momentum_fix.covering import covering, uncover
 from momentum_fix.formula import corrected_momentum, power_of_decay
-from momentum_fix.layers import NormLayer, tracked_layers, warn_of_none
+from momentum_fix.layers import tracked_layers, warn_of_none
 from momentum_fix.once import refuse_covered
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -28,13 +28,11 @@ def correct(model: Model, passes: Passes | Mapping[str, Passes] = 2) -> Model:
     turn; there only the decay is right. `calibrate` finds out the passes, layer by layer.
 
     Correcting twice changes nothing; other `passes` start again from the uncorrected momentum; a momentum
-    that you have set since counts as the new uncorrected one. That a layer is corrected is known by its number,
-    whether this function, `calibrate` or `norm_layer` has set it; it survives `copy.deepcopy`, pickling and
-    `convert_sync_batchnorm`. A root that was written by hand, `1 - 0.9 ** 0.5` for 0.1, is recognized if the
-    uncorrected momentum has at most four digits, and counts as corrected too. A shared layer is corrected once.
-
-    The layers stay plain torch layers with the same state dict. Momentum is not in a state dict: correct a rebuilt
-    model again. To load a model that was pickled whole where this package is not installed, `restore` it first.
+    that you have set since counts as the new uncorrected one. That a layer is corrected survives
+    `copy.deepcopy`, pickling and `convert_sync_batchnorm`. A layer that `norm_layer` has built counts as corrected,
+    and so does a root that was written by hand, `1 - 0.9 ** 0.5` for 0.1, if the uncorrected momentum has at most
+    four digits. A shared layer is corrected once. The layers stay plain torch layers with the same state dict.
+    Momentum is not in a state dict: correct a rebuilt model again.
 
     Args:
         model: any module.
@@ -69,16 +67,17 @@ def correct(model: Model, passes: Passes | Mapping[str, Passes] = 2) -> Model:
     names = tracked_layers(model)
     if isinstance(passes, Mapping):
         _check_names(model, passes, [name for aliases in names.values() for name in aliases])
-    plan = {}
+    plain, plan = {}, {}
     for layer, aliases in names.items():
         wanted = _deepest(by_name, aliases)
         if wanted is not None:
-            momentum = uncorrected(layer.momentum)
-            corrected = corrected_for(aliases[0], momentum, wanted)
-            if corrected != momentum:
+            plain[layer] = uncorrected(layer)
+            plan[layer] = corrected_for(aliases[0], plain[layer], wanted)
+            if plan[layer] != plain[layer]:
                 refuse_covered(layer, aliases[0])
-            plan[layer] = marked(corrected, momentum, unmarked(layer.momentum))
-    set_momenta(plan)
+            elif plan[layer] == layer.momentum:
+                plan[layer] = layer.momentum  # the very number, an integer for one
+    set_momenta(plan, plain)
     warn_of_none(names, "to correct")
     return model
 
@@ -102,7 +101,8 @@ def restore(model: Model) -> Model:
     """
     layers = tracked_layers(model)
     uncover(each for layer in layers if (each := covering(layer)) is not None)
-    set_momenta({layer: unmarked(layer.momentum) for layer in layers if isinstance(layer.momentum, Corrected)})
+    momenta = {layer: before(layer) for layer in layers}
+    set_momenta(momenta, momenta)
     return model
 
 
@@ -119,25 +119,11 @@ def applied(model: nn.Module) -> dict[str, str]:
     """
     found = {}
     for layer, aliases in tracked_layers(model).items():
-        momentum = layer.momentum
-        if isinstance(momentum, Corrected):
-            found[aliases[0]] = f"momentum {momentum:.6g}, corrected from {momentum.before:.6g}"
+        if is_marked(layer):
+            found[aliases[0]] = f"momentum {layer.momentum:.6g}, corrected from {before(layer):.6g}"
         elif covering(layer) is not None:
             found[aliases[0]] = "update_once"
     return found
-
-
-def set_momenta(momenta: Mapping[NormLayer, Any]) -> None:
-    """Set each layer's momentum: all, or, if a class refuses, none."""
-    before = [(layer, layer.momentum) for layer in momenta]
-    try:
-        for layer, momentum in momenta.items():
-            layer.momentum = momentum
-    except Exception:
-        for layer, momentum in before:
-            if layer.momentum is not momentum:
-                layer.momentum = momentum
-        raise
 
 
 def corrected_for(name: str, momentum: SupportsFloat | None, passes: Passes) -> float | None:

@@ -85,7 +85,7 @@ class Counted(Covering):
         self.count = count
         self.moves = False  # replays of batches from before the block are let through
         self.copies: list[Counted] = []
-        self.start, self.before, self.momentum = copied(layer), layer.momentum, uncorrected(layer.momentum)
+        self.start, self.before, self.momentum = copied(layer), layer.momentum, uncorrected(layer)
 
     def finding(self, backward_ran: bool) -> tuple[Passes | None, str]:
         """Give the passes per batch, None where they are not known, and what there is to say about it."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from momentum_fix.corrected import marked
+from momentum_fix.corrected import made
 from momentum_fix.formula import corrected_momentum
 
 
@@ -56,7 +56,7 @@ def norm_layer(
     """
     cls = _norm_class(norm)
     plain, corrected = corrected_momentum(momentum, 1), corrected_momentum(momentum, passes)
-    return functools.partial(cls, momentum=marked(corrected, plain, plain), **kwargs)
+    return functools.partial(cls, momentum=made(corrected, plain), **kwargs)
 
 
 def _norm_class(norm: str | type[nn.Module]) -> type[nn.Module]:

@@ -94,6 +94,7 @@ def update_once(model: nn.Module) -> Handle:
             read them; or, in training, a layer is updated in the backward pass only.
 
     Example:
+        >>> import torch
         >>> from torch.utils.checkpoint import checkpoint
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
         >>> with update_once(model):
@@ -105,8 +106,8 @@ def update_once(model: nn.Module) -> Handle:
     """
     added: list[Covering] = []
     for layer, (name, *_) in (layers := tracked_layers(model)).items():
-        if uncorrected(layer.momentum) is not layer.momentum:
-            plain = f"{uncorrected(layer.momentum):.6g}"
+        if uncorrected(layer) is not layer.momentum:
+            plain = f"{uncorrected(layer):.6g}"
             raise ValueError(
                 f"layer {name!r} has a corrected momentum ({layer.momentum:.6g} for {plain}), which is wrong for "
                 "statistics that move once per batch: call restore(model) first, or, where the root was written by "

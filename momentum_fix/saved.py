@@ -212,8 +212,7 @@ def _model_rows(model: nn.Module, steps: int | None) -> Iterator[LayerAudit]:
     counts = {aliases[0]: _count(layer._buffers.get(COUNTER)) for layer, aliases in layers.items()}
     taken = _taken(counts, steps)
     for layer, aliases in layers.items():
-        momentum = layer.momentum
-        yield _row("", aliases[0], counts[aliases[0]], taken, steps is None, momentum, uncorrected(momentum))
+        yield _row("", aliases[0], counts[aliases[0]], taken, steps is None, layer.momentum, uncorrected(layer))
 
 
 def _rows(source: str, tree: Any, steps: int | None, momentum: SupportsFloat | None) -> Iterator[LayerAudit]:
