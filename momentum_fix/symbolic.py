@@ -301,24 +301,25 @@ def _() -> Proof:
 
 @_theorem(
     "Order",
-    "In any order of updates the decay is right, and update j of n weighs what the later ones leave of it. The shares "
-    "of the batches are right if the passes of each follow one another, and for 0 < m < 1 only then: A B B A, and any "
-    "batches forward and then in reverse, give the oldest too much and the newest too little; A B A B does, but less.",
+    "In any order of updates the decay is right. The shares of the batches are right if the passes of each follow one "
+    "another, and for 0 < m < 1 only then: A B B A gives the older batch too much, and so do any batches forward and "
+    "then in reverse; A B A B does, but less.",
 )
 def _() -> Proof:
     value = Induction(running_value(q, n), update(old, x[n + 1], 1 - q), count=n)
     yield value, "Whatever batch an update sees. Base: the first.", "Step: update n + 1 scales what was there by q."
-    both = 1 - q**2  # the momentum of two passes
+    both = 1 - q**2  # the momentum of two passes: A should weigh both * (1 - both), and B both
     for order, excess in (("ABBA", both * (1 - q)), ("ABAB", q * (1 - q) ** 2)):
         weights = batch_weights(order, 1 - q).batches
-        yield equal(weights["A"] - both * (1 - both), excess), f"{order}: A has this much too much."
-        yield equal(both - weights["B"], excess), f"{order}: B has as much too little."
+        yield equal(weights["A"], both * (1 - both) + excess), f"{order}: what A should weigh, and so much more."
+        yield equal(weights["B"], both - excess), f"{order}: what B should weigh, and as much less."
     place, seen = (1 - q) * q ** (2 * n - t), (1 - q) * (q ** (2 * n - j) + q ** (j - 1))
     claim = equal(Subs(place, t, j) + Subs(place, t, 2 * n + 1 - j), seen)
     yield claim, "Forward and in reverse, batch j is seen by updates j and 2n + 1 - j of 2n."
-    excess = seen - both * q ** (2 * (n - j))
-    yield equal(Subs(excess, j, 1), (1 - q) * (1 - q ** (2 * n - 2))), "The oldest of several weighs too much."
-    yield equal(-Subs(excess, j, n), both * (1 - q ** (n - 1))), "The newest of several weighs too little."
+    claim = equal(seen.subs(j, 1), both * q ** (2 * n - 2) + (1 - q) * (1 - q ** (2 * n - 2)))
+    yield claim, "The oldest of several: what it should weigh, and so much more."
+    claim = equal(seen.subs(j, n), both - both * (1 - q ** (n - 1)))
+    yield claim, "The newest of several: what it should weigh, and so much less."
     in_a_row = Subs(q ** (k * (n - j)) * (1 - q**k), q, alpha ** (1 / k))
     yield equal(in_a_row, (1 - alpha) * alpha ** (n - j)), "Passes in a row: the right weight of batch j of n."
     reason = (
@@ -340,7 +341,7 @@ def _() -> Proof:
     "Size of the effect",
     "For 0 < m < 1 and independent batch statistics, k uncorrected passes multiply the variance of the running value "
     "in the long run, and divide its mean age and its lag behind a drift, by factors that are k for small m. They "
-    "divide the half-life by k for every m.",
+    "divide the half-life by k.",
 )
 def _() -> Proof:
     start, decay, stays = sp.Symbol("V", real=True), exp(-h), stationary_variance
@@ -370,9 +371,8 @@ def _() -> Proof:
 
 @_theorem(
     "Small momentum",
-    "For k > 1 and 0 < m < 1 the corrected momentum lies between m/k and m; for small m it is m/k and a term in the "
-    "square of m. A rounding error of 1 - m grows in the textbook expression, about 1/m times for small m; with log1p "
-    "and expm1 no rounding error grows.",
+    "For k > 1 and 0 < m < 1 the corrected momentum lies between m/k and m, near m/k for small m. The textbook "
+    "expression makes a rounding error of 1 - m larger, about 1/m times for small m; with log1p and expm1 none grows.",
 )
 def _() -> Proof:
     few, many = exp(-h / (n + 1)), exp(-h)  # k is n + 1, and 1 - m is exp(-h)
@@ -419,11 +419,10 @@ def _() -> Proof:
 
 @_theorem(
     "Replay",
-    "A replay from the state that the forward pass started from is the same function of the same arguments, with the "
-    "same gradients. From the state that the forward pass left it is another one where the output reads the state, and "
-    "for 0 < m < 1 no momentum p mends that: the output is right for p equal to m alone, and then the gradient is not. "
-    "The smallest example: y is w times the distance of b to a running value that b has moved; the loss is half of y "
-    "squared.",
+    "A replay from the state that the forward pass started from is the same function, with the same gradients. From "
+    "the state that the forward pass left it is another one where the output reads the state, and for 0 < m < 1 no "
+    "momentum p mends that: with p equal to m alone the output is right, and then the gradient is not. The smallest "
+    "example: y is w times the distance of b to a running value that b has moved, and the loss is half of y squared.",
 )
 def _() -> Proof:
     state, y = sp.symbols("S y", real=True)
