@@ -49,7 +49,8 @@ def corrected_momentum(momentum: SupportsFloat | None, passes: SupportsIndex = 2
         >>> effective_momentum(0.051316701949486204, passes=2)
         0.1
 
-    Source: "Checkpoint with BatchNorm running averages", discuss.pytorch.org/t/17738 (2018), for two passes.
+    Source: for two passes and the decay, P. Goyal's tutorial (2018, prigoyal/pytorch_memonger, pull request 10);
+    for PyTorch's momentum, "Checkpoint with BatchNorm running averages", discuss.pytorch.org/t/17738 (2018).
     """
     return power_of_decay(momentum, Fraction(1, read_passes(passes)))
 
@@ -84,7 +85,8 @@ def effective_momentum(momentum: SupportsFloat | None, passes: SupportsIndex = 2
         >>> effective_momentum(0.1, passes=5)
         0.40951000000000004
 
-    Source: "Checkpoint with BatchNorm running averages", discuss.pytorch.org/t/17738 (2018), for two passes.
+    Source: for two passes and the decay, P. Goyal's tutorial (2018, prigoyal/pytorch_memonger, pull request 10);
+    for PyTorch's momentum, "Checkpoint with BatchNorm running averages", discuss.pytorch.org/t/17738 (2018).
     """
     return power_of_decay(momentum, Fraction(read_passes(passes)))
 
