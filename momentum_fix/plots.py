@@ -145,10 +145,10 @@ def shares(momentum: float = 0.1, batches: int = 8, *, ax: Axes | None = None) -
     """Draw the weights of single batches by order of passes: `shares_data`, on `ax` or new axes; return the axes."""
     ax, data = _axes(ax, "Interleaved, the newest batches weigh too little"), shares_data(momentum, batches)
     ax.set(xlabel="batch, oldest to newest (batches)", ylabel="weight in the running value")
-    ax.set_ylim(0, 1.5 * max(max(weights) for _, weights in data.values()))
     for (label, (numbers, weights)), colour, marker in zip(data.items(), BY_PASSES, "o^s", strict=False):
         ax.plot(numbers, weights, color=colour, marker=marker, label=label)
-    return _legend(ax, f"2 passes, corrected for momentum {momentum:g}")
+    ax.set_ylim(bottom=0)
+    return _legend(ax, f"2 passes, corrected for momentum {momentum:g}", "lower right")
 
 
 def signal(
@@ -244,6 +244,6 @@ def _draw(ax: Axes, curves: Curves, title: str) -> Axes:
     return _legend(ax, title)
 
 
-def _legend(ax: Axes, title: str) -> Axes:
-    ax.legend(title=title, fontsize=9, title_fontsize=9, frameon=False, alignment="left")
+def _legend(ax: Axes, title: str, place: Any = "best") -> Axes:
+    ax.legend(loc=place, title=title, fontsize=9, title_fontsize=9, frameon=False, alignment="left")
     return ax
