@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from decimal import Context, Decimal
 from fractions import Fraction
@@ -10,6 +9,7 @@ from typing import Any, SupportsFloat, SupportsIndex, overload
 
 _ONE = Decimal(1)
 _GUARD_DIGITS = 40  # a double holds 17 digits; the rest keeps every rounding far below its last bit
+_SHORT = 1100  # bits: more than a double has after its point (1074), so that one pass is exact as well
 
 
 @overload
@@ -49,9 +49,10 @@ def corrected_momentum(momentum: SupportsFloat | None, passes: SupportsIndex = 2
         >>> effective_momentum(0.051316701949486204, passes=2)
         0.1
 
-    Source: "Checkpoint with BatchNorm running averages", discuss.pytorch.org/t/17738 (2018), for two passes.
+    Source: for two passes and the decay, P. Goyal's tutorial (2018, prigoyal/pytorch_memonger, pull request 10);
+    for PyTorch's momentum, "Checkpoint with BatchNorm running averages", discuss.pytorch.org/t/17738 (2018).
     """
-    return power_of_decay(momentum, Fraction(1, _passes(passes)))
+    return power_of_decay(momentum, Fraction(1, read_passes(passes)))
 
 
 @overload
@@ -63,9 +64,9 @@ def effective_momentum(momentum: SupportsFloat | None, passes: SupportsIndex = 2
 
         m_eff = 1 - (1 - m)**passes
 
-    The inverse of `corrected_momentum`, as exact and on the same conditions. What a model trained with
-    uncorrected checkpointing really used. Where 1 - m_eff falls below the resolution of a double the result
-    is 1, and the way back is lost.
+    The inverse of `corrected_momentum`, on the same conditions: what a model trained with uncorrected
+    checkpointing really used. The result is the double nearest to the true value; of two equally near ones,
+    the even one. Where 1 - m_eff falls below the resolution of a double it is 1, and the way back is lost.
 
     Args:
         momentum: PyTorch's convention, the weight of the NEW value; dimensionless, 0 to 1, or None.
@@ -84,22 +85,30 @@ def effective_momentum(momentum: SupportsFloat | None, passes: SupportsIndex = 2
         >>> effective_momentum(0.1, passes=5)
         0.40951000000000004
 
-    Source: "Checkpoint with BatchNorm running averages", discuss.pytorch.org/t/17738 (2018), for two passes.
+    Source: for two passes and the decay, P. Goyal's tutorial (2018, prigoyal/pytorch_memonger, pull request 10);
+    for PyTorch's momentum, "Checkpoint with BatchNorm running averages", discuss.pytorch.org/t/17738 (2018).
     """
-    return power_of_decay(momentum, Fraction(_passes(passes)))
+    return power_of_decay(momentum, Fraction(read_passes(passes)))
 
 
 def power_of_decay(momentum: SupportsFloat | None, exponent: Fraction) -> float | None:
-    """Return 1 - (1 - momentum)**exponent for an exponent above 0, correctly rounded.
+    """Return the double nearest to 1 - (1 - momentum)**exponent, for an exponent above 0.
 
-    Every operation below is correctly rounded and monotone, and all but the last keep at least 40 digits beyond
-    the term in m**2, which decides where the term in m lies halfway between two doubles; so the result is the
-    nearest double and nondecreasing in m. The ends take care of themselves: ln(1) is 0, ln(0) is -Infinity and
-    exp(-Infinity) is 0.
+    Where the power has few bits it is computed exactly, so that a result halfway between two doubles goes to the even
+    one. That is all such results for a whole exponent k: momentum = a / 2**e with a odd gives more than e * (k - 1)
+    significant bits, and halfway means 54. A fractional exponent can have others; they may go to either neighbour.
+
+    Elsewhere every operation is correctly rounded and monotone, and all but the last keep at least 40 digits beyond
+    the term in m**2, which decides where the term in m lies halfway between two doubles. The ends take care of
+    themselves: ln(1) is 0, ln(0) is -Infinity and exp(-Infinity) is 0.
     """
     if momentum is None:
         return None
-    m, up, down = Decimal.from_float(_momentum(momentum)), Decimal(exponent.numerator), Decimal(exponent.denominator)
+    value = read_momentum(momentum)
+    exact = Fraction(value)
+    if exponent.denominator == 1 and (exact.denominator.bit_length() - 1) * exponent.numerator < _SHORT:
+        return float(1 - (1 - exact) ** exponent.numerator)
+    m, up, down = Decimal.from_float(value), Decimal(exponent.numerator), Decimal(exponent.denominator)
     digits = _GUARD_DIGITS - 2 * m.adjusted() + up.adjusted() + down.adjusted()
     context = Context(prec=digits, traps=[])
     log_decay = context.ln(context.subtract(_ONE, m))
@@ -107,19 +116,19 @@ def power_of_decay(momentum: SupportsFloat | None, exponent: Fraction) -> float 
     return float(context.subtract(_ONE, context.exp(log_power)))
 
 
-def _momentum(momentum: SupportsFloat) -> float:
+def read_momentum(momentum: SupportsFloat) -> float:
+    """Read a momentum, or raise an error that says what it is."""
     value = _scalar(momentum)
     try:
         if isinstance(value, (bool, str, bytes, bytearray)):
             raise TypeError
-        m = float(value)
+        inside = bool(0 <= value <= 1)  # before converting, which would round what lies just outside
+        m = float(value) if inside else 0.0
     except TypeError:
         raise TypeError(
             f"momentum is {momentum!r}, but must be one real number in 0 to 1, or None for a cumulative average"
         ) from None
-    except OverflowError:
-        m = math.inf
-    if not 0.0 <= m <= 1.0:
+    if not inside:
         raise ValueError(
             f"momentum is {momentum!r}, but must lie in 0 to 1: it is the weight of the new value (0.1 by default in "
             "PyTorch; for a Keras or TensorFlow decay d, pass 1 - d)"
@@ -127,7 +136,8 @@ def _momentum(momentum: SupportsFloat) -> float:
     return abs(m)  # -0.0 becomes 0.0
 
 
-def _passes(passes: SupportsIndex) -> int:
+def read_passes(passes: SupportsIndex) -> int:
+    """Read a number of passes, or raise an error that says what it is."""
     return positive_integer(
         "passes", passes, "the number of updates per batch (1 without checkpointing, 2 for one checkpoint)"
     )

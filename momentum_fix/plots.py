@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart with every kind of colour vision: green for corrected runs, then by passes.
-GREEN, BY_PASSES = "#009E73", ("#000000", "#E69F00", "#0072B2", "#CC79A7", "#D55E00", "#56B4E9")
+# Okabe and Ito's palette, told apart with every kind of colour vision, without what is too light for a thin line on
+# white, and a brown: green for corrected runs, the others by passes.
+GREEN, BY_PASSES = "#009E73", ("#000000", "#0072B2", "#D55E00", "#8B4513", "#CC79A7")
 
 Curves = dict[str, tuple[list[float], list[float]]]
 
@@ -51,15 +52,20 @@ def cumulative_data(momentum: float = 0.1, passes: Sequence[int] = (2, 3, 5), ba
     return curves
 
 
-def effective_data(passes: Sequence[int] = (1, 2, 3, 5), points: int = 51) -> Curves:
+def effective_data(passes: Sequence[int] = (1, 2, 3, 5), points: int = 51, momentum: float = 0.1) -> Curves:
     """Give, per number of passes, momenta from 0 to 1 and the effective momenta that they amount to.
 
+    The last entry is what one `momentum` amounts to with each of these numbers of passes.
+
     Example:
-        >>> round(effective_data(points=11)["2 passes"][1][1], 3)
-        0.19
+        >>> data = effective_data(points=11)
+        >>> round(data["2 passes"][1][1], 3), [round(value, 3) for value in data["momentum 0.1"][1]]
+        (0.19, [0.1, 0.19, 0.271, 0.41])
     """
     momenta = [point / (points - 1) for point in range(points)]
-    return {_count(k): (momenta, [effective_momentum(momentum, k) for momentum in momenta]) for k in passes}
+    curves = {_count(k): (momenta, [effective_momentum(value, k) for value in momenta]) for k in passes}
+    at_one = [momentum] * len(passes), [effective_momentum(momentum, k) for k in passes]
+    return curves | {f"momentum {momentum:g}": at_one}
 
 
 def shares_data(momentum: float = 0.1, batches: int = 8) -> Curves:
@@ -69,14 +75,20 @@ def shares_data(momentum: float = 0.1, batches: int = 8) -> Curves:
         >>> data = shares_data(batches=2)
         >>> [round(weight, 4) for weight in data["forward, then in reverse"][1]]  # A B B A
         [0.0951, 0.0949]
+        >>> [round(weight, 4) for weight in data["forward, then again"][1]]  # A B A B
+        [0.0925, 0.0975]
     """
-    forward = list(range(1, batches + 1))
-    orders = {"consecutive": sorted(forward * 2), "forward, then in reverse": forward + forward[::-1]}
+    there = list(range(1, batches + 1))
+    orders = {
+        "one after the other": sorted(there * 2),
+        "forward, then again": there * 2,
+        "forward, then in reverse": there + there[::-1],
+    }
     used = corrected_momentum(momentum, 2)
     curves: Curves = {}
     for label, order in orders.items():
         weights = batch_weights(order, used).batches
-        curves[label] = (list(map(float, forward)), [weights[batch] for batch in forward])
+        curves[label] = (list(map(float, there)), [weights[batch] for batch in there])
     return curves
 
 
@@ -110,59 +122,42 @@ def decay(
     """Draw the weight of a batch by its age: `decay_data` on `ax`, or on a new figure's axes; return the axes."""
     ax = _axes(ax, "Uncorrected passes forget faster, corrected ones do not")
     ax.set(xlabel="age of the batch (batches)", ylabel="weight in the running value", yscale="log", ylim=(1e-3, 0.6))
-    return _draw(ax, decay_data(momentum, passes, batches), levels=(0.02, 0.004, 0.02, 0.004), shift=(28, 22))
+    return _draw(ax, decay_data(momentum, passes, batches), _configured(momentum))
 
 
 def cumulative(
     momentum: float = 0.1, passes: Sequence[int] = (2, 3, 5), batches: int = 30, *, ax: Axes | None = None
 ) -> Axes:
     """Draw the weight of the newest batches together: `cumulative_data`, on `ax` or new axes; return the axes."""
-    ax = _axes(ax, "With uncorrected passes a few batches are everything")
+    ax = _axes(ax, "With uncorrected passes fewer batches count")
     ax.set(xlabel="newest batches (batches)", ylabel="their weight together", ylim=(0, 1.05))
-    return _draw(ax, cumulative_data(momentum, passes, batches), levels=(0.66, 0.8, 0.91, 0.87), shift=(22, -24))
+    return _draw(ax, cumulative_data(momentum, passes, batches), _configured(momentum))
 
 
-def effective(passes: Sequence[int] = (1, 2, 3, 5), *, ax: Axes | None = None) -> Axes:
-    """Draw effective momentum against momentum: `effective_data`, on `ax` or new axes; return the axes."""
+def effective(passes: Sequence[int] = (1, 2, 3, 5), *, momentum: float = 0.1, ax: Axes | None = None) -> Axes:
+    """Draw effective momentum against momentum, `momentum` marked: `effective_data`, on `ax` or new axes."""
     ax = _axes(ax, "k passes act like one pass with a larger momentum")
     ax.set(xlabel="momentum of the layer (weight of the new value)", ylabel="effective momentum", ylim=(0, 1.05))
-    return _draw(ax, effective_data(passes), levels=(0.5, 0.6, 0.7, 0.8))
+    return _draw(ax, effective_data(passes, momentum=momentum), "passes per batch")
 
 
 def shares(momentum: float = 0.1, batches: int = 8, *, ax: Axes | None = None) -> Axes:
-    """Draw the weights of single batches for two orders: `shares_data`, on `ax` or new axes; return the axes."""
+    """Draw the weights of single batches by order of passes: `shares_data`, on `ax` or new axes; return the axes."""
     ax, data = _axes(ax, "Interleaved, the newest batches weigh too little"), shares_data(momentum, batches)
     ax.set(xlabel="batch, oldest to newest (batches)", ylabel="weight in the running value")
-    ax.set_ylim(0, 1.25 * max(max(weights) for _, weights in data.values()))
-    for (label, (numbers, weights)), colour, marker in zip(data.items(), BY_PASSES[::4], "os", strict=True):
+    for (label, (numbers, weights)), colour, marker in zip(data.items(), BY_PASSES, "o^s", strict=False):
         ax.plot(numbers, weights, color=colour, marker=marker, label=label)
-        end, side = (-1, "right") if label == "consecutive" else (0, "left")
-        _text(ax, (numbers[end], weights[end]), label, colour, (0, 14), side)
-    return ax
+    ax.set_ylim(bottom=0)
+    return _legend(ax, f"2 passes, corrected for momentum {momentum:g}", "lower right")
 
 
 def signal(
     momentum: float = 0.1, passes: int = 5, batches: int = 160, seed: int = 0, *, ax: Axes | None = None
 ) -> Axes:
     """Draw running means of a simulated signal: `signal_data`, on `ax` or new axes; return the axes."""
-    data = signal_data(momentum, passes, batches, seed)
     ax = _axes(ax, "Uncorrected passes lag less and carry more noise")
     ax.set(xlabel="time (batches)", ylabel="running mean (σ of one batch mean)")
-    (numbers, means), (_, truth) = data.pop("batch mean"), data.pop("true mean")
-    ax.plot(numbers, means, ".", color="0.65", markersize=4, label="batch mean")
-    ax.plot(numbers, truth, color="0.4", linestyle="--", linewidth=1, label="true mean")
-    _draw(ax, data)
-    place, top = batches // 8, max(means)
-    for line, label in enumerate(["batch mean (dots)", "true mean (dashed)", *data]):
-        _text(
-            ax,
-            (numbers[place], top * (0.95 - 0.1 * line)),
-            label,
-            "0.4" if line < 2 else _colour(label),
-            (0, 0),
-            "left",
-        )
-    return ax
+    return _draw(ax, signal_data(momentum, passes, batches, seed), _configured(momentum))
 
 
 def figure() -> Figure:
@@ -218,8 +213,8 @@ def _count(passes: int) -> str:
     return "1 pass" if passes == 1 else f"{passes} passes"
 
 
-def _colour(label: str) -> str:
-    return GREEN if label.endswith("corrected") else BY_PASSES[(int(label.split()[0]) - 1) % len(BY_PASSES)]
+def _configured(momentum: float) -> str:
+    return f"configured momentum {momentum:g}"
 
 
 def _axes(ax: Axes | None, title: str) -> Axes:
@@ -232,22 +227,23 @@ def _axes(ax: Axes | None, title: str) -> Axes:
     return ax
 
 
-def _draw(ax: Axes, curves: Curves, levels: Sequence[float] = (), shift: tuple[float, float] = (0, 0)) -> Axes:
-    """Draw each run, the corrected one as a band under "1 pass"; label it where it crosses its level, if given."""
-    for place, (label, (xs, ys)) in enumerate(curves.items()):
-        band = label.endswith("corrected")
-        width, opacity, layer = (7, 0.35, 1) if band else (1.5, 1, 2)
-        ax.plot(xs, ys, color=_colour(label), linewidth=width, alpha=opacity, zorder=layer, label=label)
-        if levels:
-            level = levels[place % len(levels)]
-            at = next((n for n, y in enumerate(ys) if (y - level) * (ys[0] - level) <= 0), len(ys) - 1)
-            at = at * 3 // 2 if band else at  # beyond the label of the line that it lies under
-            _text(ax, (xs[at], ys[at]), label, _colour(label), shift if band else (0, 0), "center")
+def _draw(ax: Axes, curves: Curves, title: str) -> Axes:
+    """Draw each run by its passes, the corrected one as a band under "1 pass"; dots and dashes are no runs."""
+    for label, (xs, ys) in curves.items():
+        if label.endswith("corrected"):
+            style: dict[str, Any] = {"color": GREEN, "linewidth": 7, "alpha": 0.35, "zorder": 1}
+        elif "pass" in label:
+            style = {"color": BY_PASSES[(int(label.split()[0]) - 1) % len(BY_PASSES)], "linewidth": 1.5, "zorder": 2}
+        elif label == "true mean":
+            style = {"color": "0.4", "linewidth": 1, "linestyle": "--"}
+        elif label == "batch mean":
+            style = {"color": "0.5", "linestyle": "", "marker": "o", "markersize": 3}
+        else:
+            style = {"color": "0", "linestyle": "", "marker": "o", "markersize": 7, "markerfacecolor": "none"}
+        ax.plot(xs, ys, label=label, **style)
+    return _legend(ax, title)
+
+
+def _legend(ax: Axes, title: str, place: Any = "best") -> Axes:
+    ax.legend(loc=place, title=title, fontsize=9, title_fontsize=9, frameon=False, alignment="left")
     return ax
-
-
-def _text(ax: Axes, point: tuple[float, float], text: str, colour: str, shift: tuple[float, float], side: Any) -> None:
-    """Write a label at a point, `shift` typographic points away, on a white ground."""
-    ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
-    form: dict[str, Any] = {"ha": side, "va": "center", "fontsize": 9, "color": colour, "bbox": ground}
-    ax.annotate(text, point, xytext=shift, textcoords="offset points", **form)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
+from numbers import Rational
 from typing import Any, NamedTuple
 
-from momentum_fix.formula import _momentum, _passes
+from momentum_fix.formula import effective_momentum, read_momentum, read_passes
 
 
 class Weights(NamedTuple):
@@ -20,8 +21,10 @@ def batch_weights(order: Iterable[Hashable], momentum: Any, passes: int = 1) -> 
 
         weight of update t = m_t * (1 - m_{t+1}) * ... * (1 - m_T);   a batch weighs the sum of its updates
 
-    All weights together are 1. Exact for: every order, repetition included. Fractions and SymPy symbols are
-    computed exactly, floats as floats.
+        k passes in a row are one update:   m_t = 1 - (1 - momentum)**k
+
+    All weights together are 1. Exact for: every order, repetition included. Integers, fractions and SymPy
+    expressions give exact weights, whose digits grow with `passes`; floats give floats, however many passes.
 
     Args:
         order: which batch each update saw, oldest first ("ABBA": A, then B, then B, then A again).
@@ -46,14 +49,16 @@ def batch_weights(order: Iterable[Hashable], momentum: Any, passes: int = 1) -> 
 
     Source: "Checkpoint with BatchNorm running averages", discuss.pytorch.org/t/17738 (2018), unrolled.
     """
-    repeats = range(_passes(passes))
+    passes, entries = read_passes(passes), list(order)
     if momentum is not None and not getattr(momentum, "free_symbols", None):
-        _momentum(momentum)
-    updates = [batch for batch in order for _ in repeats]
-    batches: dict[Hashable, Any] = dict.fromkeys(updates, 0)
-    kept: Any = 1  # what the updates after this one leave of it
-    for number in range(len(updates), 0, -1):
-        share = 1 / number if momentum is None else momentum
-        batches[updates[number - 1]] += kept * share
-        kept *= 1 - share
+        read_momentum(momentum)
+    exact = isinstance(momentum, Rational) or hasattr(momentum, "free_symbols")
+    share: Any = 1 - (1 - momentum) ** passes if exact else effective_momentum(momentum, passes)
+    batches: dict[Hashable, Any] = dict.fromkeys(entries, 0)
+    kept: Any = 1  # what the updates after this entry leave of it
+    for number in range(len(entries), 0, -1):
+        # k passes of a cumulative average keep N/(N+k) of what N gave: with N = k (number - 1) that is 1 - 1/number.
+        weight = 1 / number if share is None else share
+        batches[entries[number - 1]] += kept * weight
+        kept *= 1 - weight
     return Weights(kept, batches)

@@ -74,6 +74,41 @@ def test_effective_momentum_is_the_nearest_double():
     assert worst_ulp(effective_momentum, lambda k: Fraction(k)) <= 0.5000001
 
 
+def nearest_double(true):
+    """The nearest double to a fraction in 0 to 1, and whether two are equally near; the even one then."""
+    guess = float(true)
+    near = sorted(
+        {math.nextafter(guess, -1.0), guess, math.nextafter(guess, 2.0)}, key=lambda d: abs(Fraction(d) - true)
+    )
+    halfway = abs(Fraction(near[0]) - true) == abs(Fraction(near[1]) - true)
+    even = [d for d in near[:2] if Fraction(d) / Fraction(math.ulp(min(near[:2]))) % 2 == 0]
+    return (even[0] if halfway else near[0]), halfway
+
+
+def test_an_effective_momentum_halfway_between_two_doubles_goes_to_the_even_one():
+    ties = 0
+    for bits in range(1, 9):
+        for odd in range(1, 2**bits, 2):
+            for passes in range(1, 61):
+                momentum = odd / 2**bits
+                expected, halfway = nearest_double(1 - (1 - Fraction(momentum)) ** passes)
+                assert effective_momentum(momentum, passes) == expected
+                ties += halfway
+    assert ties == 42  # so the rule is needed
+    assert effective_momentum(0.625, 18) == 0.9999999784938427
+
+
+def test_a_corrected_momentum_is_never_halfway_between_two_doubles():
+    """A halfway value is 1 - d with 54 bits; m = 1 - d**k would have more than 53, and be no double."""
+    rng = random.Random(54)
+    for passes in (2, 3, 5):
+        for _ in range(200):
+            bits = rng.randrange(54, 70)
+            halfway = Fraction(rng.randrange(2**53, 2**54) | 1, 2**bits)
+            momentum = 1 - (1 - halfway) ** passes
+            assert Fraction(float(momentum)) != momentum
+
+
 @pytest.mark.parametrize("passes", [10**20, 10**30])
 @pytest.mark.parametrize("momentum", [1e-300, 1e-17, 0.1, BELOW_ONE])
 def test_the_digits_suffice_for_any_number_of_passes(momentum, passes):
@@ -176,7 +211,21 @@ def test_a_float32_stands_for_its_own_value(single):
 
 
 @pytest.mark.parametrize(
-    "momentum", [-1e-300, math.nextafter(1, 2), 1.5, -0.1, math.nan, math.inf, -math.inf, 10**400, torch.tensor(2.0)]
+    "momentum",
+    [
+        -1e-300,
+        math.nextafter(1, 2),
+        1.5,
+        -0.1,
+        math.nan,
+        math.inf,
+        -math.inf,
+        10**400,
+        torch.tensor(2.0),
+        Fraction(10**20 + 1, 10**20),  # as a float it would be 1
+        Fraction(-1, 10**400),  # as a float it would be 0
+        decimal.Decimal("1.00000000000000000001"),
+    ],
 )
 @pytest.mark.parametrize("function", [corrected_momentum, effective_momentum])
 def test_momentum_out_of_range_is_refused_with_value_range_and_remedy(function, momentum):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from momentum_fix import corrected_momentum, plots
@@ -56,17 +57,20 @@ def test_effective_momentum_runs_from_0_to_1_above_the_diagonal():
     assert momenta == data["1 pass"][0] == data["1 pass"][1]
     assert (momenta[0], momenta[-1], effective[0], effective[-1]) == (0, 1, 0, 1)
     assert effective == pytest.approx([1 - (1 - momentum) ** 4 for momentum in momenta], rel=1e-12)
+    assert data["momentum 0.1"] == ([0.1, 0.1], [0.1, pytest.approx(1 - 0.9**4, rel=1e-12)])
 
 
 def test_the_shares_are_those_of_the_order_theorem():
     data = plots.shares_data(0.1, batches=5)
     used = corrected_momentum(0.1, 2)
-    numbers, weights = data["consecutive"]
+    numbers, weights = data["one after the other"]
     assert numbers == [1, 2, 3, 4, 5]
     assert weights == pytest.approx([0.1 * 0.9 ** (5 - number) for number in numbers], rel=1e-12)
     expected = list(batch_weights([1, 2, 3, 4, 5, 5, 4, 3, 2, 1], used).batches.values())
     assert data["forward, then in reverse"][1] == pytest.approx(expected, rel=1e-12)
-    assert sum(weights) == pytest.approx(sum(data["forward, then in reverse"][1]), rel=1e-12)
+    again = list(batch_weights([1, 2, 3, 4, 5] * 2, used).batches.values())
+    assert data["forward, then again"][1] == pytest.approx(again, rel=1e-12)
+    assert sum(weights) == pytest.approx(sum(expected), rel=1e-12) == pytest.approx(sum(again), rel=1e-12)
 
 
 def test_the_signal_shows_more_noise_and_less_lag_without_correction():
@@ -95,11 +99,11 @@ def test_a_plot_draws_its_data(plot):
 def test_a_plot_says_what_is_seen_labels_its_axes_and_names_every_curve(plot):
     ax = plot()
     assert len(ax.get_title()) > 20
-    texts = " ".join(text.get_text() for text in ax.texts)
-    assert all(label in texts for label in drawn(ax))
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(drawn(ax))
+    assert "0.1" in ax.get_legend().get_title().get_text() or plot is plots.effective  # that one marks it
     assert ax.get_ylabel()
     assert "(batches)" in ax.get_xlabel() or plot is plots.effective  # that one has no batches
-    assert ax.get_legend() is None
+    assert not ax.texts  # nothing placed by hand
 
 
 @each_plot
@@ -111,20 +115,34 @@ def test_a_plot_goes_where_it_is_told_and_else_on_a_figure_of_its_own(plot):
 
 
 def assert_legible(page):
-    """No label on another, none outside its axes, no title wider than them allows."""
+    """No point drawn under a legend, no legend outside its axes, no title wider than them allows."""
     page.draw_without_rendering()
     for ax in page.axes:
-        box, title = ax.get_window_extent(), ax.title.get_window_extent()
+        box, title, legend = ax.get_window_extent(), ax.title.get_window_extent(), ax.get_legend().get_window_extent()
         assert page.bbox.x0 <= title.x0
         assert title.width <= 1.1 * box.width
-        extents = [text.get_window_extent() for text in ax.texts]
-        assert all(box.x0 <= one.x0 and one.x1 <= box.x1 and box.y0 <= one.y0 and one.y1 <= box.y1 for one in extents)
-        for number, one in enumerate(extents):
-            assert not any(one.overlaps(other) for other in extents[:number])
+        assert box.x0 <= legend.x0 < legend.x1 <= box.x1
+        assert box.y0 <= legend.y0 < legend.y1 <= box.y1
+        for line in ax.lines:
+            assert not any(legend.contains(*point) for point in ax.transData.transform(line.get_xydata()))
+
+
+def contrast_with_white(colour):
+    """The contrast of the WCAG, 1 to 21; 3 is asked of lines, 4.5 of small text."""
+    parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
+    return 1.05 / (sum(share * part for share, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True)) + 0.05)
 
 
 @each_plot
-def test_labels_lie_inside_the_axes_and_on_no_other(plot):
+def test_lines_and_texts_stand_out_from_the_white(plot):
+    ax = plot()
+    assert all(contrast_with_white(line.get_color()) >= 3 for line in ax.lines)
+    assert all(contrast_with_white(text.get_color()) >= 4.5 for text in ax.get_legend().get_texts())
+    assert contrast_with_white("#E69F00") < 3 < contrast_with_white("#CC79A7") < 4.5
+
+
+@each_plot
+def test_the_legend_lies_inside_the_axes_and_on_nothing(plot):
     assert_legible(plot().figure)
 
 
@@ -134,9 +152,9 @@ def test_the_figure_of_all_curves_is_as_legible():
     assert_legible(page)
 
 
-@pytest.mark.parametrize("curves", [plots.decay, plots.cumulative, plots.effective])
+@pytest.mark.parametrize("curves", [plots.decay, plots.cumulative, plots.effective, plots.shares])
 def test_curves_have_different_colours(curves):
-    colours = [line.get_color() for line in curves().lines]
+    colours = [line.get_color() for line in curves().lines if line.get_linestyle() != "None"]
     assert len(set(colours)) == len(colours)
 
 

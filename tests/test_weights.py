@@ -1,5 +1,6 @@
 """The weights: against a plain loop, against exact fractions, against symbols, and wrong input."""
 
+import math
 import random
 from fractions import Fraction
 
@@ -45,6 +46,26 @@ def test_the_weights_sum_to_one_and_the_old_value_does_not_care_about_the_order(
 def test_passes_repeat_each_entry_in_its_place():
     assert batch_weights("AB", TENTH, passes=3) == batch_weights("AAABBB", TENTH)
     assert batch_weights("AB", TENTH, passes=3) != batch_weights("ABABAB", TENTH)
+
+
+@given(orders, fractions, st.integers(1, 4))
+def test_passes_in_closed_form_weigh_as_passes_written_out(order, momentum, passes):
+    written_out = [batch for batch in order for _ in range(passes)]
+    assert batch_weights(order, momentum, passes) == batch_weights(written_out, momentum)
+    by_floats = batch_weights(order, float(momentum), passes)
+    assert by_floats.batches == pytest.approx(batch_weights(order, momentum, passes).batches, rel=1e-13, abs=1e-15)
+    means = batch_weights(order, None, passes).batches
+    assert means == pytest.approx(batch_weights(written_out, None).batches, rel=1e-13)
+
+
+def test_any_number_of_passes_costs_no_memory():
+    assert batch_weights("AB", 0.1, passes=10**18) == (0, {"A": 0, "B": 1})
+    weights = batch_weights("AB", 1e-18, passes=10**18)
+    assert weights.batches["B"] == pytest.approx(1 - math.exp(-1), rel=1e-15)
+    assert weights.initial + sum(weights.batches.values()) == pytest.approx(1, rel=1e-15)
+    assert batch_weights("AB", None, passes=10**18) == batch_weights("AB", None)
+    q = sp.Symbol("q")
+    assert batch_weights("A", 1 - q, passes=10**18).initial == q ** (10**18)
 
 
 def test_two_passes_in_turn_weigh_as_the_thread_of_events_says():
@@ -94,6 +115,8 @@ def test_symbols_stay_exact():
     assert sp.expand(weights.batches["A"] - (1 - q) * (q**3 + 1)) == 0
     exact = batch_weights("A", sp.Rational(1, 3), passes=2)
     assert exact.batches["A"] == sp.Rational(5, 9)
+    root = batch_weights("A", 1 - sp.sqrt(sp.Rational(9, 10)), passes=2)
+    assert root.batches["A"] == sp.Rational(1, 10)
 
 
 def test_floats_agree_with_a_float_loop():
@@ -105,7 +128,10 @@ def test_floats_agree_with_a_float_loop():
     assert value == pytest.approx(run(order, 0.07, statistics, 5.0, 2), rel=1e-12)
 
 
-@pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan"), Fraction(3, 2), sp.Rational(3, 2)])
+@pytest.mark.parametrize(
+    "momentum",
+    [-0.1, 1.1, float("nan"), Fraction(3, 2), sp.Rational(3, 2), Fraction(10**20 + 1, 10**20), Fraction(-1, 10**400)],
+)
 def test_momentum_out_of_range_is_refused(momentum):
     with pytest.raises(ValueError, match="must lie in 0 to 1"):
         batch_weights("AB", momentum)
