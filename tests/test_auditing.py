@@ -18,7 +18,7 @@ from torch import nn
 
 from momentum_fix import audit, correct, corrected_momentum, effective_momentum
 from momentum_fix.__main__ import main
-from momentum_fix.saved import UnreadableError
+from momentum_fix.auditing import UnreadableError
 from twins import batches, non_reentrant, plainly, train
 
 
