@@ -100,9 +100,9 @@ class Audit:
         """What was found, in one sentence."""
         counted = [row for row in self.rows if row.passes is not None]
         inferred = any(row.inferred for row in counted)
-        if self.recomputed:
+        if recomputed := self.recomputed:
             guess = "; the steps are inferred from the layer that counted least" if inferred else ""
-            share = f"{len(self.recomputed)} of {len(counted)} layers"
+            share = f"{len(recomputed)} of {len(counted)} layers"
             return f"Recomputation found: {share} were updated more than once per step{guess}."
         if self.errors and not self.rows:
             return "Nothing read: no file with norm layers could be read."
@@ -251,7 +251,7 @@ def _row(
     if batches is None or steps is None:
         return LayerAudit(source=source, layer=name, batches=batches, steps=steps, inferred=inferred, note=note)
     passes = Fraction(batches, steps)
-    effective = _power(momentum, passes)
+    effective = _power(momentum, batches, steps)
     ratio = None
     if uncorrected and effective is not None:
         ratio = effective / (2 - effective) * (2 - uncorrected) / uncorrected
@@ -264,20 +264,23 @@ def _row(
         passes=passes,
         effective_momentum=effective,
         variance_ratio=ratio,
-        corrected=_power(uncorrected, 1 / passes) if passes >= 1 else uncorrected,
-        note="updated in fewer steps than were given" if passes < 1 else "",
+        corrected=_power(uncorrected, steps, batches) if batches > steps else uncorrected,
+        note="updated in fewer steps than were given" if batches < steps else "",
     )
 
 
-def _power(momentum: SupportsFloat | None, exponent: Fraction) -> float | None:
-    """Give 1 - (1 - momentum)**exponent: the nearest double for whole passes, and within a few units else.
+def _power(momentum: SupportsFloat | None, passes: int, steps: int) -> float | None:
+    """Give 1 - (1 - momentum)**(passes / steps): the nearest double for whole numbers, and within a few units else.
 
     The nearest takes 0.1 ms, which is long for a file with 100,000 counts, all different.
     """
-    whole = 1 in (exponent.numerator, exponent.denominator) and exponent.numerator + exponent.denominator < 100
-    if momentum is None or whole or not 0 < float(momentum) < 1:
-        return _nearest(momentum if momentum is None else float(momentum), exponent)
-    return -math.expm1(float(exponent) * math.log1p(-float(momentum)))
+    m = None if momentum is None else float(momentum)
+    whole = (passes % steps == 0 or steps % passes == 0) and max(passes, steps) < 100 * min(passes, steps)
+    if m is None or whole or not 0 < m < 1:
+        return _nearest(m, passes, steps)
+    return -math.expm1(passes / steps * math.log1p(-m))
 
 
-_nearest = lru_cache(maxsize=1000)(power_of_decay)
+@lru_cache(maxsize=1000)
+def _nearest(momentum: float | None, passes: int, steps: int) -> float | None:
+    return power_of_decay(momentum, Fraction(passes, steps))

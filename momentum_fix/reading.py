@@ -7,6 +7,7 @@ that the file chooses. (It also takes a quarter of a minute for 100,000 tensors,
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from momentum_fix.tables import printable, shortened
-from momentum_fix.unpickling import NO_MORE_THAN_OBJECTS, TOO_MUCH, Dictionary, Name, Refused, Tensor, unpickle
+from momentum_fix.unpickling import NO_MORE_THAN_OBJECTS, TOO_MUCH, Dictionary, Name, Refused, Tensor, damaged, unpickle
 
 COUNTER = "num_batches_tracked"
 _NAMES = (COUNTER, "running_mean", "running_var")
@@ -30,7 +31,7 @@ _NO_MODELS = re.compile(  # what trainers save beside a model, by exact name
     r"(optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args)(_\d+)?\.(pt|pth|bin)"
 )
 _LARGEST = 2**25  # bytes of a pickle or a header; 200,000 tensors need 20 MB
-_MANY = 300_000  # entries of an index
+_MANY = 350_000  # entries of an index
 _LAYERS = 2**17
 _DEEP = 10_000  # containers in containers
 _LENGTHS = 64  # dimensions
@@ -85,6 +86,8 @@ def read(path: Path) -> list[tuple[str, Layers]]:
     Raises:
         UnreadableError: the file cannot be read.
     """
+    collects = gc.isenabled()
+    gc.disable()  # which would look for garbage among a file's objects again and again, and there is none
     try:
         return _read(path)
     except Refused as error:
@@ -92,8 +95,10 @@ def read(path: Path) -> list[tuple[str, Layers]]:
     except OSError as error:
         raise _unreadable(path, f"cannot be read ({error.strerror or error})") from error
     except Exception as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise _unreadable(path, f"is damaged or no checkpoint ({reason or type(error).__name__})") from error
+        raise _unreadable(path, "is damaged or no checkpoint") from error
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _unreadable(path: Path, reason: str) -> UnreadableError:
@@ -112,7 +117,7 @@ def _read(path: Path) -> list[tuple[str, Layers]]:
         elif head[:1] == b"\x80":
             tree, value, objects = _open_legacy(file)
         else:
-            raise ValueError("it begins like none")
+            raise damaged("it begins like none")
         found = [
             (way, {name: value(item) if isinstance(item, Tensor) else _plain(item) for name, item in layers.items()})
             for way, layers in search(tree, _LAYERS)
@@ -149,7 +154,7 @@ def _open(path: Path) -> _Limited:
 
 def _exactly(file: _Limited, start: int, size: int) -> bytes:
     if start + size > file.length:
-        raise ValueError("it is shorter than it says")
+        raise damaged("it is shorter than it says")
     file.seek(start)
     data: bytes = file.read(size)
     return data
@@ -159,8 +164,13 @@ def _exactly(file: _Limited, start: int, size: int) -> bytes:
 
 
 def search(tree: Any, most: float = math.inf) -> Iterator[tuple[str, Layers]]:
-    """Find the mappings that hold running statistics or counters, wherever they are, with the way to each."""
+    """Find the mappings that hold running statistics or counters, wherever they are, with the way to each.
+
+    Raises:
+        Refused: there are more than `most` layers, or twice as many containers.
+    """
     seen: set[int] = set()
+    found = 0
     names: dict[str, tuple[str, str]] = {}  # once each, for many mappings may share one that is long
     path: list[tuple[Any, Iterator[tuple[Any, Any]]]] = [(None, iter([(None, tree)]))]
     while path:  # each container once, however often it holds itself
@@ -182,10 +192,12 @@ def search(tree: Any, most: float = math.inf) -> Iterator[tuple[str, Layers]]:
                     layers[name] = value
                 elif kind in _NAMES:
                     layers.setdefault(name, None)
-                if len(layers) > most:
+                if found + len(layers) > most:
                     raise Refused(TOO_MUCH)
+            if len(seen) > 2 * most:
+                raise Refused(TOO_MUCH)
             if layers:
-                most -= len(layers)
+                found += len(layers)
                 yield _written(inner), layers
             path.append((inner, _items(node)))
             break
@@ -234,8 +246,8 @@ _OTHER_SIZES = {"ComplexDoubleStorage": 16, "ComplexFloatStorage": 8, "QInt32Sto
 
 def _number(kind: str, shape: Any, fetch: Callable[[int], bytes]) -> Any:
     """Give a stored tensor's number, with `fetch(size)` for its bytes."""
-    if len(shape) > _LENGTHS or not all(type(length) is int for length in shape):
-        raise ValueError("a shape is not made of numbers")
+    if len(shape) > _LENGTHS or not all(type(length) is int and abs(length) < _ABSURD for length in shape):
+        raise damaged("a shape is not made of numbers")
     if any(length != 1 for length in shape):
         return Odd(shortened(f"has shape {tuple(shape)}"))
     if kind not in _FORMATS:
@@ -264,11 +276,11 @@ def _plain(value: Any) -> Any:
 def _place(tensor: Tensor) -> tuple[str, str, int, Any]:
     """Give the type and the storage of a tensor, where it begins there, and its shape."""
     if not isinstance(tensor.storage, tuple) or not 5 <= len(tensor.storage) <= 6:
-        raise ValueError("a tensor has no storage")
+        raise damaged("a tensor has no storage")
     kind, key, offset, shape = tensor.kind or tensor.storage[1], tensor.storage[2], tensor.offset, tensor.shape
     proper = isinstance(kind, Name) and isinstance(key, str) and len(key) < 100 and isinstance(shape, tuple)
     if not proper or type(offset) is not int or offset < 0 or tensor.storage[5:] not in ((), (None,)):
-        raise ValueError("a tensor is not described as torch does")
+        raise damaged("a tensor is not described as torch does")
     return kind.rpartition(".")[2], key, offset, shape
 
 
@@ -290,7 +302,7 @@ def _open_archive(file: _Limited) -> tuple[Any, Callable[[Tensor], Any], bool]:
             if entry.filename.startswith(f"{root}/")
         }
         if len(places) != len(entries):
-            raise ValueError("it has two entries of one name, or several roots")
+            raise damaged("it has two entries of one name, or several roots")
     del archive, entries, entry  # which take more memory than all that follows
     file.limit *= 2
 
@@ -298,7 +310,7 @@ def _open_archive(file: _Limited) -> tuple[Any, Callable[[Tensor], Any], bool]:
         header, length = places[name]
         signature, *lengths = struct.unpack("<4s22xHH", _exactly(file, header, 30))
         if signature != b"PK\3\4" or start + (size or 0) > length:
-            raise ValueError("its entries are not where it says")
+            raise damaged("its entries are not where it says")
         return _exactly(file, header + 30 + sum(lengths) + start, length if size is None else size)
 
     tree, _, objects, _ = unpickle(fetch("data.pkl"))
@@ -316,7 +328,7 @@ def _open_legacy(file: _Limited) -> tuple[Any, Callable[[Tensor], Any], bool]:
     data = _exactly(file, 0, min(file.length, _LARGEST))
     magic, at, _, _ = unpickle(data)
     if magic != 0x1950A86A20F9469CFC6C:
-        raise ValueError("it begins like none")
+        raise damaged("it begins like none")
     _, at, _, _ = unpickle(data, at)
     machine, at, _, _ = unpickle(data, at)
     tree, at, objects, storages = unpickle(data, at)
@@ -326,13 +338,13 @@ def _open_legacy(file: _Limited) -> tuple[Any, Callable[[Tensor], Any], bool]:
     places = {}
     for key in keys:
         if not isinstance(key, str):
-            raise ValueError("a tensor has no storage")
+            raise damaged("a tensor has no storage")
         elements = int.from_bytes(_exactly(file, at, 8), "big" if swapped else "little")
         at += 8
         places[key] = at
         at += elements * _size(kinds[key])
         if at > file.length:
-            raise ValueError("it is shorter than it says")
+            raise damaged("it is shorter than it says")
 
     def value(tensor: Tensor) -> Any:
         kind, key, offset, shape = _place(tensor)
@@ -360,13 +372,13 @@ def _read_safetensors(file: _Limited) -> Layers:
             raise Refused(TOO_MUCH)
         if kind == COUNTER:
             if layers.get(name) is not None:
-                raise ValueError(f"it describes {shortened(key)} twice")
+                raise damaged(f"it describes {shortened(key)} twice")
             tensor = json.loads(text)
             start, stop = tensor["data_offsets"]
 
             def fetch(size: int, start: int = start, stop: int = stop) -> bytes:
                 if start < 0 or stop - start != size:
-                    raise ValueError("a tensor is not as long as its type")
+                    raise damaged("a tensor is not as long as its type")
                 return _exactly(file, end + start, size)
 
             layers[name] = _number(tensor["dtype"], tensor["shape"], fetch)
@@ -381,17 +393,17 @@ def _described(header: str) -> Iterator[tuple[str, str]]:
 
     def text(at: int) -> tuple[str, int]:
         if header[at] != '"':
-            raise ValueError("its header is not of safetensors")
+            raise damaged("its header is not of safetensors")
         return decode(header, at)
 
     def after(pattern: re.Pattern[str], at: int) -> int:
         found = pattern.match(header, at)
         if found is None:
-            raise ValueError("its header is not of safetensors")
+            raise damaged("its header is not of safetensors")
         return found.end()
 
     at, within = after(_OPEN, 0), False
-    while True:
+    for _ in range(_MANY):
         if header[at] == "}":
             if not within:
                 return
@@ -409,6 +421,7 @@ def _described(header: str) -> Iterator[tuple[str, str]]:
             yield name, header[at:end]
             at = end
         at = after(_SPACE, at)
+    raise Refused(TOO_MUCH)
 
 
 _OPEN = re.compile(r"\s*\{\s*")

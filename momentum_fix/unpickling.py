@@ -17,6 +17,11 @@ class Refused(Exception):  # noqa: N818  # never leaves this package
     """What is wrong with a file, to follow its name."""
 
 
+def damaged(how: str) -> Refused:
+    """Give the error for a file that contradicts itself."""
+    return Refused(f"is damaged or no checkpoint ({how})")
+
+
 class Name(str):
     """A class or function that a pickle names, and what it would make. It is never looked up."""
 
@@ -43,7 +48,8 @@ class Tensor:
 _PUT, _GET, _MARK, _TEXT, _TUPLE, _CALL, _STORAGE, _COUNT, _GLOBAL, _STOP = b"qh(XtRQKc."
 _NEGATIVE, _FLOAT, _LONG, _ADD, _SET, _ADD_ALL, _SET_ALL, _BUILD, _NEW, _PROTOCOL = b"JG\x8aaseub\x81\x80"
 _ALIKE = bytes.maketrans(b"rjUM\x8b", b"qhXK\x8a")  # those that differ in the size of their argument
-_SIZES = dict(zip(b"qhKU\x80\x8aMrjJX\x8bG", (1, 1, 1, 1, 1, 1, 2, 4, 4, 4, 4, 4, 8), strict=True))
+_ARGUMENTS = {1: b"qhKU\x80\x8a", 2: b"M", 4: b"rjJX\x8b", 8: b"G"}  # bytes
+_SIZES = [sum(size for size, codes in _ARGUMENTS.items() if code in codes) for code in range(256)]
 _CONSTANTS = dict(zip(b"N\x88\x89)", (None, True, False, ()), strict=True))
 _EMPTY: dict[int, type[list[Any]]] = dict(zip(b"]}", (list, Dictionary), strict=True))
 _TUPLES = dict(zip(b"\x85\x86\x87", (1, 2, 3), strict=True))
@@ -74,13 +80,13 @@ def unpickle(data: bytes, at: int = 0) -> tuple[Any, int, bool, list[Any]]:
     storages: list[Any] = []
     made: Any
     objects = False
-    left = _BUDGET
+    left, number, from_bytes = _BUDGET, 0, int.from_bytes
     for _ in range(_STEPS):
         code = data[at]
         at += 1
-        number, size = 0, _SIZES.get(code)
+        size = _SIZES[code]
         if size:
-            number = int.from_bytes(data[at : at + size], "little")
+            number = data[at] if size == 1 else from_bytes(data[at : at + size], "little")
             at += size
         op = _ALIKE[code]
         if op == _PUT:
@@ -115,7 +121,7 @@ def unpickle(data: bytes, at: int = 0) -> tuple[Any, int, bool, list[Any]]:
         elif op == _STORAGE:
             storages.append(stack[-1])
         elif op == _COUNT:
-            left -= _MADE // 4 * (number > 255)
+            left -= _MADE // 2 * (number > 255)
             stack.append(number)
         elif op in _TUPLES:
             left -= _MADE
@@ -165,13 +171,13 @@ def _fill(container: Any, items: Any, pairs: bool) -> None:
     if isinstance(container, list) and isinstance(container, Dictionary) == pairs:
         container += items
     elif not isinstance(container, Name):
-        raise ValueError("it fills what is no container")
+        raise damaged("it fills what is no container")
 
 
 def _made(function: Any, arguments: Any) -> Any:
     """Give what a call would make, if that is a tensor or a dictionary; else its name."""
     if not isinstance(function, Name) or not isinstance(arguments, tuple):
-        raise ValueError("it calls what is no function")
+        raise damaged("it calls what is no function")
     if function == "torch._utils._rebuild_tensor_v2" or function == "torch._utils._rebuild_tensor":
         return Tensor(*arguments[:3])
     if function == "collections.OrderedDict":
