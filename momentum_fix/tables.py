@@ -48,9 +48,12 @@ def show(rows: Sequence[Sequence[str]]) -> None:
 
 
 def _paragraph(header: Sequence[str], row: Sequence[str], width: int) -> str:
-    named = ", ".join(f"{name} {cell}" for name, cell in zip(header[1:], row[1:], strict=True) if cell not in ("", "-"))
-    lines = textwrap.wrap(named, width - 4, break_long_words=False, break_on_hyphens=False)
-    return "\n    ".join([row[0], *lines])
+    named = (f"{name} {cell}" for name, cell in zip(header[1:], row[1:], strict=True) if cell not in ("", "-"))
+    whole = ", ".join(
+        text.replace(" ", "\0") if len(text) < width // 2 else text for text in named
+    )  # \0: no break here
+    lines = textwrap.wrap(whole, width - 4, break_long_words=False, break_on_hyphens=False)
+    return "\n    ".join([row[0], *lines]).replace("\0", " ")
 
 
 def printable(text: str) -> str:
