@@ -31,11 +31,9 @@ _NO_MODELS = re.compile(  # what trainers save beside a model, by exact name
     r"(optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args)(_\d+)?\.(pt|pth|bin)"
 )
 _LARGEST = 2**25  # bytes of a pickle or a header; 200,000 tensors need 20 MB
-_MANY = 350_000  # entries of an index
+_MANY = 350_000  # entries of an index or a header
 _LAYERS = 2**17
 _DEEP = 10_000  # containers in containers
-_LENGTHS = 64  # dimensions
-_ABSURD = 10**20
 
 Layers = dict[str, Any]  # the counter of each layer, or None
 
@@ -112,14 +110,11 @@ def _read(path: Path) -> list[tuple[str, Layers]]:
         if path.suffix == ".safetensors":
             return [("", _read_safetensors(file))]
         head = file.read(4)
-        if head == b"PK\3\4":
-            tree, value, objects = _open_archive(file)
-        elif head[:1] == b"\x80":
-            tree, value, objects = _open_legacy(file)
-        else:
+        if head != b"PK\3\4" and head[:1] != b"\x80":
             raise damaged("it begins like none")
+        tree, objects, fetch = _open_archive(file) if head == b"PK\3\4" else _open_legacy(file)
         found = [
-            (way, {name: value(item) if isinstance(item, Tensor) else _plain(item) for name, item in layers.items()})
+            (way, {name: _resolved(value, fetch) for name, value in layers.items()})
             for way, layers in search(tree, _LAYERS)
         ]
     if objects and not found:
@@ -128,18 +123,19 @@ def _read(path: Path) -> list[tuple[str, Layers]]:
 
 
 class _Limited(io.FileIO):
-    """A file that refuses to read much at once, whatever size its own bytes declare."""
-
-    limit = _LARGEST
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.length = self.seek(0, io.SEEK_END)
-        self.seek(0)
+    """A file that refuses to give much to the zip library at once, whatever size its own bytes declare."""
 
     def read(self, size: int | None = -1, /) -> Any:
-        if size is not None and size > self.limit:
+        if size is not None and size > _LARGEST // 2:
             raise Refused(TOO_MUCH)
+        return super().read(size)
+
+    def exactly(self, start: int, size: int) -> bytes:
+        if start + size > self.seek(0, io.SEEK_END):
+            raise damaged("it is shorter than it says")
+        if size > _LARGEST:
+            raise Refused(TOO_MUCH)
+        self.seek(start)
         return super().read(size)
 
 
@@ -150,14 +146,6 @@ def _open(path: Path) -> _Limited:
     if status.st_size == 0:
         raise Refused("is empty")
     return _Limited(path)
-
-
-def _exactly(file: _Limited, start: int, size: int) -> bytes:
-    if start + size > file.length:
-        raise damaged("it is shorter than it says")
-    file.seek(start)
-    data: bytes = file.read(size)
-    return data
 
 
 # Where state dicts are, in a file or in memory.
@@ -176,26 +164,19 @@ def search(tree: Any, most: float = math.inf) -> Iterator[tuple[str, Layers]]:
     while path:  # each container once, however often it holds itself
         way, items = path[-1]
         for key, node in items:
-            if not isinstance(node, (Mapping, list, tuple)) or id(node) in seen or len(path) > _DEEP:
+            if not isinstance(node, (Mapping, list, tuple)) or not node or id(node) in seen or len(path) > _DEEP:
                 continue
             seen.add(id(node))
             inner = way if key is None and way is None else (way, key)
             layers: Layers = {}
             for text, value in _items(node):
-                if not isinstance(text, str) or not text.endswith(_NAMES):
-                    continue
-                if text not in names:
-                    name, _, kind = text.rpartition(".")
-                    names[text] = shortened(name), kind
-                name, kind = names[text]
-                if kind == COUNTER:
-                    layers[name] = value
-                elif kind in _NAMES:
-                    layers.setdefault(name, None)
-                if found + len(layers) > most:
+                if found + len(layers) > most or len(seen) > 2 * most:
                     raise Refused(TOO_MUCH)
-            if len(seen) > 2 * most:
-                raise Refused(TOO_MUCH)
+                if isinstance(text, str) and text.endswith(_NAMES):
+                    if text not in names:
+                        name, _, kind = text.rpartition(".")
+                        names[text] = shortened(name), kind
+                    _enter(layers, *names[text], value)
             if layers:
                 found += len(layers)
                 yield _written(inner), layers
@@ -203,6 +184,13 @@ def search(tree: Any, most: float = math.inf) -> Iterator[tuple[str, Layers]]:
             break
         else:
             path.pop()
+
+
+def _enter(layers: Layers, name: str, kind: str, counter: Any) -> None:
+    if kind == COUNTER:
+        layers[name] = counter
+    elif kind in _NAMES:
+        layers.setdefault(name, None)
 
 
 def _items(node: Any) -> Iterator[tuple[Any, Any]]:
@@ -217,7 +205,7 @@ def _written(way: Any) -> str:
     keys: list[str] = []
     while way is not None and len(keys) < 20:
         way, key = way
-        small = type(key) is int and abs(key) < _ABSURD
+        small = type(key) is int and abs(key) < 10**20
         keys.append(shortened(key) if isinstance(key, str) else str(key) if small else f"({type(key).__name__})")
     if way is not None:
         keys.append("…")
@@ -226,106 +214,91 @@ def _written(way: Any) -> str:
 
 # What a counter is worth.
 
-_FORMATS = {  # as the struct module writes them, by the names of torch's storages, its types, and safetensors
-    **dict.fromkeys(("LongStorage", "int64", "I64"), "q"),
-    **dict.fromkeys(("IntStorage", "int32", "I32"), "i"),
-    **dict.fromkeys(("ShortStorage", "int16", "I16"), "h"),
-    **dict.fromkeys(("CharStorage", "int8", "I8"), "b"),
-    **dict.fromkeys(("ByteStorage", "uint8", "U8"), "B"),
-    **dict.fromkeys(("uint16", "U16"), "H"),
-    **dict.fromkeys(("uint32", "U32"), "I"),
-    **dict.fromkeys(("uint64", "U64"), "Q"),
-    **dict.fromkeys(("DoubleStorage", "float64", "F64"), "d"),
-    **dict.fromkeys(("FloatStorage", "float32", "F32"), "f"),
-    **dict.fromkeys(("HalfStorage", "float16", "F16"), "e"),
-    **dict.fromkeys(("BoolStorage", "bool", "BOOL"), "?"),
-    **dict.fromkeys(("BFloat16Storage", "bfloat16", "BF16"), "bfloat16"),
-}
-_OTHER_SIZES = {"ComplexDoubleStorage": 16, "ComplexFloatStorage": 8, "QInt32Storage": 4}
+_KINDS = """
+    LongStorage:q int64:q I64:q IntStorage:i int32:i I32:i ShortStorage:h int16:h I16:h CharStorage:b int8:b I8:b
+    ByteStorage:B uint8:B U8:B uint16:H U16:H uint32:I U32:I uint64:Q U64:Q BoolStorage:? bool:? BOOL:?
+    DoubleStorage:d float64:d F64:d FloatStorage:f float32:f F32:f HalfStorage:e float16:e F16:e
+"""  # by the names of torch's storages, its types, and safetensors, as the struct module writes them
+_FORMATS = dict(kind.split(":") for kind in _KINDS.split())
+_BFLOAT16 = ("BFloat16Storage", "bfloat16", "BF16")  # the first half of a float32
+_SIZES = dict.fromkeys(_BFLOAT16, 2) | {"ComplexDoubleStorage": 16, "ComplexFloatStorage": 8, "QInt32Storage": 4}
+
+
+def _size(kind: str) -> int:
+    return struct.calcsize(f"<{_FORMATS[kind]}") if kind in _FORMATS else _SIZES.get(kind, 1)
 
 
 def _number(kind: str, shape: Any, fetch: Callable[[int], bytes]) -> Any:
     """Give a stored tensor's number, with `fetch(size)` for its bytes."""
-    if len(shape) > _LENGTHS or not all(type(length) is int and abs(length) < _ABSURD for length in shape):
+    if len(shape) > 64 or not all(type(length) is int and abs(length) < 10**20 for length in shape):
         raise damaged("a shape is not made of numbers")
     if any(length != 1 for length in shape):
         return Odd(shortened(f"has shape {tuple(shape)}"))
+    if kind in _BFLOAT16:
+        return struct.unpack("<f", b"\0\0" + fetch(2))[0]
     if kind not in _FORMATS:
         return Odd(shortened(f"is of type {kind}, not a whole number"))
-    data = fetch(_size(kind))
-    if kind in ("BFloat16Storage", "bfloat16", "BF16"):
-        return struct.unpack("<f", b"\0\0" + data)[0]
-    return struct.unpack(f"<{_FORMATS[kind]}", data)[0]
-
-
-def _size(kind: str) -> int:
-    form = _FORMATS.get(kind)
-    return _OTHER_SIZES.get(kind, 1) if form is None else 2 if form == "bfloat16" else struct.calcsize(f"<{form}")
-
-
-def _plain(value: Any) -> Any:
-    """Give a counter that is no tensor: the number or text, or what it is instead."""
-    if isinstance(value, Name):
-        return Odd(shortened(f"is of type {value}, not a whole number"))
-    return Odd("is of type dict, not a whole number") if isinstance(value, Dictionary) else value
+    return struct.unpack(f"<{_FORMATS[kind]}", fetch(_size(kind)))[0]
 
 
 # torch's files: a pickle, and the bytes of the tensors.
 
 
-def _place(tensor: Tensor) -> tuple[str, str, int, Any]:
-    """Give the type and the storage of a tensor, where it begins there, and its shape."""
+Fetch = Callable[[str, int, int], bytes]  # of a storage: where to begin, and how many bytes, the lowest first
+
+
+def _resolved(value: Any, fetch: Fetch) -> Any:
+    """Give a counter's number or text, or what it is instead."""
+    if isinstance(value, Tensor):
+        kind, key, offset = _place(value)
+        return _number(kind, value.shape, lambda size: fetch(key, offset * size, size))
+    if isinstance(value, (Name, Dictionary)):
+        return Odd(shortened(f"is of type {value if isinstance(value, Name) else 'dict'}, not a whole number"))
+    return value
+
+
+def _place(tensor: Tensor) -> tuple[str, str, int]:
+    """Give the type and the storage of a tensor, and where it begins there."""
     if not isinstance(tensor.storage, tuple) or not 5 <= len(tensor.storage) <= 6:
         raise damaged("a tensor has no storage")
-    kind, key, offset, shape = tensor.kind or tensor.storage[1], tensor.storage[2], tensor.offset, tensor.shape
-    proper = isinstance(kind, Name) and isinstance(key, str) and len(key) < 100 and isinstance(shape, tuple)
-    if not proper or type(offset) is not int or offset < 0 or tensor.storage[5:] not in ((), (None,)):
+    kind, key, offset = tensor.kind or tensor.storage[1], tensor.storage[2], tensor.offset
+    proper = isinstance(kind, Name) and isinstance(key, str) and len(key) < 100 and type(offset) is int and offset >= 0
+    if not proper or not isinstance(tensor.shape, tuple) or tensor.storage[5:] not in ((), (None,)):
         raise damaged("a tensor is not described as torch does")
-    return kind.rpartition(".")[2], key, offset, shape
+    return kind.rpartition(".")[2], key, offset
 
 
-def _open_archive(file: _Limited) -> tuple[Any, Callable[[Tensor], Any], bool]:
-    """Read the table of contents of a zip archive; give it, a reader of its tensors, and whether it holds objects."""
-    file.limit //= 2
+def _open_archive(file: _Limited) -> tuple[Any, bool, Fetch]:
+    """Read the pickle of a zip archive; give what it says, whether it holds objects, and a way to the storages."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         for entry in entries:
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-                raise Refused(
-                    f"is damaged or no checkpoint (its entry {shortened(entry.filename)} is compressed or encrypted, "
-                    "which torch.save never does)"
-                )
-        root = entries[0].filename.partition("/")[0]
-        places = {
-            entry.filename[len(root) + 1 :]: (entry.header_offset, entry.file_size)
-            for entry in entries
-            if entry.filename.startswith(f"{root}/")
-        }
+                name = shortened(entry.filename)
+                raise damaged(f"its entry {name} is compressed or encrypted, which torch.save never does")
+        root = entries[0].filename.partition("/")[0] + "/"
+        inside = (entry for entry in entries if entry.filename.startswith(root))
+        places = {entry.filename[len(root) :]: (entry.header_offset, entry.file_size) for entry in inside}
         if len(places) != len(entries):
             raise damaged("it has two entries of one name, or several roots")
-    del archive, entries, entry  # which take more memory than all that follows
-    file.limit *= 2
+    del archive, entries, entry, inside  # which take more memory than all that follows
 
-    def fetch(name: str, start: int = 0, size: int | None = None) -> bytes:
+    def whole(name: str, start: int = 0, size: int | None = None) -> bytes:
         header, length = places[name]
-        signature, *lengths = struct.unpack("<4s22xHH", _exactly(file, header, 30))
+        signature, *lengths = struct.unpack("<4s22xHH", file.exactly(header, 30))
         if signature != b"PK\3\4" or start + (size or 0) > length:
             raise damaged("its entries are not where it says")
-        return _exactly(file, header + 30 + sum(lengths) + start, length if size is None else size)
+        return file.exactly(header + 30 + sum(lengths) + start, length if size is None else size)
 
-    tree, _, objects, _ = unpickle(fetch("data.pkl"))
-    swapped = "byteorder" in places and fetch("byteorder") == b"big"
-
-    def value(tensor: Tensor) -> Any:
-        kind, key, offset, shape = _place(tensor)
-        return _number(kind, shape, lambda size: fetch(f"data/{key}", offset * size, size)[:: -1 if swapped else 1])
-
-    return tree, value, objects
+    order = -1 if "byteorder" in places and whole("byteorder") == b"big" else 1
+    tree, _, objects, _ = unpickle(whole("data.pkl"))
+    return tree, objects, lambda key, start, size: whole(f"data/{key}", start, size)[::order]
 
 
-def _open_legacy(file: _Limited) -> tuple[Any, Callable[[Tensor], Any], bool]:
+def _open_legacy(file: _Limited) -> tuple[Any, bool, Fetch]:
     """Read a file from before torch 1.6: pickles in a row, and each storage after its length."""
-    data = _exactly(file, 0, min(file.length, _LARGEST))
+    end = file.seek(0, io.SEEK_END)
+    data = file.exactly(0, min(end, _LARGEST))
     magic, at, _, _ = unpickle(data)
     if magic != 0x1950A86A20F9469CFC6C:
         raise damaged("it begins like none")
@@ -333,57 +306,46 @@ def _open_legacy(file: _Limited) -> tuple[Any, Callable[[Tensor], Any], bool]:
     machine, at, _, _ = unpickle(data, at)
     tree, at, objects, storages = unpickle(data, at)
     keys, at, _, _ = unpickle(data, at)
-    swapped = machine[machine.index("little_endian") + 1] is not True
-    kinds = {key: kind for kind, key, _, _ in (_place(Tensor(storage, 0, ())) for storage in storages)}
+    order = 1 if machine[machine.index("little_endian") + 1] is True else -1
+    kinds = {key: kind for kind, key, _ in (_place(Tensor(storage, 0, ())) for storage in storages)}
     places = {}
     for key in keys:
         if not isinstance(key, str):
-            raise damaged("a tensor has no storage")
-        elements = int.from_bytes(_exactly(file, at, 8), "big" if swapped else "little")
-        at += 8
-        places[key] = at
-        at += elements * _size(kinds[key])
-        if at > file.length:
+            raise damaged("a storage has no name")
+        elements = int.from_bytes(file.exactly(at, 8)[::order], "little")
+        places[key] = at + 8
+        at += 8 + elements * _size(kinds[key])
+        if at > end:
             raise damaged("it is shorter than it says")
-
-    def value(tensor: Tensor) -> Any:
-        kind, key, offset, shape = _place(tensor)
-        return _number(
-            kind, shape, lambda size: _exactly(file, places[key] + offset * size, size)[:: -1 if swapped else 1]
-        )
-
-    return tree, value, objects
+    return tree, objects, lambda key, start, size: file.exactly(places[key] + start, size)[::order]
 
 
 # Files of safetensors, and indexes of shards.
 
-_SPACE = re.compile(r"[\s,]*")
-_COLON = re.compile(r"\s*:\s*")
+_BETWEEN = re.compile(r'[\s,]*(?=["}])')
+_IS_TEXT = re.compile(r'\s*:\s*(?=")')
+_IS_OBJECT = re.compile(r"\s*:\s*(?={)")
 
 
 def _read_safetensors(file: _Limited) -> Layers:
     """Read a header, the length of which stands before it; its offsets count from its end."""
-    end = 8 + int.from_bytes(_exactly(file, 0, 8), "little")
+    end = 8 + int.from_bytes(file.exactly(0, 8), "little")
     layers: Layers = {}
-    for key, text in _described(_exactly(file, 8, end - 8).decode()):
+
+    def counted(tensor: Mapping[str, Any]) -> Any:
+        start, stop = tensor["data_offsets"]
+        if start < 0 or stop < start:
+            raise damaged("a tensor ends before it starts")
+        return _number(tensor["dtype"], tensor["shape"], lambda _: file.exactly(end + start, stop - start))
+
+    for key, text in _described(file.exactly(8, end - 8).decode()):
         name, _, kind = key.rpartition(".")
         name = shortened(name)
+        if kind == COUNTER and layers.get(name) is not None:
+            raise damaged(f"it describes {name} twice")
+        _enter(layers, name, kind, counted(json.loads(text)) if kind == COUNTER else None)
         if len(layers) > _LAYERS:
             raise Refused(TOO_MUCH)
-        if kind == COUNTER:
-            if layers.get(name) is not None:
-                raise damaged(f"it describes {shortened(key)} twice")
-            tensor = json.loads(text)
-            start, stop = tensor["data_offsets"]
-
-            def fetch(size: int, start: int = start, stop: int = stop) -> bytes:
-                if start < 0 or stop - start != size:
-                    raise damaged("a tensor is not as long as its type")
-                return _exactly(file, end + start, size)
-
-            layers[name] = _number(tensor["dtype"], tensor["shape"], fetch)
-        elif kind in _NAMES:
-            layers.setdefault(name, None)
     return layers
 
 
@@ -391,40 +353,30 @@ def _described(header: str) -> Iterator[tuple[str, str]]:
     """Give each tensor's name and description, one by one: a header that is made for it would fill the memory."""
     decode = json.JSONDecoder().raw_decode
 
-    def text(at: int) -> tuple[str, int]:
-        if header[at] != '"':
-            raise damaged("its header is not of safetensors")
-        return decode(header, at)
-
     def after(pattern: re.Pattern[str], at: int) -> int:
         found = pattern.match(header, at)
         if found is None:
             raise damaged("its header is not of safetensors")
         return found.end()
 
-    at, within = after(_OPEN, 0), False
+    at, within = after(_BETWEEN, 1), False
     for _ in range(_MANY):
         if header[at] == "}":
             if not within:
                 return
-            at, within = after(_SPACE, at + 1), False
-            continue
-        name, at = text(at)
-        at = after(_COLON, at)
-        if within:  # texts of the one that saved it, which no reader needs
-            _, at = text(at)
-        elif name == "__metadata__":
-            at, within = after(_OPEN, at), True
-            continue
+            at, within = at + 1, False
         else:
-            end = header.index("}", at, at + 1000) + 1
-            yield name, header[at:end]
-            at = end
-        at = after(_SPACE, at)
+            name, at = decode(header, at)
+            if within:  # texts of the one that saved it, which no reader needs
+                _, at = decode(header, after(_IS_TEXT, at))
+            elif name == "__metadata__":
+                at, within = after(_IS_OBJECT, at) + 1, True
+            else:
+                start = after(_IS_OBJECT, at)
+                at = header.index("}", start, start + 1000) + 1
+                yield name, header[start:at]
+        at = after(_BETWEEN, at)
     raise Refused(TOO_MUCH)
-
-
-_OPEN = re.compile(r"\s*\{\s*")
 
 
 def _read_shards(index: Path) -> list[tuple[str, Layers]]:
@@ -445,18 +397,14 @@ def _read_shards(index: Path) -> list[tuple[str, Layers]]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     with _open(index) as file:
-        file.limit //= 2
-        text = _exactly(file, 0, file.length)
+        text = file.read(max(1, os.fstat(file.fileno()).st_size))
     try:
         if sum(map(text.count, (b",", b":", b"[", b"{"))) > 2 * _MANY:
             raise ValueError
         weight_map: dict[str, str] = json.loads(text)["weight_map"]
-        names = set(weight_map.values())
-        inside = all(Path(name).name == name for name in names)
+        shards = {Path(file).name == file and file.endswith(_ENDINGS) for file in weight_map.values()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Refused("is no index of shards, for it has no readable weight_map") from error
-    if not inside:
-        raise Refused("names shards outside its own directory")
-    if not all(name.endswith(_ENDINGS) for name in names):
-        raise Refused(f"names shards that end in none of {', '.join(_ENDINGS)}")
+    if False in shards:
+        raise Refused(f"names shards outside its own directory, or that end in none of {', '.join(_ENDINGS)}")
     return weight_map
