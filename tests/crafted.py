@@ -73,6 +73,14 @@ def doubled(start, times, operation=b"\x86"):
     return start + steps
 
 
+def directory(count):
+    """Make an archive of one entry that is listed again and again, under other names."""
+    entry = b"PK\3\4" + struct.pack("<5H3L2H", 20, 0, 0, 0, 0, 0, 0, 0, 1, 0) + b"m"
+    listed = b"PK\1\2" + struct.pack("<6H3L5H2L", 20, 20, 0, 0, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0)
+    entries = b"".join(listed + b"%06x" % i for i in range(count))
+    return entry + entries + b"PK\5\6" + struct.pack("<4H2LH", 0, 0, 65535, 65535, len(entries), len(entry), 0)
+
+
 def many(count):
     """Make a file as before torch 1.6 that holds many counters: 1, 2, 3, ..."""
     head = legacy({})
@@ -122,6 +130,8 @@ TORCH = {
         [("m" + ESCAPES.replace("\ud800", "") + "/data.pkl", b"}."), ("n", b"")], zipfile.ZIP_DEFLATED
     ),
     "many entries": lambda: archive([("m/data.pkl", b"\x80\x02}."), *((f"m/{i}", b"") for i in range(60_000))]),
+    "huge directory": lambda: directory(320_000),
+    "larger directory": lambda: directory(900_000),
     "long comment": lambda: archive([("m/data.pkl", b"\x80\x02" + one(tensor()) + b".")], comment=b"PK\5\6" * 10_000),
     "huge directory declared": lambda: header_of(GOOD, 0, size=2**32 - 2),
     "huge count declared": lambda: header_of(GOOD, 0, all=2**16 - 2, here=2**16 - 2),
