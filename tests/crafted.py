@@ -45,6 +45,15 @@ def archive(entries, method=zipfile.ZIP_STORED, comment=b""):
     return file.getvalue()
 
 
+def bomb(megabytes):
+    """Make an archive that would unpack to this much."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as made, made.open("m/data.pkl", "w") as entry:
+        for _ in range(megabytes):
+            entry.write(bytes(MB))
+    return file.getvalue()
+
+
 def program(body, storages=(b"\x07" + bytes(7),)):
     """Make an archive around the operations of a pickle."""
     entries = [("m/data.pkl", b"\x80\x02" + body + b".")]
@@ -120,7 +129,7 @@ TORCH = {
     "deflated": lambda: archive(
         [("m/data.pkl", b"\x80\x02" + one(tensor()) + b"."), ("m/data/0", b"\x64" + bytes(7))], zipfile.ZIP_DEFLATED
     ),
-    "bomb in data.pkl": lambda: archive([("m/data.pkl", bytes(600 * MB))], zipfile.ZIP_DEFLATED),
+    "bomb in data.pkl": lambda: bomb(600),
     "bomb in DATA.PKL": lambda: archive([("m/data.pkl", b"\x80\x02}."), ("m/DATA.PKL", bytes(MB))], zipfile.ZIP_BZIP2),
     "bomb in version": lambda: archive([("m/data.pkl", b"\x80\x02}."), ("m/version", bytes(MB))], zipfile.ZIP_LZMA),
     "no data.pkl": lambda: archive([("m/data/0", bytes(8))]),
