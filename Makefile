@@ -18,7 +18,7 @@ help:
 	touch $@
 
 demo: .venv/with-demo
-	$(BIN)/python -m momentum_fix demo
+	$(BIN)/python examples/brain.py
 
 test: .venv/with-dev
 	$(BIN)/python -m pytest --numprocesses 2

@@ -11,13 +11,13 @@ from typing import Any as _Any
 from momentum_fix.formula import corrected_momentum, effective_momentum
 
 if _TYPE_CHECKING:
+    from momentum_fix.auditing import audit as audit
     from momentum_fix.calibration import calibrate as calibrate
     from momentum_fix.correction import applied as applied
     from momentum_fix.correction import correct as correct
     from momentum_fix.correction import restore as restore
     from momentum_fix.factory import norm_layer as norm_layer
     from momentum_fix.once import update_once as update_once
-    from momentum_fix.saved import audit as audit
 
 __version__ = "0.1.0"
 
@@ -28,7 +28,7 @@ _HOMES = {
     "restore": "correction",
     "calibrate": "calibration",
     "update_once": "once",
-    "audit": "saved",
+    "audit": "auditing",
 }
 _MODULES = ("symbolic", "plots")
 

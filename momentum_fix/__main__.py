@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import momentum_fix
-from momentum_fix.tables import show
+from momentum_fix.tables import printable, show
 
 EXAMPLES = """\
 examples:
@@ -21,13 +22,16 @@ examples:
   python -m momentum_fix prove                    check every step of every theorem
   python -m momentum_fix plot -o curves.png       draw the curves (png, svg or pdf, by the name)
   python -m momentum_fix audit runs/ --steps 9000 find recomputed layers in saved files
-  python -m momentum_fix demo                     train a real checkpointed 3-D network beside its uncheckpointed twin
 """
+_EXTRAS = {"matplotlib": "plots", "rich": "audit"}
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")  # one line, without the usage
+        self.exit(2, f"{self.prog}: {printable(message)}\n")  # one line, without the usage
 
 
 def value(arguments: argparse.Namespace) -> int:
@@ -45,40 +49,54 @@ def prove(arguments: argparse.Namespace) -> int:
         print(f"{number}. {theorem.name}\n   {theorem.statement}")
         for step in theorem.steps:
             try:
-                replace(theorem, steps=(step,)).prove()
+                step.prove()
                 mark = "✓"
             except symbolic.ProofError:
                 failed, mark = failed + 1, "✗ FAILS:"
             count += 1
             print(f"   {mark} {step.lhs} = {step.rhs}\n       {step.reason}", flush=True)
+        try:
+            theorem.prove()
+        except symbolic.ProofError as error:
+            failed += 1
+            print(f"   ✗ FAILS: {error}", flush=True)
     print(f"{len(theorems)} theorems, {count} steps: {f'{failed} FAILED' if failed else 'all hold'}")
     return 1 if failed else 0
 
 
 def plot(arguments: argparse.Namespace) -> int:
     """Write the curves to a file."""
+    _refuse_unwritable(arguments.output)
     from momentum_fix import plots
 
-    try:
-        plots.save(arguments.output)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"the curves need {error.name}: pip install 'momentum-fix[plots]'") from None
+    plots.save(arguments.output)
     return 0
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Raise before the work, not after it, where a file cannot be written."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def audit(arguments: argparse.Namespace) -> int:
     """Tell from saved files which layers were updated more than once per step."""
-    from momentum_fix import saved
+    from momentum_fix import auditing, reading
 
     files: list[Path] = []
     errors: dict[str, str] = {}
     for path in arguments.file:
         try:
-            files += saved.checkpoint_files(path) if path.is_dir() else [path]
-        except saved.UnreadableError as error:
+            files += reading.checkpoint_files(path)
+        except reading.UnreadableError as error:
             errors[str(path)] = str(error)
-    read = saved.audit_files(_with_progress(files), arguments.steps, arguments.momentum)
-    found = saved.Audit(read.rows, errors | read.errors)
+    read = auditing.audit_files(_with_progress(files), arguments.steps, arguments.momentum)
+    found = auditing.Audit(read.rows, errors | read.errors)
     if arguments.json:
         print(json.dumps(found.as_json(), indent=2))
     else:
@@ -86,7 +104,7 @@ def audit(arguments: argparse.Namespace) -> int:
         for source, cells in found.tables():
             print(f"\n{source}")
             show(cells)
-        print(*found.errors.values(), sep="\n")
+    print(*found.errors.values(), sep="\n", end="\n" * bool(found.errors), file=sys.stderr)
     return 2 if found.errors else 1 if found.recomputed else 0
 
 
@@ -100,23 +118,6 @@ def _with_progress(files: Sequence[Path]) -> Iterable[Path]:
     return track(files, "auditing", console=Console(stderr=True))
 
 
-def demo(arguments: argparse.Namespace) -> int:
-    """Train a real checkpointed network beside its uncheckpointed twin, and show what calibrating does."""
-    try:
-        from momentum_fix import demo
-    except ModuleNotFoundError as error:
-        raise ImportError(f"the demonstration needs {error.name}: pip install 'momentum-fix[demo]'") from None
-    if not arguments.output.parent.is_dir():
-        raise ValueError(f"the picture cannot be written to {str(arguments.output)!r}: there is no such folder")
-    outcome = demo.train(arguments.steps)
-    print(demo.heading(outcome))
-    show(demo.table(outcome))
-    print(demo.conclusion(outcome))
-    demo.picture(outcome, arguments.output)
-    print(f"Picture: {arguments.output}")
-    return 0 if outcome.same_path else 1
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="momentum-fix",
@@ -125,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {momentum_fix.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
+    commands = parser.add_subparsers(metavar="command", dest="command")
 
     command = commands.add_parser("value", help="print the corrected momentum")
     command.add_argument("momentum", type=float, help="PyTorch's momentum, the weight of the new value (0 to 1)")
@@ -136,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=prove)
 
     command = commands.add_parser("plot", help="draw the curves")
-    command.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write: .png, .svg or .pdf")
+    command.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="FILE", help="file to write: .png, .svg or .pdf"
+    )
     command.set_defaults(run=plot)
 
     command = commands.add_parser(
@@ -149,18 +152,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--momentum", type=float, default=0.1, help="the model's momentum (default: %(default)s)")
     command.add_argument("--json", action="store_true", help="print JSON, for a program to read")
     command.set_defaults(run=audit)
-
-    command = commands.add_parser("demo", help="train a real checkpointed 3-D network beside its uncheckpointed twin")
-    command.add_argument("--steps", type=int, default=40, help="training steps (default: %(default)s)")
-    command.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("momentum_fix_demo.png"),
-        metavar="FILE",
-        help="the picture to write (default: %(default)s)",
-    )
-    command.set_defaults(run=demo)
     return parser
 
 
@@ -169,13 +160,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a tick must not break a terminal that cannot show it
     parser = _parser()
+    try:
+        try:
+            return _run(parser, argv)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can be met
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        return 128 + 13  # as if ended by SIGPIPE
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 128 + 2
+
+
+def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
     try:
         status: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        extra = f"[{_EXTRAS[name]}]" if name in _EXTRAS else ""
+        reason = f"needs {name}: in a clone of momentum_fix, pip install -c constraints.txt '.{extra}'"
     except (ImportError, OSError, TypeError, ValueError) as error:
-        print(f"{parser.prog} {arguments.command}: {error}", file=sys.stderr)
-        return 2
-    return status
+        reason = str(error)
+    else:
+        return status
+    print(f"{parser.prog} {arguments.command}: {printable(reason)}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import nn
 from momentum_fix.corrected import uncorrected
 from momentum_fix.correction import Passes
 from momentum_fix.covering import ONLY_WRITES, Covering, on_copies
-from momentum_fix.layers import COUNTER, Buffers, NormLayer, tracks
+from momentum_fix.layers import Buffers, NormLayer, tracks
 from momentum_fix.once import Once
 from momentum_fix.replay import selective, unseen
 
@@ -164,7 +164,7 @@ def moved(before: Buffers, now: Buffers) -> bool:
 
     The counter does not tell: it is replayed also where selective checkpointing gives a norm's saved result.
     """
-    held = (name for name, value in before.items() if has_values(value) and name != COUNTER)
+    held = (name for name, value in before.items() if has_values(value) and name != "num_batches_tracked")
     return any(not torch.equal(before[name], now[name]) for name in held)
 
 

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-COUNTER = "num_batches_tracked"
 Buffers: TypeAlias = dict[str, Any]  # tensors, or None
 NormLayer: TypeAlias = Any  # an nn.Module with a `momentum`, for which torch has no type
 

@@ -1,15 +1,19 @@
-"""A table of text cells: aligned, or drawn with rich on a terminal."""
+"""A table of text cells: aligned, or fitted to a terminal. Nothing in it is ever cut."""
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib.util import find_spec
+
+_MANY = 1000  # rows, from which on drawing takes too long
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Lay rows of equal length out in columns, two spaces apart, with no trailing spaces."""
-    rows = [[printable(cell) for cell in row] for row in rows]
+    rows = [[printable(shortened(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -17,23 +21,49 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def show(rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, its header in the first row: drawn on a terminal where rich is installed, else aligned."""
-    if not sys.stdout.isatty() or find_spec("rich") is None:
+    """Print a table, its header in the first row: on a terminal drawn, or a paragraph a row where it is too narrow."""
+    if not sys.stdout.isatty():
         print(aligned(rows))
+        return
+    columns = [[printable(shortened(cell)) for cell in column] for column in zip(*rows, strict=True) if any(column[1:])]
+    rows = list(zip(*columns, strict=True))
+    widths = [max(len(word) for cell in column for word in cell.split() or [""]) for column in columns]
+    width = shutil.get_terminal_size().columns
+    room = width - sum(widths) - 3 * len(widths) - 1
+    if len(rows) > _MANY or room < 0 or find_spec("rich") is None:
+        print(*(_paragraph(rows[0], row, width) for row in rows[1:]), sep="\n")
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*rows[0])
+    table = Table()
+    for column, least in zip(columns, widths, strict=True):  # by hand, for rich would take from the longest column
+        more = min(room, max(map(len, column)) - least)
+        room -= more
+        table.add_column(column[0], width=least + more, overflow="fold")
     for row in rows[1:]:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    Console().print(table)
+        table.add_row(*map(Text, row))
+    Console(width=width).print(table)
+
+
+def _paragraph(header: Sequence[str], row: Sequence[str], width: int) -> str:
+    named = (f"{name} {cell}" for name, cell in zip(header[1:], row[1:], strict=True) if cell not in ("", "-"))
+    whole = ", ".join(
+        text.replace(" ", "\0") if len(text) < width // 2 else text for text in named
+    )  # \0: no break here
+    lines = textwrap.wrap(whole, width - 4, break_long_words=False, break_on_hyphens=False)
+    return "\n    ".join([row[0], *lines]).replace("\0", " ")
 
 
 def printable(text: str) -> str:
     """Escape the characters that do not print; a name read from a file may hold any."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def shortened(text: str, longest: int = 300) -> str:
+    """Leave the middle out of a text of absurd length."""
+    return text if len(text) <= longest else f"{text[: longest // 2]}…{text[-longest // 4 :]}"
 
 
 def number(value: float | None) -> str:

@@ -1,10 +1,14 @@
 """The shell commands: what they print, what they write, and how they refuse."""
 
+import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 import momentum_fix
 from momentum_fix import symbolic
@@ -49,12 +53,24 @@ def test_plot_writes_the_curves(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_plot_without_matplotlib_says_what_to_install(monkeypatch, tmp_path, capsys):
-    for module in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["plot", "-o", str(tmp_path / "curves.png")]) == 2
-    assert "the curves need matplotlib: pip install 'momentum-fix[plots]'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "library", "extra"),
+    [(["prove"], "sympy", "'.'"), (["plot", "-o", "curves.png"], "matplotlib", "'.[plots]'")],
+)
+def test_a_missing_library_is_named_with_what_to_install_from_the_clone(command, library, extra, tmp_path):
+    code = f"import sys; sys.modules[{library!r}] = None; from momentum_fix.__main__ import main; sys.exit(main())"
+    run = [sys.executable, "-c", code, *command]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    advice = f"in a clone of momentum_fix, pip install -c constraints.txt {extra}"
+    assert done.stderr == f"momentum-fix {command[0]}: needs {library}: {advice}\n"
+
+
+def test_no_name_is_advised_that_anybody_could_register_in_the_index():
+    root = Path(momentum_fix.__file__).parent.parent
+    texts = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("momentum_fix/*.py"), *root.glob("examples/*.py")]
+    assert len(texts) > 20
+    assert [text.name for text in texts if re.search(r"pip install\W+momentum", text.read_text(encoding="utf-8"))] == []
 
 
 @pytest.mark.parametrize(
@@ -67,8 +83,12 @@ def test_plot_without_matplotlib_says_what_to_install(monkeypatch, tmp_path, cap
         (["plot"], "the following arguments are required: -o/--output"),
         (["plot", "-o", "curves.gif"], "must end in .png, .svg or .pdf"),
         (["plot", "-o", "/no/such/folder/curves.png"], "No such file or directory"),
-        ([], "the following arguments are required: command"),
+        (["plot", "-o", "/"], "Is a directory"),
         (["fly"], "invalid choice: 'fly'"),
+        (["value", "0.1", "--pass", "3"], "unrecognized arguments: --pass 3"),
+        (["audit", "x.pt", "--step", "3"], "unrecognized arguments: --step 3"),
+        (["--vers"], "unrecognized arguments: --vers"),
+        (["value", "0.1", "--x\x1b[2J"], "unrecognized arguments: --x\\x1b[2J"),
     ],
 )
 def test_an_error_is_one_line_with_exit_status_2(capsys, arguments, message):
@@ -82,6 +102,66 @@ def test_an_error_is_one_line_with_exit_status_2(capsys, arguments, message):
     assert err.count("\n") == 1
     assert err.startswith("momentum-fix")
     assert message in err
+
+
+def test_without_arguments_the_help_is_printed(capsys):
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("usage: momentum-fix")
+    assert "momentum_fix value 0.1" in out
+    assert err == ""
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_it_is_drawn(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("momentum_fix.plots.figure", lambda: pytest.fail("it was drawn"))
+    assert main(["plot", "-o", str(tmp_path / "nowhere" / "curves.png")]) == 2
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert main(["plot", "-o", str(tmp_path / "curves.png")]) == 2
+    assert "Permission denied" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "slow"),
+    [
+        (["value", "0.1"], "momentum_fix.corrected_momentum"),
+        (["prove"], "momentum_fix.symbolic.theorems"),
+        (["plot", "-o", "curves.png"], "momentum_fix.plots.save"),
+        (["audit", "x.pt"], "momentum_fix.auditing.audit_files"),
+    ],
+)
+def test_ctrl_c_is_one_line_and_status_130_in_every_command(command, slow, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slow, interrupted)
+    assert main(command) == 130
+    assert capsys.readouterr() == ("", "momentum-fix: interrupted\n")
+
+
+def test_a_signal_from_outside_ends_a_command_without_a_traceback():
+    run = [sys.executable, "-u", "-m", "momentum_fix", "prove"]
+    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("1. ")  # so it is at work
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        assert process.stderr.read() == "momentum-fix: interrupted\n"
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("command", ["prove", "--help", "audit model.pt", "audit model.pt --json", "value 0.1"])
+def test_a_closed_pipe_is_silent(command, tmp_path):
+    torch.save({f"{i}.num_batches_tracked": torch.tensor(5) for i in range(2000)}, tmp_path / "model.pt")
+    run = f"{sys.executable} -m momentum_fix {command} | true"
+    done = subprocess.run(run, shell=True, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_a_full_disk_is_one_line():
+    run = f"{sys.executable} -m momentum_fix value 0.1 > /dev/full"
+    done = subprocess.run(run, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "momentum-fix value: [Errno 28] No space left on device\n"
 
 
 def test_version_and_help_with_examples(capsys):

@@ -1,10 +1,12 @@
-"""audit: counters in models and files tell how often layers were updated, and no file can do harm."""
+"""audit: counters in models and files tell how often layers were updated."""
 
+import argparse
 import contextlib
 import json
 import os
 import pickle
 import pty
+import re
 import subprocess
 import sys
 import zipfile
@@ -18,7 +20,8 @@ from torch import nn
 
 from momentum_fix import audit, correct, corrected_momentum, effective_momentum
 from momentum_fix.__main__ import main
-from momentum_fix.saved import UnreadableError
+from momentum_fix.auditing import UnreadableError
+from momentum_fix.formula import power_of_decay
 from twins import batches, non_reentrant, plainly, train
 
 
@@ -158,6 +161,10 @@ def test_deep_and_repeated_containers_are_walked_once():
         (torch.tensor(True), "counter is of type bool, not a whole number"),
         (torch.tensor([1, 2]), "counter has shape (2,)"),
         (torch.tensor(5, device="meta"), "counter has no value"),
+        (torch.tensor(5j), "counter is of type complex, not a whole number"),
+        (torch.eye(2).to_sparse(), "counter has shape (2, 2)"),
+        (torch.zeros(0), "counter has shape (0,)"),
+        (torch.empty(1, dtype=torch.uint4), "counter is of type torch.uint4, not a whole number"),
     ],
 )
 def test_a_counter_that_cannot_be_one_is_named_and_the_others_are_read(counter, note):
@@ -169,11 +176,20 @@ def test_a_counter_that_cannot_be_one_is_named_and_the_others_are_read(counter, 
 def test_counters_that_are_missing_plain_or_of_another_type_are_told_apart():
     state = {**counters(a=torch.tensor([4.0], dtype=torch.float16), b=8), "old.running_var": torch.ones(2)}
     state["text.num_batches_tracked"] = "many"
+    state["huge.num_batches_tracked"] = 10**5000
     state["plain.num_batches_tracked"] = 12
     rows = {row.layer: row for row in audit(state).rows}
-    assert {name: row.passes for name, row in rows.items()} == {"a": 1, "b": 2, "old": None, "text": None, "plain": 3}
+    assert {name: row.passes for name, row in rows.items()} == {
+        "a": 1,
+        "b": 2,
+        "old": None,
+        "text": None,
+        "huge": None,
+        "plain": 3,
+    }
     assert rows["old"].note == "no counter"
     assert rows["text"].note == "counter is of type str, not a whole number"
+    assert rows["huge"].note == "counter is a number of more than 30 digits, which no training can have counted"
 
 
 def test_passes_need_not_be_whole_and_may_be_fewer_than_one():
@@ -298,10 +314,9 @@ def test_a_large_file_is_not_read_into_memory(tmp_path):
     state = {**counters(a=5, b=10), "weight": torch.zeros(100_000_000, dtype=torch.uint8)}
     torch.save(state, tmp_path / "large.pt")
     code = (
-        "import resource, sys; from momentum_fix import audit; import torch\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "import sys; from momentum_fix import audit; import torch\n"
         "audit(sys.argv[1]) if len(sys.argv) > 2 else torch.load(sys.argv[1], weights_only=True)['weight'].sum()\n"
-        "print(peak())"
+        "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])"
     )
 
     def peak(*arguments):
@@ -314,18 +329,122 @@ def test_a_large_file_is_not_read_into_memory(tmp_path):
 
 def test_what_trainers_save_beside_a_model_is_left_out_of_a_directory(tmp_path):
     save_whole(trained().state_dict(), tmp_path)
-    for name in ("training_args.bin", "rng_state.pth", "optimizer.pt", "scheduler.pt"):
+    for name in ("training_args.bin", "rng_state.pth", "rng_state_1.pth", "optimizer.pt", "scheduler.pt"):
         torch.save({"x": Harmful()}, tmp_path / name)
+    torch.save(counters(a=5, b=10), tmp_path / "scheduler_free_resnet.pt")
     result = audit(tmp_path)
     assert result.errors == {}
-    assert len(result.recomputed) == 1
+    assert {Path(row.source).name for row in result.recomputed} == {"model.pth", "scheduler_free_resnet.pt"}
 
 
-def test_an_archive_that_would_fill_the_memory_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "bloated.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("model/data.pkl", bytes(2**27))
-    with pytest.raises(UnreadableError, match="its table of contents is compressed"):
-        audit(tmp_path / "bloated.pt")
+def test_a_recompressed_checkpoint_is_refused_instead_of_misread(tmp_path):
+    file = save_whole(counters(a=100), tmp_path)
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(tmp_path / "again.pt", "w", zipfile.ZIP_DEFLATED) as again:
+        for entry in archive.infolist():
+            again.writestr(entry.filename, archive.read(entry))
+    with pytest.raises(UnreadableError, match=r"its entry model/data\.pkl is compressed or encrypted"):
+        audit(tmp_path / "again.pt")
+
+
+def test_a_file_is_read_without_torch(tmp_path):
+    torch.save(counters(a=5, b=10), tmp_path / "model.pt")
+    code = "import sys; from momentum_fix import audit; print(audit(sys.argv[1])); print('torch' in sys.modules)"
+    run = [sys.executable, "-c", code, tmp_path / "model.pt"]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Recomputation found: 1 of 2")
+    assert done.stdout.endswith("False\n")
+
+
+def test_objects_of_other_classes_are_passed_over_and_no_module_of_theirs_is_imported(tmp_path):
+    checkpoint = {"model": counters(a=5, b=10), "args": argparse.Namespace(lr=0.1), "x": Harmful()}
+    torch.save(checkpoint, tmp_path / "run.pt")
+    assert found(tmp_path / "run.pt") == {"model/a": 1, "model/b": 2}
+    torch.save({"args": argparse.Namespace(model=counters(a=5))}, tmp_path / "run.pt")
+    with pytest.raises(UnreadableError, match="no running statistics outside of them"):
+        audit(tmp_path / "run.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int8, torch.int32, torch.uint16])
+@pytest.mark.parametrize("save", SAVERS[:3])
+def test_counters_of_any_type_of_number_are_read(dtype, save, tmp_path):
+    assert found(save(counters(a=torch.tensor(3, dtype=dtype), b=6), tmp_path)) == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize("save", [save_whole, save_legacy])
+def test_a_counter_in_the_middle_of_a_storage_and_one_with_attributes_are_read(save, tmp_path):
+    tagged = nn.Parameter(torch.tensor(8.0))
+    tagged.tag = "x"
+    state = {"a.num_batches_tracked": torch.arange(10)[4], "b.num_batches_tracked": tagged}
+    assert found(save(state, tmp_path)) == {"a": 1, "b": 2}
+
+
+def test_a_file_from_a_big_endian_machine_is_read(tmp_path):
+    with zipfile.ZipFile(save_whole(counters(a=300), tmp_path)) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "big.pt", "w") as archive:
+        for name, data in entries.items():
+            swapped = {"byteorder": b"big", "1": data[::-1]}
+            archive.writestr(name, swapped.get(name.rpartition("/")[2], data))
+    assert [row.batches for row in audit(tmp_path / "big.pt").rows] == [300]
+
+
+def test_files_of_more_than_four_gigabytes_are_read(tmp_path):
+    good = save_whole(counters(a=5, b=10), tmp_path).read_bytes()
+    with zipfile.ZipFile(tmp_path / "large.pt", "w") as archive, zipfile.ZipFile(tmp_path / "model.pth") as small:
+        archive.writestr("model/data.pkl", small.read("model/data.pkl"))
+        archive.fp.seek(2**32 + 100)  # a hole
+        archive.start_dir = archive.fp.tell()
+        for name in small.namelist():
+            if "/data/" in name:
+                archive.writestr(name, small.read(name))
+    assert (tmp_path / "large.pt").stat().st_size > 2**32 > len(good)
+    assert found(tmp_path / "large.pt") == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize("steps", [1, 7, 1000])
+def test_passes_that_are_not_whole_give_the_same_numbers_as_the_exact_function(steps):
+    for row in audit(counters(**{f"a{count}": count for count in (1, 7, 11, 500, 10**6)}), steps=steps).rows:
+        assert row.effective_momentum == pytest.approx(power_of_decay(0.1, row.passes), rel=1e-15)
+        assert row.corrected == pytest.approx(power_of_decay(0.1, min(1 / row.passes, 1)), rel=1e-15)
+
+
+def test_a_damaged_shard_or_a_missing_one_is_named(tmp_path):
+    index = save_sharded(counters(a=5, b=10), tmp_path)
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(UnreadableError, match=r"index\.json: a shard is unreadable: .*model-1.safetensors: cannot be"):
+        audit(index)
+
+
+def test_a_name_of_5000_characters_or_a_forbidden_path_does_not_end_the_audit(tmp_path, capsys, monkeypatch):
+    torch.save(counters(a=5, b=10), tmp_path / "good.pt")
+    with pytest.raises(UnreadableError, match="File name too long"):
+        audit("x" * 5000)
+    is_dir = Path.is_dir
+
+    def refusing(path):
+        if path.name == "forbidden":
+            raise PermissionError(13, "Permission denied")
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", refusing)
+    with pytest.raises(UnreadableError, match=r"forbidden: cannot be read \(Permission denied\)"):
+        audit(tmp_path / "forbidden")
+    assert main(["audit", "x" * 5000, str(tmp_path / "forbidden"), str(tmp_path / "good.pt")]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("Recomputation found: 1 of 2")
+    assert [line[-19:] for line in err.splitlines()] == ["File name too long)", "(Permission denied)"]
+    assert len(err) < 1000
+
+
+def test_an_audit_has_a_short_repr_and_a_table_for_notebooks(tmp_path):
+    result = audit(counters(**{"a<b>": 5, "c\x1b": 10}))
+    assert repr(result) == f"<Audit: {result.verdict}>"
+    html = result._repr_html_()
+    assert "<td>a&lt;b&gt;</td><td>5</td>" in html
+    assert "<th>set momentum</th>" in html
+    assert "\x1b" not in html
+    (tmp_path / "x.pt").touch()
+    assert "x.pt: is empty</p>" in audit(tmp_path)._repr_html_()
 
 
 def test_names_from_a_file_cannot_write_lines_or_control_the_terminal():
@@ -348,20 +467,24 @@ def test_the_exit_status_tells_clean_found_and_unreadable(tmp_path, capsys):
     assert main(["audit", str(clean), str(bad), str(recomputed)]) == 2
     assert main(["audit", str(tmp_path)]) == 2
     assert main(["audit", str(clean), "--steps", "2"]) == 1
-    out = capsys.readouterr().out
-    assert f"{bad}: is empty" in out
+    out, err = capsys.readouterr()
+    assert err == f"{bad}: is empty\n" * 2
     assert "Recomputation found: 1 of 4 layers" in out
+    assert main(["audit", str(bad)]) == 2
+    assert capsys.readouterr().out == "Nothing read: no file with norm layers could be read.\n"
 
 
-def on_a_terminal(*code_and_arguments):
+def on_a_terminal(*code_and_arguments, columns=80):
     """Run Python with its output on a terminal; give what that shows."""
     terminal, end = pty.openpty()
-    subprocess.run([sys.executable, *code_and_arguments], stdout=end, stderr=subprocess.DEVNULL, check=False)
+    environment = {**os.environ, "COLUMNS": str(columns)}
+    command = [sys.executable, *code_and_arguments]
+    subprocess.run(command, stdout=end, stderr=subprocess.DEVNULL, env=environment, check=False)
     os.close(end)
     lines = []
     with open(terminal, errors="replace") as shown, contextlib.suppress(OSError):  # Linux says so that it was closed
         lines.extend(line for line in shown)
-    return "".join(lines)
+    return re.sub(r"\x1b\[[0-9;]*m", "", "".join(lines))
 
 
 def test_a_terminal_gets_a_drawn_table_and_a_pipe_an_aligned_one(tmp_path, capsys):
@@ -375,6 +498,20 @@ def test_a_terminal_gets_a_drawn_table_and_a_pipe_an_aligned_one(tmp_path, capsy
     without_rich = on_a_terminal("-c", f"import sys; sys.modules['rich'] = None; {run}")
     assert "Recomputation found" in without_rich
     assert "┃" not in without_rich
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 200])
+@pytest.mark.parametrize("name", ["bn", "backbone.layer4.2.bn3", "module.encoder.mid_block.attentions.0.proj_in.norm"])
+def test_no_layer_and_no_number_to_set_is_ever_cut_on_a_terminal(tmp_path, columns, name):
+    torch.save(
+        {"state_dict": counters(**{name: 10, "a": 5}), "other": {"x.running_var": torch.ones(1)}}, tmp_path / "m.pt"
+    )
+    shown = on_a_terminal("-m", "momentum_fix", "audit", str(tmp_path / "m.pt"), columns=columns)
+    assert f"state_dict/{name}" in shown
+    assert "0.0513167" in shown
+    table = shown.partition("m.pt")[2]
+    assert max(map(len, table.splitlines())) <= max(columns, len(f"state_dict/{name}"))
+    assert "…" not in table
 
 
 def test_json_is_for_programs(tmp_path, capsys):
@@ -399,6 +536,6 @@ def test_json_is_for_programs(tmp_path, capsys):
 
 def test_an_empty_directory_and_wrong_numbers_are_one_line_and_status_2(tmp_path, capsys):
     assert main(["audit", str(tmp_path)]) == 2
-    assert "holds no file that ends in" in capsys.readouterr().out
+    assert "holds no file that ends in" in capsys.readouterr().err
     assert main(["audit", str(tmp_path / "x.pt"), "--steps", "0"]) == 2
     assert capsys.readouterr().err.startswith("momentum-fix audit: steps is 0, but must be an integer of at least 1: ")

@@ -1,7 +1,12 @@
-"""The demonstration: a real checkpointed 3-D network on a real brain, beside its uncheckpointed twin."""
+"""The demonstration: a real checkpointed 3-D network on a real brain, beside its uncheckpointed twin.
+
+`make demo` runs it; `python examples/brain.py --help` tells its options.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +19,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from momentum_fix.calibration import Row, calibrate
-from momentum_fix.layers import NormLayer, tracked_layers
-from momentum_fix.tables import number
+from momentum_fix import calibrate, corrected_momentum
+from momentum_fix.tables import number, show
 
 _BATCH = 2
+_MOMENTUM = 0.1  # torch's own
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Outcome:
 
     steps: int
     layers: tuple[str, ...]  # named as in the uncheckpointed network
-    rows: tuple[Row, ...]  # what `calibrate` found, layer by layer
+    passes: tuple[int, ...]  # what `calibrate` counted, layer by layer
     uncorrected: tuple[float, ...]  # deviation of the running statistics, layer by layer
     calibrated: tuple[float, ...]
     same_path: bool  # gradients and weights bit-for-bit equal in all runs after every step
@@ -78,8 +83,8 @@ def train(steps: int = 40, size: int = 48, channels: tuple[int, ...] = (16, 32, 
         target, *outputs = (net.eval()(scan).sigmoid() for net in networks)
     return Outcome(
         steps,
-        tuple(aliases[0] for aliases in tracked_layers(truth).values()),
-        report.rows,
+        tuple(name for name, module in truth.named_modules() if isinstance(module, nn.BatchNorm3d)),
+        tuple(map(int, report.passes.values())),
         _deviations(uncorrected, truth),
         _deviations(calibrated, truth),
         same_path,
@@ -94,13 +99,13 @@ def heading(outcome: Outcome) -> str:
 
 def table(outcome: Outcome) -> list[tuple[str, ...]]:
     """Give the cells of the table, a row a layer, the header first."""
-    header = ("passes", "momentum", "corrected", "uncorrected off by", "calibrated off by", "layer")
-    columns = zip(outcome.layers, outcome.rows, outcome.uncorrected, outcome.calibrated, strict=True)
+    header = ("layer", "passes", "momentum", "corrected", "uncorrected off by", "calibrated off by")
+    columns = zip(outcome.layers, outcome.passes, outcome.uncorrected, outcome.calibrated, strict=True)
     return [
         header,
         *(
-            (str(row.passes), number(row.momentum), number(row.corrected), f"{wrong:.1e}", f"{right:.1e}", layer)
-            for layer, row, wrong, right in columns
+            (layer, str(k), number(_MOMENTUM), number(corrected_momentum(_MOMENTUM, k)), f"{wrong:.1e}", f"{right:.1e}")
+            for layer, k, wrong, right in columns
         ),
     ]
 
@@ -132,7 +137,7 @@ def picture(outcome: Outcome, file: Path) -> None:
     ax.set_xscale("log")
     ax.set_xlim(1e-17, 1e2)
     ax.set_ylim(len(outcome.layers) - 0.5, -1)
-    names = (f"{layer}   k = {row.passes}" for layer, row in zip(outcome.layers, outcome.rows, strict=True))
+    names = (f"{layer}   k = {k}" for layer, k in zip(outcome.layers, outcome.passes, strict=True))
     ax.set_yticks(heights, list(names), fontsize="small")
     ax.grid(axis="both", color="0.9")
     ax.set_xlabel(
@@ -172,9 +177,44 @@ def _grad(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def _deviations(net: nn.Module, truth: nn.Module) -> tuple[float, ...]:
-    def deviation(mine: NormLayer, true: NormLayer) -> float:
-        mean = (mine.running_mean - true.running_mean).abs() / true.running_var.sqrt()
-        variance = (mine.running_var - true.running_var).abs() / true.running_var
-        return float(torch.maximum(mean, variance).max())
+    def deviation(mine: nn.Module, true: nn.Module) -> float:
+        (mean, variance), (true_mean, true_variance) = (list(layer.buffers())[:2] for layer in (mine, true))
+        off = torch.maximum((mean - true_mean).abs() / true_variance.sqrt(), (variance / true_variance - 1).abs())
+        return float(off.max())
 
-    return tuple(map(deviation, tracked_layers(net), tracked_layers(truth)))
+    norms = ([module for module in model.modules() if isinstance(module, nn.BatchNorm3d)] for model in (net, truth))
+    return tuple(map(deviation, *norms))
+
+
+def main() -> int:
+    """Train, print and draw; give status 0, or 1 if the runs took different paths."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--steps", type=int, default=40, help="training steps (default: %(default)s)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("momentum_fix_demo.png"),
+        metavar="FILE",
+        help="the picture to write (default: %(default)s)",
+    )
+    arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"steps is {arguments.steps}, but must be at least 1: the first one calibrates")
+    if not arguments.output.parent.is_dir():
+        parser.error(f"the picture cannot be written to {str(arguments.output)!r}: there is no such folder")
+    try:
+        outcome = train(arguments.steps)
+        print(heading(outcome))
+        show(table(outcome))
+        print(conclusion(outcome))
+        picture(outcome, arguments.output)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    print(f"Picture: {arguments.output}")
+    return 0 if outcome.same_path else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

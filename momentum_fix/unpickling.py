@@ -1,0 +1,191 @@
+"""Pickles as data: what a file of torch's says, without doing what it asks for.
+
+A pickle is a program. torch's own reader runs it with a list of functions that it may call; this one calls none, looks
+no name up, and hashes nothing (a nested tuple can be made to take for ever to hash, or to crash the process). What it
+makes in memory has a bound. It is quick, too, for it builds no tensors.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+
+class Refused(Exception):  # noqa: N818  # never leaves this package
+    """What is wrong with a file, to follow its name."""
+
+
+def damaged(how: str) -> Refused:
+    """Give the error for a file that contradicts itself."""
+    return Refused(f"is damaged or no checkpoint ({how})")
+
+
+class Name(str):
+    """A class or function that a pickle names, and what it would make. It is never looked up."""
+
+    __slots__ = ()
+
+
+class Dictionary(list[Any]):
+    """A pickled dictionary, as keys and values in turn."""
+
+    __slots__ = ()
+
+
+@dataclass(slots=True)
+class Tensor:
+    """A tensor as the file describes it; nothing of it has been checked."""
+
+    storage: Any  # ("storage", type, key, device, elements)
+    offset: Any
+    shape: Any
+    kind: Any = None  # its type, where the storage has none
+
+
+# The operations that torch.save writes, by their codes (the standard library's pickletools explains each).
+_PUT, _GET, _MARK, _TEXT, _TUPLE, _CALL, _STORAGE, _COUNT, _GLOBAL, _STOP = b"qh(XtRQKc."
+_NEGATIVE, _FLOAT, _LONG, _ADD, _SET, _ADD_ALL, _SET_ALL, _BUILD, _NEW, _PROTOCOL = b"JG\x8aaseub\x81\x80"
+_ALIKE = bytes.maketrans(b"rjUM\x8b", b"qhXK\x8a")  # those that differ in the size of their argument
+_ARGUMENTS = {1: b"qhKU\x80\x8a", 2: b"M", 4: b"rjJX\x8b", 8: b"G"}  # bytes
+_SIZES = [sum(size for size, codes in _ARGUMENTS.items() if code in codes) for code in range(256)]
+_CONSTANTS = dict(zip(b"N\x88\x89)", (None, True, False, ()), strict=True))
+_EMPTY: dict[int, type[list[Any]]] = dict(zip(b"]}", (list, Dictionary), strict=True))
+_TUPLES = dict(zip(b"\x85\x86\x87", (1, 2, 3), strict=True))
+
+_STEPS = 8_000_000  # operations; a tensor of a state dict is 30
+_BUDGET = 120 * 2**20  # bytes that the rest may make; a tensor makes 600
+_MADE = 96  # bytes that a container takes at most while it is empty, or a tensor
+_DEEP = 10_000  # dictionaries in dictionaries
+_NAME = 400  # characters of the name of a class
+
+NO_MORE_THAN_OBJECTS = (
+    "holds objects, and no running statistics outside of them, or is no checkpoint; nothing in it was executed. "
+    "Save `model.state_dict()` and audit that"
+)
+TOO_MUCH = "holds more than any network's state dict. Save `model.state_dict()` and audit that"
+
+
+def unpickle(data: bytes, at: int = 0) -> tuple[Any, int, bool, list[Any]]:
+    """Read one pickle; give it, where it ends, whether it holds objects, and the storages that it names.
+
+    Raises:
+        Refused: it is no pickle of torch's, or holds more than a state dict can.
+        Exception: nearly any, if it is damaged.
+    """
+    stack: list[Any] = []
+    below: list[list[Any]] = []
+    memo: list[Any] = [None]  # Python 2 counts from 1
+    storages: list[Any] = []
+    made: Any
+    objects = False
+    left, number, from_bytes = _BUDGET, 0, int.from_bytes
+    for _ in range(_STEPS):
+        code = data[at]
+        at += 1
+        size = _SIZES[code]
+        if size:
+            number = data[at] if size == 1 else from_bytes(data[at : at + size], "little")
+            at += size
+        op = _ALIKE[code]
+        if op == _PUT:
+            if number == len(memo):
+                memo.append(stack[-1])
+            else:
+                memo[number] = stack[-1]
+        elif op == _GET:
+            stack.append(memo[number])
+        elif op == _MARK:
+            below.append(stack)
+            stack = []
+            if len(below) > _DEEP:
+                raise Refused(TOO_MUCH)
+        elif op in _CONSTANTS:
+            stack.append(_CONSTANTS[op])
+        elif op == _TEXT:
+            text = data[at : at + number].decode("utf-8", "surrogatepass")
+            at += number
+            left -= sys.getsizeof(text)
+            stack.append(text)
+        elif op == _TUPLE:
+            left -= _MADE
+            made = tuple(stack)
+            stack = below.pop()
+            stack.append(made)
+        elif op == _CALL:
+            arguments = stack.pop()
+            stack[-1] = made = _made(stack[-1], arguments)
+            objects = objects or isinstance(made, Name)
+            left -= _MADE + (16 * len(made) if isinstance(made, Dictionary) else 0)
+        elif op == _STORAGE:
+            storages.append(stack[-1])
+        elif op == _COUNT:
+            left -= _MADE // 2 * (number > 255)
+            stack.append(number)
+        elif op in _TUPLES:
+            left -= _MADE
+            stack[-_TUPLES[op] :] = [tuple(stack[-_TUPLES[op] :])]
+        elif op in (_ADD_ALL, _SET_ALL):
+            items = stack
+            stack = below.pop()
+            _fill(stack[-1], items, op == _SET_ALL)
+        elif op in (_ADD, _SET):
+            items = stack[-1 if op == _ADD else -2 :]
+            del stack[-len(items) :]
+            _fill(stack[-1], items, op == _SET)
+        elif op in _EMPTY:
+            left -= _MADE
+            stack.append(_EMPTY[op]())
+        elif op == _GLOBAL:
+            left -= 2 * _MADE
+            end = data.index(b"\n", data.index(b"\n", at, at + _NAME) + 1, at + _NAME)
+            stack.append(Name(data[at:end].decode().replace("\n", ".")))
+            at = end + 1
+        elif op == _NEGATIVE:
+            left -= _MADE // 2
+            stack.append(number - (number >> 31 << 32))
+        elif op == _FLOAT:
+            left -= _MADE // 2
+            stack.append(struct.unpack(">d", data[at - 8 : at])[0])
+        elif op == _LONG:
+            left -= _MADE // 2 + number
+            stack.append(int.from_bytes(data[at : at + number], "little", signed=True))
+            at += number
+        elif op == _NEW:
+            stack.pop()
+            objects = True
+        elif op == _BUILD:
+            stack.pop()  # an OrderedDict's `_metadata`, or what an object would become
+        elif op == _STOP:
+            return stack.pop(), at, objects, storages
+        elif op != _PROTOCOL:
+            raise Refused(NO_MORE_THAN_OBJECTS)
+        if left < 0:
+            break
+    raise Refused(TOO_MUCH)
+
+
+def _fill(container: Any, items: Any, pairs: bool) -> None:
+    """Put items into a list, or keys and values into a dictionary; what an object would hold is passed over."""
+    if isinstance(container, list) and isinstance(container, Dictionary) == pairs:
+        container += items
+    elif not isinstance(container, Name):
+        raise damaged("it fills what is no container")
+
+
+def _made(function: Any, arguments: Any) -> Any:
+    """Give what a call would make, if that is a tensor or a dictionary; else its name."""
+    if not isinstance(function, Name) or not isinstance(arguments, tuple):
+        raise damaged("it calls what is no function")
+    if function == "torch._utils._rebuild_tensor_v2" or function == "torch._utils._rebuild_tensor":
+        return Tensor(*arguments[:3])
+    if function == "collections.OrderedDict":
+        return Dictionary(part for key, value in arguments[0] for part in (key, value)) if arguments else Dictionary()
+    if function in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
+        return arguments[0]
+    if function == "torch._utils._rebuild_tensor_v3":
+        return Tensor(arguments[0], arguments[1], arguments[2], arguments[6])
+    if function == "torch._tensor._rebuild_from_type_v2":
+        return _made(arguments[0], arguments[2])
+    return function
