@@ -19,7 +19,7 @@ if _TYPE_CHECKING:
     from momentum_fix.factory import norm_layer as norm_layer
     from momentum_fix.once import update_once as update_once
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "norm_layer": "factory",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -120,12 +120,19 @@ def calibrate(model: nn.Module) -> AbstractContextManager[Report]:
 
 
 class _Block(AbstractContextManager[Report]):
-    """One calibrated step."""
+    """The block of `calibrate`; one that was entered and abandoned ends when it is collected, as a generator does."""
 
-    entered = backward_ran = False
+    entered = False
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.steps = contextmanager(_calibrating)(model)
+
+    def __enter__(self) -> Report:
+        self.entered = True
+        return self.steps.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.steps.__exit__(*exception)
 
     def __del__(self) -> None:
         if not self.entered:
@@ -135,54 +142,44 @@ class _Block(AbstractContextManager[Report]):
                 stacklevel=2,
             )
 
-    def __enter__(self) -> Report:
-        self.entered = True
-        counts: dict[int, Count] = {}  # by the buffer, which layers may share
-        self.counted = []
-        for layer, (name, *_) in tracked_layers(self.model).items():
-            if isinstance(covering(layer), Counted):
-                raise ValueError(f"layer {name!r} is being calibrated already: calibrate it in one block only")
-            refuse_covered(layer, name)
-            corrected_for(name, layer.momentum, 2)  # refuse what cannot be corrected before anything is changed
-            buffer = layer._buffers.get("running_mean")
-            buffer = layer._buffers["running_var"] if buffer is None else buffer
-            self.counted.append(Counted(layer, name, counts.setdefault(id(buffer), Count(buffer.device))))
-        # Uncorrected, so that the forward updates of an already corrected layer are right as well.
-        set_momenta({each.layer: each.momentum for each in self.counted})
-        try:
-            cover(self.counted)
-        except Exception:
-            set_momenta({each.layer: each.before for each in self.counted})
-            raise
-        parameters = (p for p in self.model.parameters() if p.requires_grad and not nn.parameter.is_lazy(p))
-        self.hooks = [p.register_hook(self._in_backward) for p in parameters]  # type: ignore[no-untyped-call]
-        warn_of_none(self.counted, "to calibrate")
-        self.report = Report()
-        return self.report
 
-    def _in_backward(self, _: torch.Tensor) -> None:
-        self.backward_ran = True
-
-    def __exit__(self, exception: object, *_: object) -> None:
-        for hook in self.hooks:
+def _calibrating(model: nn.Module) -> Iterator[Report]:
+    counts: dict[int, Count] = {}  # by the buffer, which layers may share
+    counted = []
+    for layer, (name, *_) in tracked_layers(model).items():
+        if isinstance(covering(layer), Counted):
+            raise ValueError(f"layer {name!r} is being calibrated already: calibrate it in one block only")
+        refuse_covered(layer, name)
+        corrected_for(name, layer.momentum, 2)  # refuse what cannot be corrected before anything is changed
+        buffer = layer._buffers.get("running_mean")
+        buffer = layer._buffers["running_var"] if buffer is None else buffer
+        counted.append(Counted(layer, name, counts.setdefault(id(buffer), Count(buffer.device))))
+    warn_of_none(counted, "to calibrate", stacklevel=5)
+    report, backward = Report(), [False]
+    parameters = (p for p in model.parameters() if p.requires_grad and not nn.parameter.is_lazy(p))
+    # Uncorrected, so that the forward updates of an already corrected layer are right as well.
+    set_momenta({each.layer: each.momentum for each in counted})
+    hooks = []
+    try:
+        cover(counted)
+        hooks += [p.register_hook(lambda _: backward.append(True)) for p in parameters]  # type: ignore[no-untyped-call]
+        yield report
+    finally:
+        for hook in hooks:
             hook.remove()
-        uncover(every for each in self.counted for every in (each, *each.copies))
-        for each in self.counted:
-            each.count.read()
-        ran = self.backward_ran or any(each.count.updates > len(each.count.heard) for each in self.counted)
-        found = {each.name: each.finding(ran) for each in self.counted}
-        set_momenta({each.layer: each.before for each in self.counted if each.layer.momentum is each.momentum})
-        if exception is not None:
-            return
-        found = _agreed(found)
-        _warn({name: note for name, (_, note) in found.items()})
-        momenta = {each.name: uncorrected(each.layer) for each in self.counted}
-        self.report.update({name: passes for name, (passes, _) in found.items() if passes is not None})
-        correct(self.model, self.report)
-        self.report.rows = tuple(
-            Row(each.name, type(each.layer).__name__, *found[each.name], momenta[each.name], each.layer.momentum)
-            for each in self.counted
-        )
+        uncover(every for each in counted for every in (each, *each.copies))
+        replays = [each.count.read() for each in counted]
+        found = {each.name: each.finding(any(backward) or any(replays)) for each in counted}
+        set_momenta({each.layer: each.before for each in counted if each.layer.momentum is each.momentum})
+    found = _agreed(found)
+    _warn({name: note for name, (_, note) in found.items()})
+    momenta = {each.name: uncorrected(each.layer) for each in counted}
+    report.update({name: passes for name, (passes, _) in found.items() if passes is not None})
+    correct(model, report)
+    report.rows = tuple(
+        Row(each.name, type(each.layer).__name__, *found[each.name], momenta[each.name], each.layer.momentum)
+        for each in counted
+    )
 
 
 _Finding: TypeAlias = tuple[Passes | None, str]  # passes, and what there is to say about them
@@ -212,4 +209,4 @@ def _warn(notes: dict[str, str]) -> None:
     for note, remedy in (WARNED | {_RANKS_DIFFER: ""}).items():
         layers = [name for name, of_layer in notes.items() if of_layer == note]
         if layers:
-            warnings.warn(f"{note}{remedy}. Layers: {named(layers)}.", UserWarning, stacklevel=3)
+            warnings.warn(f"{note}{remedy}. Layers: {named(layers)}.", UserWarning, stacklevel=5)

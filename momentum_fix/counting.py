@@ -57,13 +57,14 @@ class Count:
             if added is not None and self.batches:
                 self.other_data |= all(bool((added - batch).abs().max() > noise) for batch in self.batches)
 
-    def read(self) -> None:
-        """Add what compiled code has counted."""
+    def read(self) -> bool:
+        """Add what compiled code has counted, once; tell whether there were replays."""
         if has_values(self.tally):
             batches, early, *replays = self.tally.tolist()
             self.heard += replays[:batches]
             self.early += early
             self.tally.zero_()
+        return self.updates > len(self.heard)
 
     @property
     def updates(self) -> int:

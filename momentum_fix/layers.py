@@ -47,10 +47,11 @@ def tracked_layers(model: nn.Module) -> dict[NormLayer, list[str]]:
     return layers
 
 
-def warn_of_none(layers: Collection[NormLayer], what: str) -> None:
-    """Warn if a model has no layer for what is asked for; the warning points at the caller's caller."""
+def warn_of_none(layers: Collection[NormLayer], what: str, stacklevel: int = 3) -> None:
+    """Warn if a model has no layer for what is asked for."""
     if not layers:
-        warnings.warn(f"the model has no layer with running statistics, so there is nothing {what}", stacklevel=3)
+        said = f"the model has no layer with running statistics, so there is nothing {what}"
+        warnings.warn(said, stacklevel=stacklevel)
 
 
 def named(layers: Sequence[str]) -> str:

@@ -254,6 +254,16 @@ def test_a_block_that_is_never_entered_says_so():
         calibrate(Net())
 
 
+def test_a_block_that_is_abandoned_ends_when_it_is_collected():
+    model = correct(Net(), 2)
+    block = calibrate(model)
+    block.__enter__()
+    one_forward(model).backward()
+    del block
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert set(momenta(model).values()) == {corrected_momentum(0.1, 2)}
+
+
 def sharpness_aware(net, x, ckpt):
     """Run a second pass that must not move the statistics, as SAM does: with momentum 0, which it leaves behind."""
     for layer in by.norms(net):

@@ -178,6 +178,11 @@ def test_a_corrected_momentum_of_four_digits_is_not_known_by_its_number():
     assert correct(layer, 2).momentum == corrected_momentum(0.1, 2)
 
 
+def calibrated(model):
+    with calibrate(model):
+        pass
+
+
 # What is on a model, and taking it off.
 
 
@@ -193,7 +198,7 @@ def test_what_is_on_a_model_can_be_asked_for_and_restore_undoes_all_of_it():
     assert {name: set(vars(layer)) for name, layer in model.items()} == keys
 
 
-@pytest.mark.parametrize("change", [correct, update_once, lambda model: calibrate(model).__enter__()])
+@pytest.mark.parametrize("change", [correct, update_once, calibrated])
 def test_a_model_without_running_statistics_is_said_to_have_none(change):
     with pytest.warns(UserWarning, match="no layer with running statistics, so there is nothing to") as caught:
         change(nn.Linear(1, 1))

@@ -32,19 +32,26 @@ def test_prove_prints_every_theorem_and_a_tick_for_every_step(capsys):
     assert "✗" not in out
     assert all(theorem.name in out and theorem.statement in out for theorem in symbolic.theorems())
     assert all(step.reason in out and f"{step.lhs} = {step.rhs}" in out for step in steps)
-    assert out.splitlines()[-1] == f"10 theorems, {len(steps)} steps: all hold"
+    assert out.splitlines()[-1] == f"{len(symbolic.theorems())} theorems, {len(steps)} steps: all hold"
 
 
-def test_prove_shows_the_failing_step_and_ends_with_status_1(capsys, monkeypatch):
-    first, second = symbolic.theorems()[:2]
-    wrong = replace(second.steps[1], rhs=second.steps[1].rhs + 1)
-    spoilt = replace(second, steps=(second.steps[0], wrong, *second.steps[2:]))
-    monkeypatch.setattr(symbolic, "theorems", lambda: (first, spoilt))
+def spoilt(first, second):
+    wrong = replace(second.steps[-1], rhs=second.steps[-1].rhs + 1)
+    yield replace(second, steps=(*second.steps[:-1], wrong)), 1, f"✗ FAILS: {wrong.lhs} = {wrong.rhs}"
+    yield replace(second, steps=second.steps[:-1]), 0, "✗ FAILS: "  # what is left holds, but does not prove the claims
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_prove_shows_what_fails_and_ends_with_status_1(which, capsys, monkeypatch):
+    first, second = symbolic.theorems()[2], symbolic.theorems()[0]
+    theorem, crossed, line = list(spoilt(first, second))[which]
+    monkeypatch.setattr(symbolic, "theorems", lambda: (first, theorem))
     assert main(["prove"]) == 1
     out = capsys.readouterr().out
-    assert out.count("✓") == 6
-    assert f"✗ FAILS: {wrong.lhs} = {wrong.rhs}" in out
-    assert out.splitlines()[-1] == "2 theorems, 7 steps: 1 FAILED"
+    steps = len(first.steps) + len(theorem.steps)
+    assert out.count("✓") == steps - crossed
+    assert (out.count("✗"), out.count(line)) == (1, 1)
+    assert out.splitlines()[-1] == f"2 theorems, {steps} steps: 1 FAILED"
 
 
 def test_plot_writes_the_curves(tmp_path, capsys):
