@@ -1,7 +1,15 @@
 """BatchNorm's running statistics as if activation checkpointing did not exist.
 
-Importing the package loads neither torch nor SymPy nor Matplotlib; each name below brings what it needs on
-its first use.
+    update_once(model)                 the exact way: statistics move on the forward pass, never on a recomputation
+    with calibrate(model) as report:   around one training step: counts each layer's passes, sets its momentum
+    correct(model, passes=2)           sets the corrected momentum, if you know the passes
+    norm_layer("BatchNorm2d")          a norm layer with the corrected momentum, for a model config
+    corrected_momentum(0.1, passes=2)  the number alone; effective_momentum is its inverse
+    audit(source)                      which layers of a model or a saved file were updated more than once per step
+    applied(model), restore(model)     what is on a model; take it off again
+
+`momentum_fix.symbolic` has the theorems and their proofs, `momentum_fix.plots` the curves. Importing the package loads
+neither torch nor SymPy nor Matplotlib; each name brings what it needs on its first use.
 """
 
 from importlib import import_module as _import_module
@@ -11,13 +19,17 @@ from typing import Any as _Any
 from momentum_fix.formula import corrected_momentum, effective_momentum
 
 if _TYPE_CHECKING:
+    from momentum_fix.auditing import Audit as Audit
     from momentum_fix.auditing import audit as audit
+    from momentum_fix.calibration import Report as Report
     from momentum_fix.calibration import calibrate as calibrate
     from momentum_fix.correction import applied as applied
     from momentum_fix.correction import correct as correct
     from momentum_fix.correction import restore as restore
     from momentum_fix.factory import norm_layer as norm_layer
+    from momentum_fix.once import Handle as Handle
     from momentum_fix.once import update_once as update_once
+    from momentum_fix.reading import UnreadableError as UnreadableError
 
 __version__ = "0.2.0"
 
@@ -27,8 +39,12 @@ _HOMES = {
     "applied": "correction",
     "restore": "correction",
     "calibrate": "calibration",
+    "Report": "calibration",
     "update_once": "once",
+    "Handle": "once",
     "audit": "auditing",
+    "Audit": "auditing",
+    "UnreadableError": "reading",
 }
 _MODULES = ("symbolic", "plots")
 
@@ -44,4 +60,4 @@ def __getattr__(name: str) -> _Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES, *_MODULES])
+    return [*__all__, *_MODULES]

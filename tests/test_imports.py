@@ -41,3 +41,9 @@ def test_every_public_name_is_there():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'momentum_fix' has no attribute 'corect'"):
         _ = momentum_fix.corect
+
+
+def test_what_the_package_says_of_itself_opens_with_what_a_user_wants():
+    for name in momentum_fix.__all__:
+        assert name in momentum_fix.__doc__ or name in ("Report", "Handle", "Audit", "UnreadableError")
+    assert not any(name.startswith("_") for name in dir(momentum_fix))
