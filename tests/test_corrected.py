@@ -18,6 +18,8 @@ from momentum_fix import applied, calibrate, correct, corrected_momentum, norm_l
 from momentum_fix.corrected import corrected_by_hand, uncorrected
 from twins import batches, deviation, momenta, non_reentrant, plainly, train
 
+jit = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")  # with a class that changes from torch to torch
+
 
 def layer_of(momentum):
     return nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, momentum=momentum), nn.Tanh())
@@ -120,6 +122,7 @@ def test_the_knowledge_travels_with_the_layer(travel, momentum):
     assert restore(there)[0].momentum == momentum
 
 
+@jit
 def test_whatever_takes_a_float_takes_it():
     model = correct(layer_of(0.1))
     number = model[1].momentum
@@ -133,8 +136,7 @@ def test_whatever_takes_a_float_takes_it():
     exported = torch.export.export(model, (x,)).module()
     assert torch.equal(exported(x), truth)
     model.eval()
-    with pytest.warns(DeprecationWarning, match="jit"):
-        assert torch.equal(torch.jit.script(model)(x), model(x))
+    assert torch.equal(torch.jit.script(model)(x), model(x))
     assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
     fused = torch.nn.utils.fusion.fuse_conv_bn_eval(model[0], model[1])
     assert torch.allclose(fused(x).tanh(), model(x))
@@ -205,10 +207,10 @@ def test_a_model_without_running_statistics_is_said_to_have_none(change):
     assert caught[0].filename == __file__
 
 
+@jit
 @pytest.mark.parametrize("change", [correct, update_once, lambda model: calibrate(model).__enter__()])
 def test_a_scripted_part_with_running_statistics_is_named_and_nothing_is_changed(change):
-    with pytest.warns(DeprecationWarning, match="jit"):
-        part, harmless = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))), torch.jit.script(nn.Linear(1, 1))
+    part, harmless = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))), torch.jit.script(nn.Linear(1, 1))
     model = nn.ModuleDict({"plain": nn.BatchNorm2d(3), "part": part, "harmless": harmless})
     with pytest.raises(
         TypeError, match="the part 'part' of the model is TorchScript, where momentum is part of the code"
