@@ -29,8 +29,8 @@ own buffers.
 
 Crossings. Momentum 0.01, 0.1, 0.3 and k = 1, 2, 3, 5 and nested stand in every run (they cost no training), interleaved
 updates at momentum 0.1 alone. Annealed runs have every batch size of `Task.batches`, runs with a constant rate 2, 8
-and 32 of them; other data orders run at batch 2 alone (`Task.rearranged`). For time, MNIST has no batch 1 and 4 and the
-brain no batch 4. The vowels have no batch 1: in the search for a learning rate, at one pass, they did not train there
+and 32 of them; other data orders run at batch 2 alone (`Task.rearranged`). For time, MNIST has no batch 1 and 4 and no
+other data orders, and the brain no batch 4. The vowels have no batch 1: in the search for a learning rate, at one pass, they did not train there
 (test error between 47 and 85 % with each of four rates, from 2 to 3 % at batch 2).
 
 Data orders. "shuffled"; "runs": stretches of 32 examples of one class (one height of the brain), the stretches
