@@ -2,13 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint paper benchmarks clean
+.PHONY: help demo test lint paper benchmarks study study-small clean
 help:
 	@echo "make demo   set everything up and run the demonstration on a real 3-D network (a few minutes)"
 	@echo "make test   set everything up and run all the tests"
 	@echo "make lint   formatting, lint and types"
 	@echo "make paper  compute the paper's numbers, draw its figures, build build/paper.html"
 	@echo "make benchmarks  measure the costs and write docs/benchmarks.md and its picture (a few minutes)"
+	@echo "make study  train, and write what uncorrected passes change into docs/study.md (an hour on two free cores)"
+	@echo "make study-small  the same in small, into build/study-small (two minutes)"
 	@echo "make clean  remove .venv and caches"
 
 .venv/with-%: pyproject.toml constraints.txt
@@ -32,6 +34,12 @@ paper: .venv/with-dev
 
 benchmarks: .venv/with-benchmarks
 	$(BIN)/python benchmarks/run.py
+
+study: .venv/with-study
+	$(BIN)/python benchmarks/study.py
+
+study-small: .venv/with-study
+	$(BIN)/python benchmarks/study.py --small
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants

@@ -59,13 +59,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from monai.networks.nets.unet import CheckpointUNet
-from study_tasks import EDGE, TASKS, UNET, Data, Task
 from torch import nn
 from tqdm import tqdm
 
 from momentum_fix import calibrate, corrected_momentum
 from momentum_fix.layers import tracked_layers
 from momentum_fix.weights import batch_weights
+from study_tasks import EDGE, TASKS, UNET, Data, Task
 
 ROOT = Path(__file__).parent.parent
 MOMENTA = (0.01, 0.1, 0.3)
@@ -416,14 +416,18 @@ def short(value: float) -> float:
 
 
 def assemble(folder: Path, is_small: bool) -> dict:
-    """Gather the finished runs: for each condition and variant, each outcome's values over the seeds."""
+    """Gather the runs: for each condition and variant, each outcome's values over the seeds.
+
+    Only seeds that are finished in every condition count.
+    """
+    runs = plan(is_small)
+    unfinished = {seed for condition, seed in runs if not run_file(folder, condition, seed).exists()}
     gathered = {}
     seconds = 0.0
-    for condition, seed in plan(is_small):
-        file = run_file(folder, condition, seed)
-        if not file.exists():
+    for condition, seed in runs:
+        if seed in unfinished:
             continue
-        run = json.loads(file.read_text(encoding="utf-8"))
+        run = json.loads(run_file(folder, condition, seed).read_text(encoding="utf-8"))
         seconds += run["seconds"]
         cell = gathered.setdefault(str(condition), {"steps": run["steps"], "seeds": [], "variants": {}})
         cell["seeds"].append(seed)

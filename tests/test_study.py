@@ -11,9 +11,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import study  # noqa: E402
-from study import Record, Variant, passes  # noqa: E402
-
 from momentum_fix import corrected_momentum  # noqa: E402
+from study import Record, Variant, passes  # noqa: E402
 
 STEPS = 16
 
