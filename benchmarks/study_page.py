@@ -24,6 +24,7 @@ DATA = ROOT / "benchmarks" / "study.json"
 UNCORRECTED = [name for name in K if name != "k = 1"]
 INTERLEAVED = [name for name in VARIANTS if name.startswith(("A B", "8 in"))]
 COLORS = {"k = 2": "#0072B2", "k = 3": "#009E73", "k = 5": "#D55E00", "nested": "#CC79A7"}
+ORDERS = {"shuffled": "shuffled data", "runs": "data in runs of one kind", "change": "a change of domain midway"}
 LEVEL = 0.05
 
 
@@ -60,10 +61,15 @@ def difference(cell: dict, name: str, what: str = "final error", base: str = "k 
     return paired(cell["variants"][name][what], cell["variants"][base][what])[0]
 
 
-def percent(cell: dict, name: str, what: str = "final loss", base: str = "k = 1") -> Difference:
-    """Give by how many percent the geometric mean is above that of k = 1, with its interval: t on the logarithms."""
-    logs = (np.log(cell["variants"][one][what]) for one in (name, base))
-    return Difference(*(100 * float(np.expm1(end)) for end in paired(*logs)[0]))
+def percent(group: list[dict], name: str) -> Difference:
+    """Give by how many percent the final loss is above that with k = 1, in the geometric mean over conditions.
+
+    With its interval over seeds: t on the logarithms.
+    """
+    mine, other = (
+        np.mean([np.log(cell["variants"][one]["final loss"]) for cell in group], axis=0) for one in (name, "k = 1")
+    )
+    return Difference(*(100 * float(np.expm1(end)) for end in paired(mine, other)[0]))
 
 
 def cells(data: dict, **wanted: object) -> Iterator[tuple[Condition, dict]]:
@@ -105,9 +111,7 @@ class Effect(NamedTuple):
 def effects(data: dict, names: list[str] = UNCORRECTED, **wanted: object) -> list[Effect]:
     """Give what uncorrected passes change in the final error at momentum 0.1, smallest first."""
     found = [
-        Effect(condition, name, difference(cell, name))
-        for condition, cell in cells(data, **{"order": "shuffled", **wanted})
-        for name in names
+        Effect(condition, name, difference(cell, name)) for condition, cell in cells(data, **wanted) for name in names
     ]
     return sorted(found, key=lambda effect: effect.difference.mean)
 
@@ -179,18 +183,18 @@ def verdicts(found: list[Difference]) -> str:
 
 
 def in_short(data: dict) -> str:
-    rows = []
     groups: dict[tuple[str, int], list[dict]] = {}
     for condition, cell in cells(data, order="shuffled"):
         groups.setdefault((condition.schedule, condition.batch), []).append(cell)
+    rows = []
     for (schedule, batch), group in groups.items():
         row = [schedule, str(batch)]
         for name in ("k = 2", "k = 5"):
             found = [difference(cell, name) for cell in group]
-            row += [spread([d.mean for d in found], "+"), verdicts(found)]
-        losses = [percent(cell, "k = 5") for cell in group]
-        rows.append([*row, spread([d.mean for d in losses], "+") + " %", verdicts(losses)])
-    return table(["rate", "batch", "k = 2", "intervals", "k = 5", "intervals", "loss, k = 5", "intervals"], rows)
+            row += [spread([d.mean for d in found], "+"), verdicts(found), percent(group, name).text(1)]
+        rows.append(row)
+    texts = ("points of error", "intervals", "loss, %")
+    return table(["rate", "batch", *(f"{name}: {text}" for name in ("k = 2", "k = 5") for text in texts)], rows)
 
 
 def planned(data: dict) -> str:
@@ -206,7 +210,7 @@ def losses(data: dict) -> str:
         [
             *where(condition),
             f"{mean(cell, 'k = 1', 'final loss'):.3f}",
-            *(percent(cell, name).text(1) for name in ("k = 2", "k = 5", "nested")),
+            *(percent([cell], name).text(1) for name in ("k = 2", "k = 5", "nested")),
         ]
         for condition, cell in cells(data, order="shuffled")
     ]
@@ -479,36 +483,33 @@ def told(effect: Effect) -> str:
     """Name an effect with its interval and condition."""
     condition, d = effect.condition, effect.difference
     passes = "nested checkpoints" if effect.name == "nested" else effect.name
-    place = f"{condition.task}, batch {condition.batch}, {condition.schedule} learning rate, {passes}"
-    return f"{d.mean:+.1f} ({place}; 95 % interval {d.low:+.1f} to {d.high:+.1f})"
+    place = f"{condition.task}, batch {condition.batch}, {condition.schedule} learning rate, {ORDERS[condition.order]}"
+    return f"{d.mean:+.1f} ({place}, {passes}; 95 % interval {d.low:+.1f} to {d.high:+.1f})"
 
 
 def sentences(data: dict) -> list[str]:
     """Give the answer in two sentences, as README, paper and page say it."""
     everything = effects(data)
-    annealed = effects(data, schedule="annealed")
-    batches = (2, max(effect.condition.batch for effect in annealed))
-    at = {
-        (batch, name): statistics.median(
-            e.difference.mean for e in annealed if (e.condition.batch, e.name) == (batch, name)
-        )
-        for batch in batches
+    annealed = list(cells(data, schedule="annealed", order="shuffled"))
+    few, many = 2, max(condition.batch for condition, _ in annealed)
+    rise = {
+        (batch, name): percent([cell for condition, cell in annealed if condition.batch == batch], name).text(1)
+        for batch in (few, many)
         for name in ("k = 2", "k = 5")
     }
     tests = primary(data)
     held = [test for test in tests if test.p < LEVEL]
-    seeds = {len(cell["seeds"]) for _, cell in cells(data)}
-    number = len({condition.task for condition, _ in cells(data)})
-    few, many = batches
+    seeds = min(len(cell["seeds"]) for _, cell in annealed)
+    number = len({condition.task for condition, _ in annealed})
     return [
-        f"Measured in {number} tasks with {min(seeds)} seeds each, uncorrected passes change the final error by "
+        f"Measured in {number} tasks with {seeds} seeds each, uncorrected passes change the final error by "
         f"{median(everything):+.2f} points in the median over {len(everything)} combinations of task, batch size, "
-        f"learning rate schedule and k, between {told(everything[0])} and {told(everything[-1])}.",
-        f"With an annealed learning rate the median over the tasks is {at[few, 'k = 2']:+.2f} (k = 2) and "
-        f"{at[few, 'k = 5']:+.2f} points (k = 5) at batch {few}, and {at[many, 'k = 2']:+.2f} and "
-        f"{at[many, 'k = 5']:+.2f} at batch {many}; {len(held)} of {len(tests)} planned comparisons hold after Holm's "
-        f"correction, {sum(test.condition.batch == few for test in held)} at batch {few} and "
-        f"{sum(test.condition.batch == many for test in held)} at batch {many}, "
+        f"learning rate schedule, order of the data and k, between {told(everything[0])} and {told(everything[-1])}.",
+        f"With an annealed learning rate and shuffled data the loss changes, in the mean over the tasks, by "
+        f"{rise[few, 'k = 2']} % with k = 2 and {rise[few, 'k = 5']} % with k = 5 at batch {few}, and by "
+        f"{rise[many, 'k = 2']} % and {rise[many, 'k = 5']} % at batch {many}; of {len(tests)} planned comparisons of "
+        f"the error {len(held)} hold after Holm's correction, {sum(test.condition.batch == few for test in held)} at "
+        f"batch {few} and {sum(test.condition.batch == many for test in held)} at batch {many}, "
         f"{sum(test.difference.mean > 0 for test in held)} of them for the worse.",
     ]
 
@@ -558,8 +559,8 @@ seeds; above 0 the uncorrected run is worse. "Annealed" is a cosine to 0, "const
 
 ## To decide from
 
-Over the tasks: the median of their differences, the smallest and the largest, and how many of their intervals lie above
-0 (worse) or below (better).
+Over the tasks: the median of their differences, the smallest and the largest; how many of their intervals lie above
+0 (worse) or below (better); and the change of the loss, in the geometric mean over the tasks, with its interval.
 
 {in_short(data)}
 
@@ -655,8 +656,8 @@ k = 1 loses at all, that is, where the interval of its loss beyond the full pass
 ## Where the uncorrected run is better
 
 Every comparison of k = 2, 3, 5 and nested with k = 1 at the same momentum, in all conditions. Of {len(compared)}
-intervals, {len(compared) * LEVEL / 2:.0f} would lie below 0 by chance if nothing had any effect, and as many above; they are not
-independent of each other.
+intervals, {len(compared) * LEVEL / 2:.0f} would lie below 0 by chance if nothing had any effect, and as many above;
+they are not independent of each other.
 
 {tally(compared)}
 

@@ -292,3 +292,16 @@ def test_an_interval_that_is_wide_is_not_told_apart():
     cell = shifted(0, 0)
     cell["variants"]["k = 5"]["final error"] = [3.0, 7.0] * 4
     assert study_page.advice(cell) == "not told apart"
+
+
+def test_percent_is_the_ratio_of_geometric_means():
+    losses = [0.1, 0.2, 0.4]
+    cell = {"variants": {"k = 1": {"final loss": losses}, "k = 5": {"final loss": [2 * loss for loss in losses]}}}
+    found = study_page.percent([cell], "k = 5")
+    assert found == pytest.approx((100, 100, 100))
+    assert study_page.percent([cell, shifted_loss(cell)], "k = 5").mean == pytest.approx(100 * (2**0.5 - 1))
+
+
+def shifted_loss(cell):
+    """Give a condition in which nothing changes."""
+    return {"variants": dict.fromkeys(("k = 1", "k = 5"), cell["variants"]["k = 1"])}
