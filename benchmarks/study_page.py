@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
@@ -396,6 +397,7 @@ def effect_figure(data: dict) -> Figure:
                 ax.errorbar(at, [d.mean for d in found], errors, fmt=marker, color=color, capsize=2, ms=5, label=name)
             ax.axhline(0, color="black", linewidth=0.8)
             ax.set_yscale("symlog", linthresh=0.5)
+            ax.yaxis.set_major_locator(FixedLocator([-10, -3, -1, -0.5, 0, 0.5, 1, 3, 10]))
             ax.yaxis.set_major_formatter("{x:g}")
             ax.set_xscale("log", base=2)
             ax.set_xticks([1, 2, 4, 8, 32], ["1", "2", "4", "8", "32"])
@@ -430,7 +432,8 @@ def theory_figure(data: dict) -> Figure:
         ax.plot(ends, ends, color="black", linewidth=0.9)
         ax.annotate("as predicted", ends[1:] * 2, (-6, 8), textcoords="offset points", ha="right", fontsize="small")
         ax.set_xscale("log")
-        ax.set_yscale("symlog", linthresh=0.01)
+        positive = min(min(row[number], default=1) for row in rows) > 0
+        ax.set_yscale("log") if positive else ax.set_yscale("symlog", linthresh=0.05)
         ax.grid(color="0.92")
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_xlabel("predicted: variance relative to k = 1, m = 0.1")
