@@ -278,8 +278,8 @@ def shifted(two, five):
 @pytest.mark.parametrize(
     ("two", "five", "said"),
     [
-        (0.5, 1, "correct"),
-        (0, 1, "correct from k = 5 on"),
+        (0.5, 1, "correct it"),
+        (0, 1, "correct it from k = 5 on"),
         (0, 0, "do not bother"),
         (0, -1, "better as it is"),
     ],
@@ -305,3 +305,22 @@ def test_percent_is_the_ratio_of_geometric_means():
 def shifted_loss(cell):
     """Give a condition in which nothing changes."""
     return {"variants": dict.fromkeys(("k = 1", "k = 5"), cell["variants"]["k = 1"])}
+
+
+def test_what_the_page_says_in_words_is_so_in_the_data():
+    def after(task):
+        cell = DATA["conditions"][f"{task}, batch 2, annealed, change"]
+        return study_page.difference(cell, "k = 5", "8 after error").sign()
+
+    assert [after(task) for task in ("digits", "vowels", "brain")] == [-1, 1, 1]
+    found = study_page.at_all_times(DATA)
+    early = [effect.difference.sign() for time, m, effect in found if (time, m) == ("early", 0.1)]
+    slow = [effect.difference.sign() for time, m, effect in found if (time, m) == ("final", 0.01)]
+    assert early.count(-1) > 10 * max(1, early.count(1))
+    assert slow.count(-1) > 10 * max(1, slow.count(1))
+    moving = [cell for _, cell in study_page.cells(DATA, schedule="constant", batch=8)]
+    assert study_page.percent(moving, "k = 2").sign() == -1
+    far_out = {name: (predicted, lost) for name, predicted, _, lost in study_page.theory_rows(DATA)}["k = 5, m = 0.3"]
+    assert study_page.statistics.median(far_out[1]) > far_out[0]
+    outlier = study_page.theory(study.VARIANTS["k = 1, m = 0.01"])
+    assert outlier.age == pytest.approx(99, abs=0.1)
