@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint paper documents benchmarks clean
+.PHONY: help demo test lint paper documents benchmarks study study-small clean
 help:
 	@echo "make demo   set everything up and run the demonstration on a real 3-D network (a few minutes)"
 	@echo "make test   set everything up and run all the tests"
@@ -10,6 +10,8 @@ help:
 	@echo "make paper  compute the paper's numbers, draw its figures, build build/paper.html"
 	@echo "make documents  compute what is generated: docs/conformance.md, the notebook's outputs, the paper (some minutes)"
 	@echo "make benchmarks  measure the costs and write docs/benchmarks.md and its picture (a few minutes)"
+	@echo "make study  train, and write what uncorrected passes change into docs/study.md (an hour on two free cores)"
+	@echo "make study-small  the same in small, into build/study-small (two minutes)"
 	@echo "make clean  remove .venv and caches"
 
 .venv/with-%: pyproject.toml constraints.txt
@@ -38,6 +40,12 @@ documents: .venv/with-dev
 
 benchmarks: .venv/with-benchmarks
 	$(BIN)/python benchmarks/run.py
+
+study: .venv/with-study
+	$(BIN)/python benchmarks/study.py
+
+study-small: .venv/with-study
+	$(BIN)/python benchmarks/study.py --small
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants
