@@ -1,12 +1,14 @@
 """What the study found: docs/study.md and its figures, every number of it from benchmarks/study.json.
 
-`python benchmarks/study_page.py` writes them anew. `sentences` is the answer, for README and paper too.
+`python benchmarks/study_page.py` writes them anew, and the answer in two sentences into README and paper.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +24,7 @@ from study_tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "benchmarks" / "study.json"
+QUOTES = (ROOT / "README.md", ROOT / "paper.md")
 UNCORRECTED = [name for name in K if name != "k = 1"]
 INTERLEAVED = [name for name in VARIANTS if name.startswith(("A B", "8 in"))]
 COLORS = {"k = 2": "#0072B2", "k = 3": "#009E73", "k = 5": "#D55E00", "nested": "#CC79A7"}
@@ -495,8 +498,9 @@ def told(effect: Effect) -> str:
     """Name an effect with its interval and condition."""
     condition, d = effect.condition, effect.difference
     passes = "nested checkpoints" if effect.name == "nested" else effect.name
-    place = f"{condition.task}, batch {condition.batch}, {condition.schedule} learning rate, {ORDERS[condition.order]}"
-    return f"{d.mean:+.1f} ({place}, {passes}; 95 % interval {d.low:+.1f} to {d.high:+.1f})"
+    order = "" if condition.order == "shuffled" else f", {ORDERS[condition.order]}"
+    place = f"{condition.task}, batch {condition.batch}, {passes}, {condition.schedule} learning rate{order}"
+    return f"{d.mean:+.1f} points ({d.low:+.1f} to {d.high:+.1f}; {place})"
 
 
 def sentences(data: dict) -> list[str]:
@@ -517,17 +521,23 @@ def sentences(data: dict) -> list[str]:
     worst = [told(effect) for effect in everything if effect.difference.sign() > 0][-1:]
     best = [told(effect) for effect in everything if effect.difference.sign() < 0][:1]
     return [
-        f"Measured in {number} tasks with {seeds} seeds each, uncorrected passes change the final error by "
-        f"{median(everything):+.2f} points in the median over {len(everything)} combinations of task, batch size, "
-        f"learning rate schedule, order of the data and k; the largest changes told apart from 0, for the worse and "
-        f"for the better, are {' and '.join([*worst, *best]) or 'none'}.",
-        f"With an annealed learning rate and shuffled data the loss changes, in the mean over the tasks, by "
-        f"{rise[few, 'k = 2']} % with k = 2 and {rise[few, 'k = 5']} % with k = 5 at batch {few}, and by "
-        f"{rise[many, 'k = 2']} % and {rise[many, 'k = 5']} % at batch {many}; of {len(tests)} planned comparisons of "
-        f"the error {len(held)} hold after Holm's correction, {sum(test.condition.batch == few for test in held)} at "
-        f"batch {few} and {sum(test.condition.batch == many for test in held)} at batch {many}, "
+        f"In {number} small tasks with {seeds} seeds each, leaving the passes uncorrected changes the final error by "
+        f"{median(everything):+.2f} points in the median of {len(everything)} combinations, and at most, among the "
+        f"changes whose 95 % interval excludes 0, by {' and by '.join([*worst, *best]) or 'nothing'}.",
+        f"With an annealed learning rate the evaluation loss changes by {rise[few, 'k = 2']} % with k = 2 and by "
+        f"{rise[few, 'k = 5']} % with k = 5 at batch {few}, and by {rise[many, 'k = 2']} % and {rise[many, 'k = 5']} % "
+        f"at batch {many}; {len(held)} of {len(tests)} planned comparisons of the error hold after Holm's correction, "
         f"{'all' if worse == len(held) else f'{worse} of them'} for the worse.",
     ]
+
+
+QUOTED = re.compile(r"(<!-- study -->\n).*?(<!-- /study -->)", re.DOTALL)
+
+
+def quoting(text: str, data: dict) -> str:
+    """Put the answer into a document, between the comments that mark its place."""
+    answer = "\n".join(textwrap.wrap(" ".join(sentences(data)), 110, break_on_hyphens=False))
+    return QUOTED.sub(lambda found: f"{found[1]}{answer}\n{found[2]}", text)
 
 
 def page(data: dict) -> str:
@@ -754,3 +764,5 @@ def write(data: dict, folder: Path) -> Path:
 
 if __name__ == "__main__":
     print(write(load(), ROOT / "docs"))
+    for quotes in QUOTES:
+        quotes.write_text(quoting(quotes.read_text(encoding="utf-8"), load()), encoding="utf-8")

@@ -21,6 +21,9 @@ def prose(text):
     """The text without front matter, named numbers, formulas, code, links, citations and the places of figures."""
     text = text.split("---\n", 2)[2]
     text = paper.NAMED.sub("", text)
+    text = re.sub(
+        r"<!-- study -->.*?<!-- /study -->", "", text, flags=re.DOTALL
+    )  # test_study.py compares it with the data
     for left_out in (r"\$\$.*?\$\$", r"\$.*?\$", r"`.*?`", r"\]\([^)]*\)(\{.*?\})?", r"\[-?@.*?\]"):
         text = re.sub(left_out, "", text, flags=re.DOTALL)
     return text

@@ -245,6 +245,13 @@ def test_the_page_opens_with_the_answer():
     assert all(sentence in text.split("\n## ")[0] for sentence in study_page.sentences(DATA))
 
 
+@pytest.mark.parametrize("document", study_page.QUOTES, ids=lambda path: path.name)
+def test_readme_and_paper_say_the_answer_too(document):
+    text = document.read_text(encoding="utf-8")
+    assert all(sentence in " ".join(text.split()) for sentence in study_page.sentences(DATA))
+    assert study_page.quoting(text, DATA) == text
+
+
 def test_every_figure_stands_on_the_page_and_in_its_folder():
     named = re.findall(r"!\[[^]]+\]\((study-\w+\.png)\)", (ROOT / "docs" / "study.md").read_text(encoding="utf-8"))
     assert sorted(named) == sorted(f"study-{name}.png" for name in study_page.FIGURES)
