@@ -1,5 +1,6 @@
 """calibrate counts k under every engine and for every kind of layer, and every later step is right."""
 
+import copy
 import functools
 
 import pytest
