@@ -39,7 +39,7 @@ class Count:
 
     def __init__(self, device: torch.device | None) -> None:
         self.heard: list[int] = []  # a number a batch: replays between it and the next batch
-        self.early = 0  # replays before the first batch
+        self.early = 0  # replays before the first batch, of one from before the block
         # The same for compiled code, which can count in a tensor only: batches, early replays, then a number a batch.
         self.tally = torch.zeros(_SLOTS, dtype=torch.long, device=device)
         self.other_data = False
@@ -74,7 +74,7 @@ class Count:
     @property
     def passes(self) -> Passes:
         """Give the mean number of updates per batch."""
-        mean = Fraction(self.updates, len(self.heard))
+        mean = Fraction(len(self.heard) + sum(self.heard), len(self.heard))
         return int(mean) if mean.denominator == 1 else mean
 
 
@@ -103,7 +103,7 @@ class Counted(Covering):
             return count.passes, CUMULATIVE if isinstance(count.passes, int) else UNEQUAL
         if layer.momentum is not self.momentum:
             return count.passes, SET_BY_STEP
-        if len(set(count.heard)) > 1 or count.early:
+        if len(set(count.heard)) > 1:
             return count.passes, NOT_CONSECUTIVE
         return count.passes, OTHER_DATA if count.other_data else ""
 
@@ -135,7 +135,7 @@ class Counted(Covering):
         tally, again = self.count.tally, replay.long().reshape(1)
         tally[:1] += 1 - again
         tally.scatter_add_(0, (tally[:1] + 1).clamp(max=_SLOTS - 1), again)
-        return replay if self.layer.momentum is not None else torch.zeros_like(replay)
+        return replay
 
     def _heard(self, replay: bool, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer

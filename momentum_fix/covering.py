@@ -74,6 +74,8 @@ class Covering:
         """Run on the buffers, and take back what has changed in them if that turns out to be a replay."""
         if not self.layer.training:
             return self.run(*args, **kwargs)
+        if self.layer.momentum is None:
+            return self._in_eager(*args, **kwargs)
         own = [module._buffers for module in self.layer.modules()]
         before = [(buffers, name, b, b.clone()) for buffers in own for name, b in buffers.items() if b is not None]
         undo = self.compiled(torch.ops.momentum_fix.replaying(before[0][2]))
@@ -85,6 +87,11 @@ class Covering:
             else:  # the class assigns new buffers
                 buffers[name] = torch.where(undo, value, buffers[name])
         return output
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _in_eager(self, *args: Any, **kwargs: Any) -> Any:
+        """Run between two graphs what torch does not compile: a cumulative average, which reads its counter."""
+        return self.forward(*args, **kwargs)
 
     def compiled(self, replay: torch.Tensor) -> torch.Tensor:
         """Say, in compiled code, whether to take back what a pass moves."""

@@ -132,6 +132,15 @@ def test_a_wrapper_that_updates_in_the_replay_alone_keeps_its_statistics():
     assert deviation(model, truth) == 0
 
 
+def test_replays_of_a_batch_from_before_the_block_do_not_count():
+    model = Net()
+    earlier = non_reentrant(model, *data(1)).sum()
+    with calibrate(model) as report:
+        earlier.backward()
+        one(model, *data(1), non_reentrant)
+    assert report.passes == same(2)
+
+
 # A replay of other data.
 
 

@@ -515,6 +515,16 @@ def test_compiled_layers_of_ones_own_are_right_in_one_graph_or_in_several(norm, 
     assert (deviation(uncovered, truth) > 1e-3) != stopped_before_it_assigns
 
 
+@pytest.mark.parametrize("ckpt", [plainly, reentrant, non_reentrant])
+def test_a_cumulative_average_is_right_in_compiled_code(ckpt):
+    net = Net(recipes.cumulative)
+    truth = truth_of(net)
+    update_once(net)
+    run = compiled(net)
+    train(net, lambda _, x, by: by(run, x.requires_grad_()).sum().backward(), data(), ckpt)
+    assert same_statistics(net, truth)
+
+
 def test_a_backward_pass_that_is_compiled_itself_is_one():
     net = block(nn.BatchNorm2d)
     truth, uncovered = copy.deepcopy(net), copy.deepcopy(net)
