@@ -61,7 +61,7 @@ class Count:
         """Add what compiled code has counted, once; tell whether there were replays."""
         if has_values(self.tally):
             batches, early, *replays = self.tally.tolist()
-            self.heard += replays[:batches]
+            self.heard += (replays + [0] * batches)[:batches]  # replays of very many batches are in the last slot
             self.early += early
             self.tally.zero_()
         return self.updates > len(self.heard)

@@ -244,3 +244,13 @@ def test_two_batches_in_turn_through_a_compiled_block_are_told_from_one():
         (non_reentrant(inner, left).sum() + non_reentrant(inner, right).square().sum()).backward()
     assert report.passes == {"b.1": 2}
     assert deviation(model, truth) == 0
+
+
+def test_more_batches_than_compiled_code_has_slots_for_are_counted_and_their_order_is_given_up(monkeypatch):
+    monkeypatch.setattr("momentum_fix.counting._SLOTS", 4)
+    model = Net()
+    run = torch.compile(model.b, backend="aot_eager")
+    with pytest.warns(UserWarning, match="only the decay is right"), calibrate(model) as report:
+        for x in data(5):
+            non_reentrant(run, x.requires_grad_()).sum().backward()
+    assert report.passes == {"b.1": 2}
