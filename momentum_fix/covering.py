@@ -38,7 +38,7 @@ class Covering:
             return self._compiled(*args, **kwargs)
         if not replaying():
             if not self.moves and self.layer.training:
-                self.moves = tracks(self.layer)
+                self.moves = self.first_passed()
             return self.passed(*args, **kwargs)
         if self.moves is False and tracks(self.layer):
             return self.left_alone(*args, **kwargs)
@@ -51,6 +51,10 @@ class Covering:
         return type(self.layer).forward(self.layer, *args, **kwargs)
 
     passed = left_alone = run
+
+    def first_passed(self) -> bool:
+        """Tell whether training moves the layer's statistics."""
+        return tracks(self.layer)
 
     def replayed(self, *args: Any, **kwargs: Any) -> Any:
         """Run on copies, or, where the buffers are only written, on scratch; of the same shapes either way.

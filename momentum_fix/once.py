@@ -15,6 +15,17 @@ from momentum_fix.layers import named, tracked_layers, warn_of_none
 class Once(Covering):
     """Covers a layer for `update_once`."""
 
+    def first_passed(self) -> bool:
+        if uncorrected(self.layer) is not self.layer.momentum:
+            warnings.warn(
+                f"layer {self.name!r} has got a corrected momentum since update_once ({self.layer.momentum:.6g} for "
+                f"{uncorrected(self.layer):.6g}; pytorch-pfn-extras' checkpoint sets one on its first call), which is "
+                "wrong for statistics that move once per batch. Use torch.utils.checkpoint instead, or restore(model) "
+                "and rely on that",
+                stacklevel=2,
+            )
+        return super().first_passed()
+
     def left_alone(self, *args: Any, **kwargs: Any) -> Any:
         warnings.warn(
             f"layer {self.name!r} is updated in the backward pass only, so update_once leaves it as it is: something, "
