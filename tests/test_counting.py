@@ -250,7 +250,10 @@ def test_more_batches_than_compiled_code_has_slots_for_are_counted_and_their_ord
     monkeypatch.setattr("momentum_fix.counting._SLOTS", 4)
     model = Net()
     run = torch.compile(model.b, backend="aot_eager")
+
+    def step(net, x, ckpt):
+        ckpt(run, x.requires_grad_()).sum().backward()
+
     with pytest.warns(UserWarning, match="only the decay is right"), calibrate(model) as report:
-        for x in data(5):
-            non_reentrant(run, x.requires_grad_()).sum().backward()
+        train(model, step, data(5), non_reentrant)
     assert report.passes == {"b.1": 2}
