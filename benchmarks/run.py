@@ -295,7 +295,7 @@ def picture(drawn, path):
     colors = ["tab:blue" if "update_once" in name or "correct" in name else "tab:gray" for name in names]
     axes.barh([name.replace("`", "") for name in names], middles, xerr=spread, color=colors, capsize=3)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("microseconds per BatchNorm call beyond plain checkpointing (median, quartiles)")
+    axes.set_xlabel("microseconds per BatchNorm call beyond plain checkpointing\n(median, quartiles)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
