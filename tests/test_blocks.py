@@ -315,3 +315,20 @@ def test_a_layer_with_a_forward_of_somebody_elses_is_counted_and_keeps_it():
     assert model.b[1].forward is forward
     assert len(calls) == 2
     assert deviation(model, truth) == 0
+
+
+def test_two_threads_can_calibrate_a_model_each_at_once():
+    models, reports, both = [Net(), Net()], {}, threading.Barrier(2, timeout=20)
+
+    def calibrating_one(which):
+        with calibrate(models[which]) as reports[which]:
+            both.wait()
+            (nested if which else one)(models[which], *data(1), non_reentrant)
+            both.wait()
+
+    threads = [threading.Thread(target=calibrating_one, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [reports[which].passes for which in (0, 1)] == [same(2), {"a.1": 2, "b.1": 3, "c.1": 2}]
