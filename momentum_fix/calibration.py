@@ -175,7 +175,8 @@ def _calibrating(model: nn.Module) -> Iterator[Report]:
     _warn({name: note for name, (_, note) in found.items()})
     momenta = {each.name: uncorrected(each.layer) for each in counted}
     report.update({name: passes for name, (passes, _) in found.items() if passes is not None})
-    correct(model, report)
+    if counted:
+        correct(model, report)
     report.rows = tuple(
         Row(each.name, type(each.layer).__name__, *found[each.name], momenta[each.name], each.layer.momentum)
         for each in counted

@@ -49,7 +49,7 @@ def _mark(layer: Any) -> tuple[Any, Any, Any] | None:
 def made(corrected: float | None, plain: float | None) -> float | None:
     """Remember a corrected momentum by its number, and give it; one of four digits could be anybody's."""
     if corrected is not None and plain is not None and corrected != plain and not _is_short(corrected):
-        _made[corrected] = plain
+        _made.setdefault(corrected, float(plain))
     return corrected
 
 

@@ -100,7 +100,7 @@ def restore(model: Model) -> Model:
         0.3
     """
     layers = tracked_layers(model)
-    uncover(each for layer in layers if (each := covering(layer)) is not None)
+    uncover(each for module in model.modules() if (each := covering(module)) is not None)  # tracking or not
     momenta = {layer: before(layer) for layer in layers}
     set_momenta(momenta, momenta)
     return model

@@ -23,11 +23,12 @@ SET_BY_STEP = "the step itself sets the momentum (a schedule, SAM), so that a co
 UNEQUAL = "not corrected: a cumulative average of batches with different numbers of passes"
 UNSEEN = "not corrected: its statistics moved, but its forward did not run (F.batch_norm on its buffers?)"
 NO_BACKWARD = "not corrected: no backward pass ran in the block, so replays could not be counted"
+MIXED = "not corrected: its passes ran partly in compiled code and partly outside, so they could not be counted"
 ONLY_BACKWARD = "left alone: updated only inside a backward pass, so its batches are not known"
 CUMULATIVE = "left alone: equal passes do not change a cumulative average"
 EVALUATION = "left alone: in evaluation mode"
 IDLE = "left alone: did not run"
-WARNED = dict.fromkeys((NOT_CONSECUTIVE, OTHER_DATA, SET_BY_STEP, UNEQUAL), _EXACT) | dict.fromkeys(
+WARNED = dict.fromkeys((NOT_CONSECUTIVE, OTHER_DATA, SET_BY_STEP, UNEQUAL, MIXED), _EXACT) | dict.fromkeys(
     (UNSEEN, NO_BACKWARD, ONLY_BACKWARD), ""
 )  # with the remedy
 
@@ -42,7 +43,7 @@ class Count:
         self.early = 0  # replays before the first batch, of one from before the block
         # The same for compiled code, which can count in a tensor only: batches, early replays, then a number a batch.
         self.tally = torch.zeros(_SLOTS, dtype=torch.long, device=device)
-        self.other_data = False
+        self.other_data = self.mixed = False
         self.batches: list[torch.Tensor] = []  # what each batch has added, as far as that can be told
 
     def hear(self, replay: bool, added: torch.Tensor | None, noise: float) -> None:
@@ -55,12 +56,13 @@ class Count:
         else:
             self.heard[-1] += 1
             if added is not None and self.batches:
-                self.other_data |= all(bool((added - batch).abs().max() > noise) for batch in self.batches)
+                self.other_data |= all(bool((added - batch).abs().max() > noise) for batch in reversed(self.batches))
 
     def read(self) -> bool:
         """Add what compiled code has counted, once; tell whether there were replays."""
         if has_values(self.tally):
             batches, early, *replays = self.tally.tolist()
+            self.mixed = self.updates > 0 and batches + early > 0
             self.heard += (replays + [0] * batches)[:batches]  # replays of very many batches are in the last slot
             self.early += early
             self.tally.zero_()
@@ -95,6 +97,8 @@ class Counted(Covering):
             if moved(self.start, layer._buffers):
                 return None, UNSEEN
             return None, IDLE if layer.training else EVALUATION
+        if count.mixed:
+            return None, MIXED
         if not count.heard:
             return None, ONLY_BACKWARD
         if not backward_ran:

@@ -14,7 +14,16 @@ import pytest
 import torch
 from torch import nn
 
-from momentum_fix import applied, calibrate, correct, corrected_momentum, norm_layer, restore, update_once
+from momentum_fix import (
+    applied,
+    calibrate,
+    correct,
+    corrected_momentum,
+    effective_momentum,
+    norm_layer,
+    restore,
+    update_once,
+)
 from momentum_fix.corrected import corrected_by_hand, uncorrected
 from twins import batches, deviation, momenta, non_reentrant, plainly, train
 
@@ -178,6 +187,19 @@ def test_a_corrected_momentum_of_four_digits_is_not_known_by_its_number():
     correct(nn.BatchNorm1d(4, momentum=0.19), 2)
     layer = nn.BatchNorm1d(4, momentum=0.1)  # which 0.19 is corrected to
     assert correct(layer, 2).momentum == corrected_momentum(0.1, 2)
+
+
+def test_another_model_does_not_change_what_restore_gives():
+    layer = norm_layer("BatchNorm1d", momentum=0.123456789, passes=2)(4)
+    correct(nn.BatchNorm1d(4, momentum=effective_momentum(0.123456789, 2)), 4)  # to the same number, from another
+    assert restore(layer).momentum == 0.123456789
+
+
+def test_restore_takes_update_once_off_a_layer_that_no_longer_tracks():
+    layer = nn.BatchNorm2d(3)
+    update_once(layer)
+    layer.track_running_stats = False
+    assert "forward" not in vars(restore(layer))
 
 
 def calibrated(model):

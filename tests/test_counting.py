@@ -257,3 +257,19 @@ def test_more_batches_than_compiled_code_has_slots_for_are_counted_and_their_ord
     with pytest.warns(UserWarning, match="only the decay is right"), calibrate(model) as report:
         train(model, step, data(5), non_reentrant)
     assert report.passes == {"b.1": 2}
+
+
+def test_a_forward_in_compiled_code_with_a_replay_outside_of_it_is_said_not_to_be_counted():
+    model, compiling = Net(), [True, False]
+    run = torch.compile(model.b, backend="aot_eager")
+
+    def changing(y):
+        return (run if compiling.pop(0) else model.b)(y)
+
+    with (
+        pytest.warns(UserWarning, match=r"partly in compiled code.*update_once.*Layers: b\.1\."),
+        calibrate(model) as report,
+    ):
+        reentrant(changing, data(1)[0].requires_grad_()).sum().backward()
+    assert report.passes == {}
+    assert set(momenta(model).values()) == {0.1}
