@@ -72,7 +72,8 @@ def calibrate(model: nn.Module) -> AbstractContextManager[Report]:
     Put one ordinary training step inside the block: forward and backward, as many micro-batches as you like,
     the optimizer's step inside or after. An update outside a backward pass is a batch; an update inside one is
     a replay. Within the block replays work on copies, as with `update_once`, so the step leaves the statistics
-    of a step without checkpointing, to the bit. On leaving the block each layer's momentum is corrected for its own k.
+    of a step without checkpointing, to the bit (with `momentum=None` they move again, for equal passes keep a
+    cumulative average right). On leaving the block each layer's momentum is corrected for its own k.
 
     Exact for: layers whose k updates for one batch follow one another, with the same k in every step; then
     running_mean and running_var stay those of the uncheckpointed run to rounding. Not for: passes of several

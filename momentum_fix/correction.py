@@ -86,8 +86,8 @@ def restore(model: Model) -> Model:
     """Undo, in place, everything that this package has done to a model.
 
     Each layer gets back the momentum that it had before `correct`, `calibrate` or `norm_layer`; one that you have set
-    since stays. What `update_once` has put on is taken off, unless something else has
-    wrapped it since: take that off first. Running statistics stay as they are.
+    since stays. What `update_once` has put on is taken off, unless something else has wrapped it since: take that off
+    first. Running statistics stay as they are.
 
     Args:
         model: any module, changed by this package or not.

@@ -86,7 +86,7 @@ class Counted(Covering):
     def __init__(self, layer: NormLayer, name: str, count: Count) -> None:
         super().__init__(layer, name)
         self.count = count
-        self.moves = False  # replays of batches from before the block are let through
+        self.moves = False  # until the first pass, replays of batches from before the block are let through
         self.copies: list[Counted] = []
         self.start, self.before, self.momentum = copied(layer), layer.momentum, uncorrected(layer)
 
@@ -135,11 +135,10 @@ class Counted(Covering):
         with on_copies(self.layer):
             return self._heard(True, *args, **kwargs)
 
-    def compiled(self, replay: torch.Tensor) -> torch.Tensor:
+    def compiled(self, replay: torch.Tensor) -> None:
         tally, again = self.count.tally, replay.long().reshape(1)
         tally[:1] += 1 - again
         tally.scatter_add_(0, (tally[:1] + 1).clamp(max=_SLOTS - 1), again)
-        return replay
 
     def _heard(self, replay: bool, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer

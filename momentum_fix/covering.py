@@ -14,7 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from momentum_fix.layers import Buffers, NormLayer, tracks
 from momentum_fix.replay import replaying, selective, unseen
 
-_NEED_NO_COUNTER = (_BatchNorm.forward, _InstanceNorm.forward)
+_NEED_NO_COUNTER = (_BatchNorm.forward, _InstanceNorm.forward)  # SyncBatchNorm insists on num_batches_tracked
 ONLY_WRITES = (*_NEED_NO_COUNTER, nn.SyncBatchNorm.forward)  # the output in training does not read the statistics
 
 
@@ -82,7 +82,8 @@ class Covering:
             return self._in_eager(*args, **kwargs)
         own = [module._buffers for module in self.layer.modules()]
         before = [(buffers, name, b, b.clone()) for buffers in own for name, b in buffers.items() if b is not None]
-        undo = self.compiled(torch.ops.momentum_fix.replaying(before[0][2]))
+        undo = torch.ops.momentum_fix.replaying(before[0][2])
+        self.compiled(undo)
         output = self.run(*args, **kwargs)
         for buffers, name, buffer, value in before:
             if buffers[name] is buffer:
@@ -97,9 +98,8 @@ class Covering:
         """Run between two graphs what torch does not compile: a cumulative average, which reads its counter."""
         return self.forward(*args, **kwargs)
 
-    def compiled(self, replay: torch.Tensor) -> torch.Tensor:
-        """Say, in compiled code, whether to take back what a pass moves."""
-        return replay
+    def compiled(self, replay: torch.Tensor) -> None:
+        """Hear, in compiled code, of a pass and whether it is a replay; `calibrate` counts it."""
 
     def take_off(self) -> None:
         """Give the layer back the forward that it had."""

@@ -1,4 +1,4 @@
-"""Norm layers: which of them track running statistics, what their names are, and how to copy what they track."""
+"""Norm layers: which of them track running statistics, and what their names are."""
 
 from __future__ import annotations
 

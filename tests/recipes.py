@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import pickle
 
 import torch
@@ -365,6 +366,13 @@ def converted(net):
 
 def pickled(net):
     return pickle.loads(pickle.dumps(net))
+
+
+def saved(net):
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def rescheduled(net):

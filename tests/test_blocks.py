@@ -1,7 +1,6 @@
 """The block of calibrate: what it leaves behind, whatever happens in it and beside it, and what it leaves alone."""
 
 import copy
-import pickle
 import threading
 
 import pytest
@@ -284,7 +283,7 @@ def test_a_step_that_leaves_another_momentum_behind_is_warned_of():
     assert deviation(train(once, sharpness_aware, data(), non_reentrant), truth) == 0
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("copied", [copy.deepcopy, by.pickled])
 def test_a_copy_made_in_the_block_is_an_uncorrected_model(copied):
     model = correct(Net(), 2)
     with calibrate(model) as report:

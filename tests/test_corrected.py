@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import io
 import json
 import math
 import pickle
@@ -25,17 +24,14 @@ from momentum_fix import (
     update_once,
 )
 from momentum_fix.corrected import corrected_by_hand, uncorrected
-from twins import batches, deviation, momenta, non_reentrant, plainly, train
+from recipes import data, one, pickled, saved
+from twins import deviation, momenta, non_reentrant, plainly, train
 
 jit = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")  # with a class that changes from torch to torch
 
 
 def layer_of(momentum):
     return nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, momentum=momentum), nn.Tanh())
-
-
-def one(net, x, ckpt):
-    ckpt(net, x.requires_grad_()).sum().backward()
 
 
 BY_HAND = {
@@ -79,13 +75,13 @@ def test_a_layer_is_corrected_once_whoever_built_it(build, again):
 
 @pytest.mark.parametrize("momentum", [norm_layer(passes=2).keywords["momentum"], 1 - 0.9**0.5])
 def test_calibrate_starts_from_the_uncorrected_momentum_of_a_corrected_layer(momentum):
-    data = batches(4, 4, 3, 4, 4)
+    first, *rest = data()
     truth, net = layer_of(0.1), layer_of(momentum)
     net.load_state_dict(truth.state_dict())
-    train(truth, one, data, plainly)
+    train(truth, one, data(), plainly)
     with calibrate(net) as report:
-        train(net, one, data[:1], non_reentrant)
-    train(net, one, data[1:], non_reentrant)
+        train(net, one, [first], non_reentrant)
+    train(net, one, rest, non_reentrant)
     assert (report["1"], report.rows[0].momentum) == (2, 0.1)
     assert net[1].momentum == corrected_momentum(0.1, 2)
     assert deviation(net, truth) < 1e-12
@@ -95,7 +91,7 @@ def test_calibrate_starts_from_the_uncorrected_momentum_of_a_corrected_layer(mom
 def test_a_root_by_hand_where_nothing_is_recomputed_gives_way_to_the_momentum_itself():
     net = layer_of(1 - 0.9**0.5)
     with calibrate(net):
-        train(net, one, batches(1, 4, 3, 4, 4), plainly)
+        train(net, one, data(1), plainly)
     assert net[1].momentum == 0.1
     assert applied(net) == {"1": "momentum 0.1, corrected from 0.0513167"}
     assert restore(net)[1].momentum == 1 - 0.9**0.5
@@ -108,17 +104,6 @@ def test_a_momentum_that_is_computed_from_a_corrected_one_counts_as_ones_own():
     mine = layer.momentum
     assert restore(layer).momentum == mine
     assert correct(layer, 2).momentum == corrected_momentum(mine, 2)
-
-
-def pickled(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def saved(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("travel", [copy.deepcopy, pickled, saved, nn.SyncBatchNorm.convert_sync_batchnorm])

@@ -1,8 +1,6 @@
 """correct and restore: in place, once, and never twice."""
 
 import copy
-import io
-import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 from torch import nn
 
 from momentum_fix import correct, corrected_momentum, effective_momentum, restore
+from recipes import pickled, saved
 from twins import batches, deviation, momenta, non_reentrant, plainly, reentrant, same_path, three, train
 
 M2, M3 = corrected_momentum(0.1, 2), corrected_momentum(0.1, 3)
@@ -266,18 +265,7 @@ def test_what_needs_no_correction_is_left_as_it_is(momentum):
     assert vars(layer) == before
 
 
-def by_pickle(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def by_file(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle, by_file])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
 def test_the_marks_survive_copies(copied):
     twin = copied(correct(network()))
     assert momenta(correct(twin)) == momenta(correct(network()))
