@@ -14,7 +14,7 @@ from torch import nn
 from momentum_fix.corrected import set_momenta, uncorrected
 from momentum_fix.correction import Passes, correct, corrected_for
 from momentum_fix.counting import WARNED, Count, Counted
-from momentum_fix.covering import cover, covering, uncover
+from momentum_fix.covering import cover, uncover
 from momentum_fix.layers import named, tracked_layers, warn_of_none
 from momentum_fix.once import refuse_covered
 from momentum_fix.tables import aligned, number
@@ -148,16 +148,14 @@ def _calibrating(model: nn.Module) -> Iterator[Report]:
     counts: dict[int, Count] = {}  # by the buffer, which layers may share
     counted = []
     for layer, (name, *_) in tracked_layers(model).items():
-        if isinstance(covering(layer), Counted):
-            raise ValueError(f"layer {name!r} is being calibrated already: calibrate it in one block only")
         refuse_covered(layer, name)
         corrected_for(name, layer.momentum, 2)  # refuse what cannot be corrected before anything is changed
         buffer = layer._buffers.get("running_mean")
         buffer = layer._buffers["running_var"] if buffer is None else buffer
         counted.append(Counted(layer, name, counts.setdefault(id(buffer), Count(buffer.device))))
     warn_of_none(counted, "to calibrate", stacklevel=5)
-    report, backward = Report(), [False]
-    parameters = (p for p in model.parameters() if p.requires_grad and not nn.parameter.is_lazy(p))
+    parameters = [p for p in model.parameters() if p.requires_grad and not nn.parameter.is_lazy(p)]
+    report, backward = Report(), [not parameters]  # a frozen model's backward pass cannot be seen
     # Uncorrected, so that the forward updates of an already corrected layer are right as well.
     set_momenta({each.layer: each.momentum for each in counted})
     hooks = []
@@ -169,9 +167,11 @@ def _calibrating(model: nn.Module) -> Iterator[Report]:
         for hook in hooks:
             hook.remove()
         uncover(every for each in counted for every in (each, *each.copies))
-        replays = [each.count.read() for each in counted]
-        found = {each.name: each.finding(any(backward) or any(replays)) for each in counted}
-        set_momenta({each.layer: each.before for each in counted if each.layer.momentum is each.momentum})
+        for each in counted:
+            each.count.drain()
+        backward += [each.count.updates > len(each.count.heard) for each in counted]
+        found = {each.name: each.finding(any(backward)) for each in counted}
+        set_momenta({each.layer: each.before for each in counted if each.layer.momentum == each.momentum})
     found = _agreed(found)
     _warn({name: note for name, (_, note) in found.items()})
     momenta = {each.name: uncorrected(each.layer) for each in counted}

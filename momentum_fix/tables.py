@@ -68,4 +68,4 @@ def shortened(text: str, longest: int = 300) -> str:
 
 def number(value: float | None) -> str:
     """Write a momentum for a table: six significant digits."""
-    return "None" if value is None else f"{value:.6g}"
+    return "None" if value is None else f"{float(value):.6g}"
