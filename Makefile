@@ -29,6 +29,7 @@ lint: .venv/with-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/basedpyright
 
 paper: .venv/with-dev
 	$(BIN)/python paper.py

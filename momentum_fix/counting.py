@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from momentum_fix.corrected import uncorrected
-from momentum_fix.correction import Passes
 from momentum_fix.covering import ONLY_WRITES, Covering, on_copies
 from momentum_fix.layers import Buffers, NormLayer, tracks
 from momentum_fix.once import Once
@@ -77,7 +76,7 @@ class Count:
         return len(self.heard) + sum(self.heard) + self.early
 
     @property
-    def passes(self) -> Passes:
+    def passes(self) -> int | Fraction:
         """Give the mean number of updates per batch."""
         mean = Fraction(len(self.heard) + sum(self.heard), len(self.heard))
         return int(mean) if mean.denominator == 1 else mean
@@ -93,7 +92,7 @@ class Counted(Covering):
         self.copies: list[Counted] = []
         self.start, self.before, self.momentum = copied(layer), layer.momentum, uncorrected(layer)
 
-    def finding(self, backward_ran: bool) -> tuple[Passes | None, str]:
+    def finding(self, backward_ran: bool) -> tuple[int | Fraction | None, str]:
         """Give the passes per batch, None where they are not known, and what there is to say about it."""
         layer, count = self.layer, self.count
         if not tracks(layer):
