@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint paper documents benchmarks study study-small clean
+.PHONY: help demo test lint paper docs documents benchmarks study study-small clean
 help:
 	@echo "make demo   set everything up and run the demonstration on a real 3-D network (a few minutes)"
 	@echo "make test   set everything up and run all the tests"
 	@echo "make lint   formatting, lint and types"
 	@echo "make paper  compute the paper's numbers, draw its figures, build build/paper.html"
+	@echo "make docs   build the site, build/docs/index.html (half a minute)"
 	@echo "make documents  compute what is generated: docs/conformance.md, docs/study.md, the notebook, the paper (some minutes)"
 	@echo "make benchmarks  measure the costs and write docs/benchmarks.md and its picture (a few minutes)"
 	@echo "make study  train, and write what uncorrected passes change into docs/study.md (an hour on two free cores)"
@@ -33,6 +34,11 @@ lint: .venv/with-dev
 
 paper: .venv/with-dev
 	$(BIN)/python paper.py
+
+docs: .venv/with-docs
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs/site . build/docs
+	cp build/docs/README.html build/docs/index.html
 
 documents: .venv/with-dev
 	$(BIN)/python tests/conformance.py
