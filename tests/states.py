@@ -93,7 +93,7 @@ class BatchRenorm(nn.BatchNorm2d):
             self.running_var += self.momentum * (var - self.running_var)
             self.num_batches_tracked += 1
         y = (x - mean[:, None, None]) / std[:, None, None]
-        return y * r[:, None, None] + d[:, None, None]
+        return (y * r[:, None, None] + d[:, None, None]) * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 class Spectral(nn.Module):
@@ -124,7 +124,7 @@ class Codebook(nn.Module):
             self.counts.data.lerp_(chosen.sum(0), 0.2)
             self.sums.data.lerp_(chosen.T @ rows, 0.2)
             self.codes.data.copy_(self.sums / self.counts[:, None])
-        pull = rows + 0.5 * (rows - code).square()
+        pull = rows + 0.5 * (rows - code).tanh()
         return (pull + (code - rows).detach()).reshape(x.movedim(1, -1).shape).movedim(-1, 1)
 
 
@@ -144,7 +144,7 @@ class FakeQuantized(nn.Module):
         self.low.lerp_(low, 0.1)
         self.high.lerp_(high, 0.1)
         scale = (self.high - self.low) / 15
-        clamped = torch.clamp(x, self.low, self.high)
+        clamped = torch.clamp(x, self.low.clone(), self.high.clone())
         return clamped + ((clamped / scale).round() * scale - clamped).detach()
 
 
