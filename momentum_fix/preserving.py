@@ -27,7 +27,13 @@ _FIXED = frozenset((bool, int, float, complex, str, type(None), torch.dtype, tor
 _SMALL = 1 << 16  # bytes; what is smaller is copied without asking whether it ever moves
 _TRUSTED = 64  # a larger tensor that has stood still for so many checkpoints is no longer copied in each
 
-_running = threading.local()
+
+
+class _Running(threading.local):
+    regions: tuple[_Region, ...] = ()  # whose forward is running in this thread
+
+
+_running = _Running()
 _histories: weakref.WeakKeyDictionary[nn.Module, dict[str, _History]] = weakref.WeakKeyDictionary()
 
 
@@ -62,7 +68,7 @@ class _Region:
 
     def __init__(self, function: Any, args: tuple[Any, ...]) -> None:
         self.called: Any = (function, args)
-        self.state: dict[nn.Module, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {}
+        self.state: dict[nn.Module, tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]] = {}
         self.entered: set[nn.Module] = set()  # with all below them
         self.reached: set[int] = set()
         self.kept: dict[int, tuple[Any, Any]] = {}  # by a value's id; the value too, lest another one gets its id
@@ -88,17 +94,16 @@ class _Region:
         try:
             with _own_operations():
                 made: dict[int, Any] = {}
-                for module, (buffers, fixed, moving) in self.state.items():
+                for module, (fixed, moving, buffers) in self.state.items():
                     own = vars(module)
-                    present.append((own, own["_buffers"], _plain(own)))
-                    if buffers or own["_buffers"]:
-                        own["_buffers"] = {name: _made(kept, made) for name, kept in buffers.items()}
+                    present.append((own, own.copy()))
                     _put(own, fixed, {name: _made(kept, made) for name, kept in moving.items()})
+                    if buffers is not None:
+                        own["_buffers"] = {name: _made(kept, made) for name, kept in buffers.items()}
             yield
         finally:
-            for own, buffers, plain in present:
-                own["_buffers"] = buffers
-                _put(own, plain, {})
+            for own, before in present:
+                _put(own, before, {})
 
     def enter(self, module: nn.Module) -> None:
         """Copy the state of a module and of all below it: a parent may move a child's before it calls it."""
@@ -114,30 +119,39 @@ class _Region:
         """Copy what a module itself has, and give the modules among it, which are not registered."""
         found: list[nn.Module] = []
         if module.training and module not in self.state:
-            buffers = {name: self.keep(value, found, (module, name)) for name, value in module._buffers.items()}
-            fixed, moving = {}, {}
-            for name, value in _plain(vars(module)).items():
-                kept = value if type(value) in _FIXED else self.keep(value, found, (module, name))
-                (fixed if kept is value else moving)[name] = kept
-            self.state[module] = buffers, fixed, moving
+            fixed, moving, buffers = vars(module).copy(), {}, None
+            if fixed["_buffers"]:
+                buffers = {name: self.keep(value, found, (module, name)) for name, value in fixed["_buffers"].items()}
+            for name, value in vars(module).items():
+                if type(value) not in _FIXED and name not in _NO_STATE and not _fixed(value):
+                    kept = self.keep(value, found, (module, name))
+                    if kept is not value:
+                        moving[name] = kept
+                        del fixed[name]
+            self.state[module] = fixed, moving, buffers
         return found
 
     def keep(self, value: Any, found: list[nn.Module], place: tuple[nn.Module, str] | None = None) -> Any:
         """Give what `_made` makes the value from again; what cannot move, or cannot be copied, stands for itself."""
-        if type(value) in _FIXED or (type(value) is tuple and all(type(item) in _FIXED for item in value)):
+        if id(value) in self.kept:
+            return self.kept[id(value)][1]
+        kept = value
+        if isinstance(value, torch.Tensor):
+            base = value._base
+            if base is not None and id(base) in self.kept and base.is_contiguous():
+                kept = _View(self.kept[id(base)][1], value)
+            elif value.requires_grad:
+                kept = value if value.is_leaf else _InGraph(value)
+            else:
+                kept = value.clone() if value.nbytes <= _SMALL or place is None else _large(value, place)
+        elif _fixed(value):
             return value
-        if id(value) not in self.kept:
-            kept = value
-            if isinstance(value, torch.Tensor):
-                if not (value.requires_grad and value.is_leaf) and not nn.parameter.is_lazy(value):
-                    base = self.kept.get(id(value._base), (None, None))[1]
-                    kept = _View(base, value) if isinstance(base, _Tensor) else _Tensor(value, place)
-            elif isinstance(value, nn.Module):
-                found.append(value)
-            elif isinstance(value, (list, tuple, dict, set, deque)):
-                kept = _Container(value, lambda item: self.keep(item, found))
-            self.kept[id(value)] = value, kept
-        return self.kept[id(value)][1]
+        elif isinstance(value, (list, tuple, dict, set, deque)):
+            kept = _Container(value, lambda item: self.keep(item, found))
+        elif isinstance(value, nn.Module):
+            found.append(value)
+        self.kept[id(value)] = value, kept
+        return kept
 
     def reach(self, value: Any, called: bool = False) -> None:
         """Copy the state of what a function can move without calling it as a module, and so without calling a hook."""
@@ -160,34 +174,40 @@ class _Region:
                     self.enter(module)
 
 
-class _Tensor:
-    """A tensor as it was."""
+class _InGraph:
+    """A tensor that is part of a graph, as it was."""
 
-    def __init__(self, tensor: torch.Tensor, place: tuple[nn.Module, str] | None) -> None:
-        self.place, self.version, self.in_graph = place, _version(tensor), tensor.requires_grad
-        # A graph that is kept here would keep the one before it, and so on. But to the reentrant engine, which runs the
+    def __init__(self, tensor: torch.Tensor) -> None:
+        # To keep the graph would keep the one before it too, and so on. But to the reentrant engine, which runs the
         # forward without gradients, the tensor itself is the only way back into the graph.
-        strong = self.in_graph and not torch.is_grad_enabled()
-        self.original = (lambda: tensor) if strong else weakref.ref(tensor)
-        self.copy = tensor.detach().clone() if self.in_graph else _copy(tensor, place)
+        self.original = weakref.ref(tensor) if torch.is_grad_enabled() else lambda: tensor
+        self.version, self.copy = tensor._version, tensor.detach().clone()
 
     def made(self, _: dict[int, Any]) -> Any:
-        if self.in_graph or self.copy is None:
-            original = self.original()
-            if original is not None and _version(original) == self.version:
-                return original
-        if self.copy is None:
-            return _lost(self.place)
-        if not self.in_graph:
-            return self.copy.clone()
+        original = self.original()
+        if original is not None and original._version == self.version:
+            return original
         with torch.enable_grad():
             return self.copy.detach().requires_grad_().clone()
+
+
+class _Large:
+    """A large tensor that is expected to stand still."""
+
+    def __init__(self, tensor: torch.Tensor, place: tuple[nn.Module, str]) -> None:
+        self.original, self.version, self.place = weakref.ref(tensor), _version(tensor), place
+
+    def made(self, _: dict[int, Any]) -> Any:
+        original = self.original()
+        if original is not None and _version(original) == self.version:
+            return original
+        return _lost(self.place)
 
 
 class _View:
     """A tensor that shares the memory of another one."""
 
-    def __init__(self, base: _Tensor, view: torch.Tensor) -> None:
+    def __init__(self, base: Any, view: torch.Tensor) -> None:
         self.base, self.layout = base, (view.size(), view.stride(), view.storage_offset())
 
     def made(self, made: dict[int, Any]) -> Any:
@@ -198,10 +218,11 @@ class _Container:
     """A list, tuple, dictionary, set or deque as it was."""
 
     def __init__(self, value: Any, keep: Callable[[Any], Any]) -> None:
-        self.items = _rebuilt(value, keep)
+        self.flat = type(value) is list and _FIXED.issuperset(map(type, value))
+        self.items = value.copy() if self.flat else _rebuilt(value, keep)
 
     def made(self, made: dict[int, Any]) -> Any:
-        return _rebuilt(self.items, lambda item: _made(item, made))
+        return self.items.copy() if self.flat else _rebuilt(self.items, lambda item: _made(item, made))
 
 
 class _History:
@@ -232,17 +253,19 @@ class _History:
         return copied
 
 
-def _copy(tensor: torch.Tensor, place: tuple[nn.Module, str] | None) -> torch.Tensor | None:
-    if place is None or tensor.nbytes <= _SMALL or tensor.is_meta or type(tensor) is not torch.Tensor:
+def _large(tensor: torch.Tensor, place: tuple[nn.Module, str]) -> torch.Tensor | _Large:
+    """Give a copy, or what stands for a tensor that is expected to stand still."""
+    if tensor.is_meta or type(tensor) is not torch.Tensor:
         return tensor.clone()
     module, name = place
-    return _histories.setdefault(module, {}).setdefault(name, _History()).copy(tensor, place)
+    copied = _histories.setdefault(module, {}).setdefault(name, _History()).copy(tensor, place)
+    return _Large(tensor, place) if copied is None else copied
 
 
-def _lost(place: tuple[nn.Module, str] | None) -> Any:
+def _lost(place: tuple[nn.Module, str]) -> Any:
     """Warn that a large tensor has moved after all, and give it as it is now."""
-    module, name = place  # type: ignore[misc]
-    _histories[module].pop(name)
+    module, name = place
+    _histories[module].pop(name, None)
     warnings.warn(
         f"{name!r} of a {type(module).__name__} had not moved in {_TRUSTED} checkpoints, so that no copy of it was "
         "kept, and has moved now: gradients of this batch may be wrong; from the next batch on they are right",
@@ -251,15 +274,26 @@ def _lost(place: tuple[nn.Module, str] | None) -> Any:
     return module._buffers.get(name, vars(module).get(name))
 
 
+def _fixed(value: Any) -> bool:
+    return type(value) in _FIXED or (type(value) is tuple and _FIXED.issuperset(map(type, value)))
+
+
 def _made(kept: Any, made: dict[int, Any]) -> Any:
-    if not isinstance(kept, (_Tensor, _View, _Container)):
+    if id(kept) in made:
+        return made[id(kept)]
+    if isinstance(kept, torch.Tensor):
+        value = kept if kept.requires_grad else kept.clone()
+    elif isinstance(kept, (_InGraph, _Large, _View, _Container)):
+        value = kept.made(made)
+    else:
         return kept
-    if id(kept) not in made:
-        made[id(kept)] = kept.made(made)
-    return made[id(kept)]
+    made[id(kept)] = value
+    return value
 
 
 def _rebuilt(items: Any, each: Callable[[Any], Any]) -> Any:
+    if type(items) is list:
+        return [each(item) for item in items]
     if isinstance(items, tuple):
         values = [each(item) for item in items]
         return items._make(values) if hasattr(items, "_make") else tuple(values)
@@ -274,17 +308,12 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _plain(own: dict[str, Any]) -> dict[str, Any]:
-    return {name: own[name] for name in own.keys() - _NO_STATE}
-
-
-def _put(own: dict[str, Any], *plain: dict[str, Any]) -> None:
-    """Let a module have these plain attributes and no others."""
-    for values in plain:
-        own.update(values)
-    names = own.keys() - _NO_STATE
-    if len(names) > sum(map(len, plain)):
-        for name in names.difference(*plain):
+def _put(own: dict[str, Any], fixed: dict[str, Any], moving: dict[str, Any]) -> None:
+    """Let a module have these attributes and no others."""
+    own.update(fixed)
+    own.update(moving)
+    if len(own) > len(fixed) + len(moving):
+        for name in own.keys() - fixed.keys() - moving.keys():
             del own[name]
 
 
@@ -319,14 +348,14 @@ def _own_operations() -> AbstractContextManager[None]:
 @contextmanager
 def _watching(region: _Region) -> Iterator[None]:
     """Let the region know of each module that is entered in this thread; without a region there is no hook."""
-    regions = vars(_running).setdefault("regions", [])
+    outer = _running.regions
     # Always the same function: compiled code that meets another one is compiled again.
-    handle = None if regions else register_module_forward_pre_hook(_entered)
-    regions.append(region)
+    handle = None if outer else register_module_forward_pre_hook(_entered)
+    _running.regions = (*outer, region)
     try:
         yield
     finally:
-        regions.remove(region)
+        _running.regions = outer
         if handle is not None:
             handle.remove()
 
@@ -334,7 +363,7 @@ def _watching(region: _Region) -> Iterator[None]:
 def _entered(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    for region in vars(_running).get("regions", ()):
+    for region in _running.regions:
         if module not in region.entered:
             if _uninitialized(module):
                 module.initialize_parameters(*args)
