@@ -19,6 +19,7 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from momentum_fix.replay import selective, unseen
 
@@ -71,6 +72,7 @@ class _Region:
         self.state: dict[nn.Module, tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]] = {}
         self.entered: set[nn.Module] = set()  # with all below them
         self.reached: set[int] = set()
+        self.hooked = self.compiled = False
         self.kept: dict[int, tuple[Any, Any]] = {}  # by a value's id; the value too, lest another one gets its id
 
     @contextmanager
@@ -78,11 +80,13 @@ class _Region:
         """Copy the state of each module that is entered."""
         function, args = self.called
         with _own_operations():
-            self.reach(function, called=True)
+            if isinstance(function, nn.Module):
+                self.enter(function)
+            self.reach(function)
             self.reach(args)
+        self.hooked = not _is_compiled(function)  # such code calls no hook
         try:
-            # Hooks would be part of what compiled code depends on, and it does not call them.
-            with nullcontext() if _is_compiled(function) else _watching(self):
+            with _watching(self) if self.hooked else nullcontext():
                 yield
         finally:
             self.called, self.entered, self.kept = None, set(), {}
@@ -100,7 +104,9 @@ class _Region:
                     _put(own, fixed, {name: _made(kept, made) for name, kept in moving.items()})
                     if buffers is not None:
                         own["_buffers"] = {name: _made(kept, made) for name, kept in buffers.items()}
-            yield
+            # Compiled code is compiled once more where it finds no hook, and may then save other tensors.
+            with _watching() if self.hooked and self.compiled else nullcontext():
+                yield
         finally:
             for own, before in present:
                 _put(own, before, {})
@@ -112,6 +118,7 @@ class _Region:
             module = waiting.pop()
             if module not in self.entered and not _uninitialized(module):
                 self.entered.add(module)
+                self.compiled = self.compiled or _is_compiled(module)
                 waiting += [child for child in module._modules.values() if child is not None]
                 waiting += self.copy(module)
 
@@ -153,18 +160,22 @@ class _Region:
         self.kept[id(value)] = value, kept
         return kept
 
-    def reach(self, value: Any, called: bool = False) -> None:
-        """Copy the state of what a function can move without calling it as a module, and so without calling a hook."""
+    def reach(self, value: Any, whole: bool = False) -> None:
+        """Copy the state of what a function can move without calling it as a module, and so without calling a hook.
+
+        That is what a module itself has, where the function knows it; all below it, where its method is called, or
+        where it is compiled, as such code calls no hook.
+        """
         if id(value) in self.reached:
             return
         self.reached.add(id(value))
-        called = called or _is_compiled(value)
+        whole = whole or _is_compiled(value)
         if isinstance(value, types.MethodType):
-            self.reach(value.__self__, called=True)
+            self.reach(value.__self__, whole=True)
         elif not isinstance(value, nn.Module):
             for each in _used(value):
-                self.reach(each, called=_is_compiled(value))
-        elif called:
+                self.reach(each, whole)
+        elif whole:
             self.enter(value)
         else:
             below = [value, *self.copy(value)]
@@ -333,8 +344,9 @@ def _used(value: Any) -> Iterator[Any]:
 
 def _is_compiled(value: Any) -> bool:
     own = getattr(value, "__dict__", {})
-    compiled = "_torchdynamo_orig_callable" in own and not own.get("_torchdynamo_disable")
-    return compiled or "_compiled_call_impl" in own or "_orig_mod" in own.get("_modules", ())
+    if isinstance(value, nn.Module):
+        return "_compiled_call_impl" in own or "_orig_mod" in own["_modules"]
+    return "_torchdynamo_orig_callable" in own and not own.get("_torchdynamo_disable")
 
 
 def _uninitialized(module: nn.Module) -> bool:
@@ -346,18 +358,34 @@ def _own_operations() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _watching(region: _Region) -> Iterator[None]:
-    """Let the region know of each module that is entered in this thread; without a region there is no hook."""
+def _watching(*regions: _Region) -> Iterator[None]:
+    """Let the regions know of each module that is entered in this thread; otherwise there is no hook."""
     outer = _running.regions
-    # Always the same function: compiled code that meets another one is compiled again.
-    handle = None if outer else register_module_forward_pre_hook(_entered)
-    _running.regions = (*outer, region)
+    _running.regions = (*outer, *regions)
+    _Hook.add(1)
     try:
         yield
     finally:
+        _Hook.add(-1)
         _running.regions = outer
-        if handle is not None:
-            handle.remove()
+
+
+class _Hook:
+    """The one hook, under one id for ever: compiled code that meets another hook, or another id, is compiled again."""
+
+    lock, users = threading.Lock(), 0
+    handle: RemovableHandle | None = None
+
+    @classmethod
+    def add(cls, users: int) -> None:
+        with cls.lock:
+            cls.users += users
+            if cls.users == 0:
+                cls.handle.remove()
+            elif cls.users == users:
+                if cls.handle is None:
+                    cls.handle = register_module_forward_pre_hook(_entered)
+                cls.handle.hooks_dict_ref()[cls.handle.id] = _entered
 
 
 def _entered(module: nn.Module, args: Any) -> None:

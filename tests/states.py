@@ -333,7 +333,7 @@ def picture(model):
             return [plain(item) for item in value]
         return picture(value) if isinstance(value, nn.Module) else value
 
-    ignored = vars(nn.Module()).keys() | {"ckpt", "seen", "move"}
+    ignored = vars(nn.Module()).keys() | {"ckpt", "seen", "move", "comp", "_compiled_call_impl", "_is_torch_compile"}
     pictures = {}
     for name, module in model.named_modules():
         own = vars(module)
