@@ -15,11 +15,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils.hooks import RemovableHandle
+from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
 from momentum_fix.replay import selective, unseen
 
@@ -29,17 +28,54 @@ _SMALL = 1 << 16  # bytes; what is smaller is copied without asking whether it e
 _TRUSTED = 64  # a larger tensor that has stood still for so many checkpoints is no longer copied in each
 
 
-
 class _Running(threading.local):
     regions: tuple[_Region, ...] = ()  # whose forward is running in this thread
 
 
-_running = _Running()
+_running, _lock, _users = _Running(), threading.Lock(), 0
 _histories: weakref.WeakKeyDictionary[nn.Module, dict[str, _History]] = weakref.WeakKeyDictionary()
 
 
 def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Let a replay start from the state that its forward started from, and leave none behind."""
+    """Let a replay start from the state that its forward started from, and leave no trace: a `context_fn`.
+
+        checkpoint(block, x, use_reentrant=False, context_fn=preserve_state)
+
+    For modules that change themselves in a training-mode forward and read what they change: spectral normalization,
+    Batch Renormalization, codebooks, observers of quantization-aware training, spiking neurons, step counters. State
+    is what such modules hold in buffers and plain attributes: tensors, numbers, and lists, tuples, dictionaries, sets
+    and deques of them; of every module that runs under the checkpoint in training mode, and of all modules below it.
+    You need to name none of it, and nothing stays on the model.
+
+    Exact for: state, gradients and the replay's values, bit for bit those of the run without checkpointing, wherever
+    the forward is deterministic; in any order of forwards and replays; around compiled modules and functions.
+
+    Not for: what is inside of other objects (a tracker of your own, a `torch.Generator`); modules that a function
+    finds elsewhere than in its closure, defaults, globals or arguments, where it does not call them as modules; a module
+    that moves itself in the replay alone, on purpose; a checkpoint that is compiled together with its model (use
+    `checkpoint`); CUDA graphs, which expect buffers to stay where they are.
+
+    Memory: a copy of the state for each live checkpoint. Tensors above 64 KiB that stood still in 64 checkpoints in a
+    row are no longer copied in each; should one move after all, a warning says so, and it is copied again.
+
+    With another `context_fn`, as that of selective checkpointing, use `momentum_fix.checkpoint` and hand it that one.
+
+    Returns:
+        The contexts of the forward and of its replays, as torch's checkpoint asks for.
+
+    Raises:
+        RuntimeError: the checkpoint is being compiled together with its model.
+
+    Example:
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> layer = nn.BatchNorm1d(3)
+        >>> x = torch.rand(8, 3, requires_grad=True)
+        >>> checkpoint(layer, x, use_reentrant=False, context_fn=preserve_state).sum().backward()
+        >>> layer.num_batches_tracked
+        tensor(1)
+
+    Source: pytorch/pytorch#96136 (2023) asks for it.
+    """
     if torch.compiler.is_compiling():
         raise RuntimeError(
             "context_fn=preserve_state cannot be compiled together with its checkpoint: use momentum_fix.checkpoint, "
@@ -49,11 +85,34 @@ def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManag
     return _Context(region.forward), _Context(region.replay)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Do what `torch.utils.checkpoint.checkpoint` does, but replay from the state that the forward started from."""
+    """Do what `torch.utils.checkpoint.checkpoint` does, but replay from the state that the forward started from.
+
+    See `preserve_state` for what that is good for. Use this for either engine, and where the model is compiled: it
+    breaks the graph, so that compiled code ends before it and begins after it. What is compiled inside stays compiled.
+
+    Exact for, Not for: as `preserve_state`. The reentrant engine may add up gradients in another order than the run
+    without checkpointing, as it does without this too.
+
+    Args:
+        function: anything callable.
+        args: handed on.
+        kwargs: handed on, with all the keywords of torch's function.
+
+    Returns:
+        What function returns.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(3)
+        >>> checkpoint(layer, torch.rand(8, 3, requires_grad=True), use_reentrant=True).sum().backward()
+        >>> layer.num_batches_tracked
+        tensor(1)
+
+    Source: as `preserve_state`.
+    """
     if not torch.is_grad_enabled():
-        return torch.utils.checkpoint.checkpoint(function, *args, **kwargs)
+        return torchs_checkpoint(function, *args, **kwargs)
     region = _Region(function, args)
     first = iter([region.forward])
 
@@ -61,7 +120,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with next(first, region.replay)():
             return function(*args, **kwargs)
 
-    return torch.utils.checkpoint.checkpoint(run, *args, **kwargs)
+    return torchs_checkpoint(run, *args, **kwargs)
 
 
 class _Region:
@@ -329,7 +388,7 @@ def _put(own: dict[str, Any], fixed: dict[str, Any], moving: dict[str, Any]) -> 
 
 
 def _used(value: Any) -> Iterator[Any]:
-    """Give what a function has in its closure, the modules and compiled functions that it knows by name, and so on."""
+    """Give what a function has in its closure and its defaults, the modules and compiled functions that it knows by name, and so on."""
     if isinstance(value, (list, tuple)):
         yield from value
     elif isinstance(value, functools.partial):
@@ -338,6 +397,7 @@ def _used(value: Any) -> Iterator[Any]:
         for cell in value.__closure__ or ():
             with suppress(ValueError):  # it is empty
                 yield cell.cell_contents
+        yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
         known = (value.__globals__.get(name) for name in value.__code__.co_names)
         yield from (each for each in known if isinstance(each, nn.Module) or _is_compiled(each))
 
@@ -349,8 +409,8 @@ def _is_compiled(value: Any) -> bool:
     return "_torchdynamo_orig_callable" in own and not own.get("_torchdynamo_disable")
 
 
-def _uninitialized(module: nn.Module) -> bool:
-    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+def _uninitialized(module: Any) -> bool:
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()  # type: ignore[misc]
 
 
 def _own_operations() -> AbstractContextManager[None]:
@@ -362,33 +422,35 @@ def _watching(*regions: _Region) -> Iterator[None]:
     """Let the regions know of each module that is entered in this thread; otherwise there is no hook."""
     outer = _running.regions
     _running.regions = (*outer, *regions)
-    _Hook.add(1)
+    _hook(1)
     try:
         yield
     finally:
-        _Hook.add(-1)
+        _hook(-1)
         _running.regions = outer
 
 
-class _Hook:
-    """The one hook, under one id for ever: compiled code that meets another hook, or another id, is compiled again."""
+def _hook(users: int) -> None:
+    """Put the hook on with its first user, in whichever thread, and take it off with the last.
 
-    lock, users = threading.Lock(), 0
-    handle: RemovableHandle | None = None
-
-    @classmethod
-    def add(cls, users: int) -> None:
-        with cls.lock:
-            cls.users += users
-            if cls.users == 0:
-                cls.handle.remove()
-            elif cls.users == users:
-                if cls.handle is None:
-                    cls.handle = register_module_forward_pre_hook(_entered)
-                cls.handle.hooks_dict_ref()[cls.handle.id] = _entered
+    Always the same one, under the same id: compiled code that meets another one is compiled again.
+    """
+    global _users
+    with _lock:
+        _users += users
+        handle = _handle()
+        if _users:
+            handle.hooks_dict_ref()[handle.id] = _entered
+        else:
+            handle.remove()
 
 
-def _entered(module: nn.Module, args: Any) -> None:
+@functools.cache
+def _handle() -> Any:
+    return register_module_forward_pre_hook(_entered)
+
+
+def _entered(module: Any, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
     for region in _running.regions:
@@ -414,7 +476,7 @@ class _Context(AbstractContextManager[None]):
 
 
 def _checkpointed() -> tuple[Any, tuple[Any, ...]]:
-    """Give the function and the arguments of the call of torch's checkpoint that is running; torch does not pass them."""
+    """Give the function and the arguments of the running call of torch's checkpoint, which does not pass them on."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__") == torch.utils.checkpoint.__name__:

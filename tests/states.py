@@ -339,7 +339,7 @@ def picture(model):
         own = vars(module)
         pictures[name] = {
             "buffers": plain(own["_buffers"]),
-            "parameters": plain({key: value for key, value in own["_parameters"].items()}),
+            "parameters": plain(own["_parameters"]),
             "plain": {key: plain(value) for key, value in sorted(own.items()) if key not in ignored},
         }
     return pictures
