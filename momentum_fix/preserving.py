@@ -51,9 +51,9 @@ def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManag
     the forward is deterministic; in any order of forwards and replays; around compiled modules and functions.
 
     Not for: what is inside of other objects (a tracker of your own, a `torch.Generator`); modules that a function
-    finds elsewhere than in its closure, defaults, globals or arguments, where it does not call them as modules; a module
-    that moves itself in the replay alone, on purpose; a checkpoint that is compiled together with its model (use
-    `checkpoint`); CUDA graphs, which expect buffers to stay where they are.
+    neither calls as modules nor finds in its closure, defaults, globals or arguments; a module that moves itself in the
+    replay alone, on purpose; a checkpoint that is compiled together with its model (use `checkpoint`); CUDA graphs,
+    which expect buffers to stay where they are.
 
     Memory: a copy of the state for each live checkpoint. Tensors above 64 KiB that stood still in 64 checkpoints in a
     row are no longer copied in each; should one move after all, a warning says so, and it is copied again.
@@ -388,7 +388,7 @@ def _put(own: dict[str, Any], fixed: dict[str, Any], moving: dict[str, Any]) -> 
 
 
 def _used(value: Any) -> Iterator[Any]:
-    """Give what a function has in its closure and its defaults, the modules and compiled functions that it knows by name, and so on."""
+    """Give what a function has in its closure and defaults, and the modules that it knows by name."""
     if isinstance(value, (list, tuple)):
         yield from value
     elif isinstance(value, functools.partial):

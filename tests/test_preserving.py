@@ -15,7 +15,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.utils.checkpoint
 from conformance import WRAPPERS, Net, StoppedError
-from states import KINDS, ONLY_WRITTEN, READ, UNHARMED, InADictionary, Normalizer, Spectral, Steps, picture
 from torch import nn
 from torch._dynamo.utils import counters as compiler_counters
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -28,6 +27,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint_sequential, crea
 
 import momentum_fix
 from momentum_fix import preserve_state, preserving
+from states import KINDS, ONLY_WRITTEN, READ, UNHARMED, Normalizer, Steps, picture
 from twins import batches, non_reentrant, pipeline, plainly, reentrant, siamese, train, twice_in_a_region
 
 pytestmark = [
@@ -591,14 +591,9 @@ def _ranks(rank, folder):
                 )
                 for one in (*exact, plain)
             ]
-            assert same == [True, True, kind == "step counter" and wrap == ""], (wrap, kind, same)
+            assert same == [True, True, False], (wrap, kind, same)
     dist.destroy_process_group()
 
 
 def test_two_ranks_of_ddp_and_of_fsdp2_are_exact(tmp_path):
     mp.spawn(_ranks, args=(tmp_path,), nprocs=2)
-
-
-def test_the_layers_of_these_tests_are_what_they_say():
-    assert isinstance(InADictionary().kept["statistics"], list)
-    assert len(list(Spectral(nn.utils.parametrizations.spectral_norm).buffers())) == 2
