@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import sys
 import threading
 import types
@@ -20,10 +21,14 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
+from momentum_fix.covering import _NEED_NO_COUNTER
+from momentum_fix.layers import COUNTER
 from momentum_fix.replay import selective, unseen
 
 _NO_STATE = vars(nn.Module()).keys()  # hooks, parameters, submodules, `training`
 _FIXED = frozenset((bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size))
+_STATISTICS = frozenset(("running_mean", "running_var", COUNTER))
+_UNREAD: dict[str, Any] = {}  # stands for buffers that need no copy
 _SMALL = 1 << 16  # bytes; what is smaller is copied without asking whether it ever moves
 _TRUSTED = 64  # a larger tensor that has stood still for so many checkpoints is no longer copied in each
 
@@ -55,8 +60,10 @@ def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManag
     replay alone, on purpose; a checkpoint that is compiled together with its model (use `checkpoint`); CUDA graphs,
     which expect buffers to stay where they are.
 
-    Memory: a copy of the state for each live checkpoint. Tensors above 64 KiB that stood still in 64 checkpoints in a
-    row are no longer copied in each; should one move after all, a warning says so, and it is copied again.
+    Memory: a copy of the state for each live checkpoint. That of torch's BatchNorm and InstanceNorm is not copied, as
+    their output does not read it; it is where other code of the region names it, and what reads it unnoticed, through
+    a `getattr` say, gets NaN in a replay. Tensors above 64 KiB that stood still in 64 checkpoints in a row are no
+    longer copied in each; should one move after all, a warning says so, and it is copied again.
 
     With another `context_fn`, as that of selective checkpointing, use `momentum_fix.checkpoint` and hand it that one.
 
@@ -131,7 +138,7 @@ class _Region:
         self.state: dict[nn.Module, tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]] = {}
         self.entered: set[nn.Module] = set()  # with all below them
         self.reached: set[int] = set()
-        self.hooked = self.compiled = False
+        self.hooked = self.compiled = self.reading = False
         self.kept: dict[int, tuple[Any, Any]] = {}  # by a value's id; the value too, lest another one gets its id
 
     @contextmanager
@@ -156,12 +163,14 @@ class _Region:
         present = []
         try:
             with _own_operations():
-                made: dict[int, Any] = {}
+                made: dict[Any, Any] = {}
                 for module, (fixed, moving, buffers) in self.state.items():
                     own = vars(module)
                     present.append((own, own.copy()))
                     _put(own, fixed, {name: _made(kept, made) for name, kept in moving.items()})
-                    if buffers is not None:
+                    if buffers is _UNREAD:
+                        own["_buffers"] = _scratch(own["_buffers"], made)
+                    elif buffers is not None:
                         own["_buffers"] = {name: _made(kept, made) for name, kept in buffers.items()}
             # Compiled code is compiled once more where it finds no hook, and may then save other tensors.
             with _watching() if self.hooked and self.compiled else nullcontext():
@@ -172,21 +181,26 @@ class _Region:
 
     def enter(self, module: nn.Module) -> None:
         """Copy the state of a module and of all below it: a parent may move a child's before it calls it."""
-        waiting = [module]
-        while waiting:
-            module = waiting.pop()
-            if module not in self.entered and not _uninitialized(module):
-                self.entered.add(module)
-                self.compiled = self.compiled or _is_compiled(module)
-                waiting += [child for child in module._modules.values() if child is not None]
-                waiting += self.copy(module)
+        below, entered = [module], []
+        for each in below:
+            if each not in self.entered and not _uninitialized(each):
+                self.entered.add(each)
+                entered.append(each)
+                self.compiled = self.compiled or _is_compiled(each)
+                self.reading = self.reading or _names_statistics(type(each))  # type: ignore[arg-type]
+                below += [child for child in each._modules.values() if child is not None]
+        for each in entered:
+            for found in self.copy(each):
+                self.enter(found)
 
     def copy(self, module: nn.Module) -> list[nn.Module]:
         """Copy what a module itself has, and give the modules among it, which are not registered."""
         found: list[nn.Module] = []
         if module.training and module not in self.state:
             fixed, moving, buffers = vars(module).copy(), {}, None
-            if fixed["_buffers"]:
+            if not (self.reading or self.compiled or selective()) and _only_writes(module):
+                buffers = _UNREAD
+            elif fixed["_buffers"]:
                 buffers = {name: self.keep(value, found, (module, name)) for name, value in fixed["_buffers"].items()}
             for name, value in vars(module).items():
                 if type(value) not in _FIXED and name not in _NO_STATE and not _fixed(value):
@@ -228,10 +242,13 @@ class _Region:
         if id(value) in self.reached:
             return
         self.reached.add(id(value))
+        self.compiled = self.compiled or _is_compiled(value)
         whole = whole or _is_compiled(value)
         if isinstance(value, types.MethodType):
             self.reach(value.__self__, whole=True)
         elif not isinstance(value, nn.Module):
+            if isinstance(value, types.FunctionType):
+                self.reading = self.reading or _names_statistics(value)
             for each in _used(value):
                 self.reach(each, whole)
         elif whole:
@@ -344,6 +361,32 @@ def _lost(place: tuple[nn.Module, str]) -> Any:
     return module._buffers.get(name, vars(module).get(name))
 
 
+def _only_writes(module: nn.Module) -> bool:
+    """Tell whether this is a norm layer of torch's own, which does not read its statistics, and no hook can."""
+    if type(module).forward not in _NEED_NO_COUNTER or module._buffers.get("running_mean") is None:
+        return False
+    return not (module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module))
+
+
+def _scratch(own: dict[str, Any], made: dict[Any, Any]) -> dict[str, Any]:
+    """Give buffers for a layer that only writes to them, cheaper than copies; who reads them all the same gets NaN."""
+    mean = own["running_mean"]
+    key = mean.shape, mean.dtype, mean.device
+    if key not in made:
+        made[key] = torch.full_like(mean, math.nan)
+    return {**own, "running_mean": made[key], "running_var": made[key], COUNTER: None}
+
+
+@functools.lru_cache(maxsize=1024)
+def _names_statistics(value: Any) -> bool:
+    """Tell whether a function, or a class of a user's own, names the statistics of a norm layer, as if to read them."""
+    if isinstance(value, type):
+        own = [base for base in value.__mro__ if not base.__module__.startswith("torch.nn.")]
+        return any(_names_statistics(each) for base in own for each in vars(base).values() if callable(each))
+    code = getattr(value, "__code__", None)
+    return code is not None and not _STATISTICS.isdisjoint((*code.co_names, *code.co_consts))
+
+
 def _fixed(value: Any) -> bool:
     return type(value) in _FIXED or (type(value) is tuple and _FIXED.issuperset(map(type, value)))
 
@@ -353,7 +396,7 @@ def _made(kept: Any, made: dict[int, Any]) -> Any:
         return made[id(kept)]
     if isinstance(kept, torch.Tensor):
         value = kept if kept.requires_grad else kept.clone()
-    elif isinstance(kept, (_InGraph, _Large, _View, _Container)):
+    elif isinstance(kept, (_Container, _View, _InGraph, _Large)):
         value = kept.made(made)
     else:
         return kept

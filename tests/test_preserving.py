@@ -311,6 +311,49 @@ def test_a_function_may_move_what_the_modules_that_it_knows_have_themselves(how,
     assert not same_gradients(wrong, truth)
 
 
+# Norm layers of torch's own.
+
+
+class Reader(nn.Module):
+    """Reads the statistics of another layer by a name that its code does not have."""
+
+    def __init__(self, norm, name="running" + "_mean"):
+        super().__init__()
+        self.norm, self.name = norm, name
+
+    def forward(self, x):
+        return self.norm(x).tanh() * (1 + getattr(self.norm, self.name).clone())
+
+
+def test_torchs_own_norms_are_not_copied_unless_something_else_could_read_their_statistics():
+    kept = {}
+    norm = nn.BatchNorm1d(3)
+    hooked = copy.deepcopy(norm)
+    hooked.register_forward_hook(lambda *_: None)
+    for name, layer, function in (
+        ("alone", norm, norm),
+        ("named by a function", norm, lambda x: norm(x) + norm.running_mean),
+        ("hooked", hooked, hooked),
+        ("synchronized", nn.SyncBatchNorm(3), None),
+    ):
+        region = preserving._Region(function or layer, ())
+        with region.forward():
+            if function is not layer and function is not None:
+                function(torch.rand(2, 3))
+        kept[name] = region.state[layer][2]
+    assert kept.pop("alone") is preserving._UNREAD
+    assert all(isinstance(buffers["running_mean"], torch.Tensor) for buffers in kept.values())
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_what_reads_their_statistics_unnoticed_gets_nan(ckpt):
+    x = torch.rand(4, 3, requires_grad=True)
+    reader = Reader(nn.BatchNorm1d(3))
+    ckpt(reader, x).square().sum().backward()
+    assert x.grad.isnan().all()
+    assert reader.norm.running_mean.isfinite().all()
+
+
 # Large tensors that stand still.
 
 
