@@ -22,11 +22,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
 from momentum_fix.covering import _NEED_NO_COUNTER
-from momentum_fix.layers import COUNTER
 from momentum_fix.replay import selective, unseen
 
 _NO_STATE = vars(nn.Module()).keys()  # hooks, parameters, submodules, `training`
 _FIXED = frozenset((bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size))
+COUNTER = "num_batches_tracked"
 _STATISTICS = frozenset(("running_mean", "running_var", COUNTER))
 _UNREAD: dict[str, Any] = {}  # stands for buffers that need no copy
 _SMALL = 1 << 16  # bytes; what is smaller is copied without asking whether it ever moves

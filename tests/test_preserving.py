@@ -8,13 +8,11 @@ import inspect
 import threading
 import weakref
 
-import conformance
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.utils.checkpoint
-from conformance import WRAPPERS, Net, StoppedError
 from torch import nn
 from torch._dynamo.utils import counters as compiler_counters
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -26,9 +24,12 @@ from torch.nn.modules import module as torchs_module
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint_sequential, create_selective_checkpoint_contexts
 
 import momentum_fix
+import recipes
+from conformance import WRAPPERS
 from momentum_fix import preserve_state, preserving
+from recipes import Net, StoppedError, pipeline, siamese, twice_in_a_region
 from states import KINDS, ONLY_WRITTEN, READ, UNHARMED, Normalizer, Steps, picture
-from twins import batches, non_reentrant, pipeline, plainly, reentrant, siamese, train, twice_in_a_region
+from twins import batches, non_reentrant, plainly, reentrant, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
@@ -81,27 +82,27 @@ def copied_in_between(net, x, ckpt):
     loss.backward()
 
 
-NO_REENTRANT = (conformance.gradient_penalty, conformance.autograd_grad)
-NEED_INPUT_GRADIENT = (conformance.inside_the_model, conformance.frozen)  # with the reentrant engine
+NO_REENTRANT = (recipes.gradient_penalty, recipes.autograd_grad)
+NEED_INPUT_GRADIENT = (recipes.inside_the_model, recipes.frozen)  # with the reentrant engine
 WAYS = [
-    conformance.one,
+    recipes.one,
     siamese,
     pipeline,
     pipeline_backwards,
     twice_in_a_region,
-    conformance.inside_the_model,
-    conformance.forward_only_no_grad,
-    conformance.forward_only,
-    conformance.two_backwards,
-    conformance.gradient_penalty,
-    conformance.autograd_grad,
-    conformance.nested,
-    conformance.nested_directly,
-    conformance.never_stopping_early,
-    conformance.accumulation,
-    conformance.failing_forward,
-    conformance.failing_recomputation,
-    conformance.ending_in_a_norm,
+    recipes.inside_the_model,
+    recipes.forward_only_no_grad,
+    recipes.forward_only,
+    recipes.two_backwards,
+    recipes.gradient_penalty,
+    recipes.autograd_grad,
+    recipes.nested,
+    recipes.nested_directly,
+    recipes.never_stopping_early,
+    recipes.accumulating(recipes.one),
+    recipes.failing_forward,
+    recipes.failing_recomputation,
+    recipes.ending_in_a_norm,
     bound_method,
     partial_function,
     methods_of_layers,
@@ -176,8 +177,8 @@ def test_nothing_stays_on_the_model_and_no_hook_stays_anywhere(ckpt):
     net = net_of("running normalizer")
     before = {name: (list(vars(module)), module._buffers) for name, module in net.named_modules()}
     buffers = list(net.buffers())
-    conformance.failing_forward(net, batches(1, 4, 3, 4, 4)[0], ckpt)
-    conformance.failing_recomputation(net, batches(1, 4, 3, 4, 4)[0], ckpt)
+    recipes.failing_forward(net, batches(1, 4, 3, 4, 4)[0], ckpt)
+    recipes.failing_recomputation(net, batches(1, 4, 3, 4, 4)[0], ckpt)
     after = {name: (list(vars(module)), module._buffers) for name, module in net.named_modules()}
     assert all(after[name][0] == names and after[name][1] is held for name, (names, held) in before.items())
     assert all(mine is old for mine, old in zip(net.buffers(), buffers, strict=True))
@@ -223,7 +224,7 @@ def test_values_in_graphs_do_not_keep_the_graphs_of_former_batches():
     net = net_of("a value in the graph")
     graphs = []
     for x in batches(4, 4, 3, 4, 4):
-        conformance.one(net, x, by_context)
+        recipes.one(net, x, by_context)
         graphs.append(weakref.ref(net.a[1].penalty))
     gc.collect()
     assert sum(graph() is not None for graph in graphs) == 1
@@ -479,7 +480,7 @@ def test_torchs_wrapper_takes_either(how):
     wrap = functools.partial(checkpoint_wrapper, **options)
     apply_activation_checkpointing(net, checkpoint_wrapper_fn=wrap, check_fn=lambda m: isinstance(m, nn.Sequential))
     train(net, wrapped, batches(3, 4, 3, 4, 4), plainly)
-    truth = run("running normalizer", conformance.one, plainly)
+    truth = run("running normalizer", recipes.one, plainly)
     assert same_gradients(net, truth) == (how != "nothing")
 
 
@@ -489,7 +490,7 @@ def test_checkpoint_sequential_takes_no_context_but_can_be_given_the_drop_in(mon
         layers = [*net.a, *net.b, *net.c]
         checkpoint_sequential(layers, 3, x.requires_grad_(), use_reentrant=reentrancy).sum().backward()
 
-    truth = run("running normalizer", conformance.one, plainly)
+    truth = run("running normalizer", recipes.one, plainly)
     assert not same_gradients(run("running normalizer", segments, plainly), truth)
     with pytest.raises(ValueError, match="Unexpected keyword arguments: context_fn"):
         checkpoint_sequential([nn.Linear(1, 1)], 1, torch.rand(1), use_reentrant=False, context_fn=preserve_state)
@@ -578,7 +579,7 @@ def compiled_step(prepare):
 @pytest.mark.parametrize("prepare", COMPILED, ids=lambda prepare: prepare.__name__)
 @pytest.mark.parametrize("kind", ["running normalizer", "a buffer that is replaced", "BatchNorm"])
 def test_compiled_modules_and_functions_inside_are_exact_and_are_not_compiled_again(kind, prepare):
-    truth = run(kind, conformance.one, plainly, count=4)
+    truth = run(kind, recipes.one, plainly, count=4)
     for ckpt in EXACT.values():
         torch.compiler.reset()
         net = run(kind, step := compiled_step(prepare), ckpt, count=4)
@@ -596,7 +597,7 @@ def test_a_model_compiled_together_with_the_drop_in_is_exact(kind, ckpt):
     def prepare(net):
         return torch.compile(lambda x: ckpt(net, x) * 1, backend="aot_eager")
 
-    truth = run(kind, conformance.one, plainly)
+    truth = run(kind, recipes.one, plainly)
     net = run(kind, compiled_step(prepare), lambda function, x: function(x))
     assert picture(net) == picture(truth)
     assert same_gradients(net, truth)
@@ -624,7 +625,7 @@ def _ranks(rank, folder):
             for ckpt in (plainly, by_context, drop_in, non_reentrant):
                 net = WRAPPERS[wrap](net_of(kind))
                 data = batches(3, 4, 3, 4, 4, seed=1 + rank)
-                train(net, conformance.inside_the_model, data, ckpt)
+                train(net, recipes.inside_the_model, data, ckpt)
                 local = [getattr(grad, "_local_tensor", grad) for grad in gradients(net)]
                 found.append((local, [buffer.clone() for buffer in net.buffers()]))
             truth, *exact, plain = found
