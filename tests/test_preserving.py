@@ -7,6 +7,9 @@ import gc
 import inspect
 import threading
 import weakref
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,12 +24,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.nn.modules import module as torchs_module
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint_sequential, create_selective_checkpoint_contexts
 
 import momentum_fix
 import recipes
 from conformance import WRAPPERS
-from momentum_fix import preserve_state, preserving
+from momentum_fix import preserve_state, preserving, state
 from recipes import Net, StoppedError, pipeline, siamese, twice_in_a_region
 from states import KINDS, ONLY_WRITTEN, READ, UNHARMED, Normalizer, Steps, picture
 from twins import batches, non_reentrant, plainly, reentrant, train
@@ -169,6 +173,119 @@ def test_plain_checkpointing_is_wrong_in_the_gradients_where_the_output_reads_th
     assert len(READ) + len(ONLY_WRITTEN) + len(UNHARMED) == len(KINDS)
 
 
+# What state is made of.
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+class Tracker(list):
+    """A container of a user's own, which is left alone."""
+
+
+CONTAINERS = {
+    "list": lambda t: [t, 1],
+    "dict": lambda t: {"t": t, "n": 1},
+    "OrderedDict": lambda t: OrderedDict(t=t),
+    "defaultdict": lambda t: defaultdict(int, t=t),
+    "Counter": lambda t: Counter(t=1),
+    "deque": lambda t: deque([t], maxlen=4),
+    "tuple": lambda t: (t, 1),
+    "named tuple": lambda t: Pair(t, [t]),
+    "set": lambda t: {t, 1},
+    "frozenset": lambda t: frozenset([t]),
+    "nested": lambda t: {"a": [(Pair([t], {"b": deque([t])}),)]},
+}
+
+
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, Iterable) else ()
+    return [tensor for item in items if not isinstance(item, str) for tensor in tensors_in(item)]
+
+
+@pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
+def test_containers_are_copied_with_all_that_is_in_them(container):
+    value = container(torch.zeros(3))
+    copied = state.Copier(share=True, detach=True).copy(value)
+    assert type(copied) is type(value)
+    assert copied is not value
+    assert len(copied) == len(value)
+    assert getattr(copied, "maxlen", None) == getattr(value, "maxlen", None)
+    assert getattr(copied, "default_factory", None) == getattr(value, "default_factory", None)
+    mine, true = tensors_in(copied), tensors_in(value)
+    assert len(mine) == len(true)
+    assert all(one is not other and torch.equal(one, other) for one, other in zip(mine, true, strict=True))
+    assert len(set(map(id, mine))) == len(set(map(id, true)))  # the same tensor twice is one in the copy too
+
+
+@pytest.mark.parametrize("value", [Tracker([1]), (1, (2,).__len__), nn.Identity(), nn.Parameter(torch.ones(2)), 1, "a"])
+def test_what_is_no_container_of_pythons_own_stands_for_itself(value):
+    copied = state.Copier(share=True, detach=True).copy(value)
+    assert copied is value or copied == value
+
+
+def test_a_container_may_have_itself_in_it():
+    value = [torch.zeros(3)]
+    value.append(value)
+    copied = state.Copier(share=True, detach=True).copy(value)
+    assert copied[1] is copied is not value
+
+
+def test_modules_in_containers_are_gathered():
+    copier, layer = state.Copier(share=True, detach=True), nn.Linear(1, 1)
+    assert copier.copy({"a": [(layer,)]})["a"][0][0] is layer
+    assert copier.modules == [layer]
+
+
+def test_views_of_one_tensor_are_views_of_one_copy():
+    base = torch.arange(6.0).reshape(2, 3)  # a view too
+    row, copied, column = state.Copier(share=True, detach=True).copy([base[1], base, base[:, 1]])
+    copied += 1
+    assert torch.equal(row, base[1] + 1)
+    assert torch.equal(column, base[:, 1] + 1)
+    row += 1
+    assert torch.equal(copied[1], base[1] + 2)
+    dense = torch.arange(6.0).reshape(2, 3).t().clone(memory_format=torch.preserve_format)
+    copied, row = state.Copier(share=True, detach=True).copy([dense, dense[1]])
+    assert torch.equal(copied, dense)
+    copied += 1
+    assert torch.equal(row, dense[1] + 1)
+    wide = torch.ones(1, 3).expand(2, 3).clone(memory_format=torch.preserve_format)
+    assert torch.equal(state.Copier(share=True, detach=True).copy([wide[1]])[0], wide[1])
+
+
+def test_a_view_of_something_much_larger_is_copied_alone_unless_that_is_state_too():
+    base = torch.zeros(state._LARGE)
+    copier = state.Copier(share=True, detach=True)
+    assert copier.copy(base[3:4])._base is None
+    copied, view = state.Copier(share=True, detach=True).copy([base, base[3:4]])
+    assert view._base is copied
+
+
+def test_tensors_in_a_graph_are_copied_out_of_it_or_stand_for_themselves():
+    leaf = torch.ones(2, requires_grad=True)
+    inner = leaf * 2
+    copied = state.Copier(share=True, detach=True).copy([leaf, inner])
+    assert copied[0] is leaf
+    assert copied[1].requires_grad
+    assert not copied[1].is_leaf
+    assert torch.equal(copied[1], inner)
+    assert torch.autograd.grad(copied[1].sum(), leaf, allow_unused=True) == (None,)
+    assert state.Copier(share=True, detach=False).copy(inner) is inner
+
+
+def test_put_takes_away_what_is_new():
+    layer = nn.Linear(1, 1)
+    before = vars(layer).copy()
+    layer.new, layer.training = 1, False
+    state.put(layer, before)
+    assert vars(layer) == before
+
+
 # What it leaves behind: nothing.
 
 
@@ -232,8 +349,8 @@ def test_values_in_graphs_do_not_keep_the_graphs_of_former_batches():
 
 def test_evaluation_mode_is_left_alone():
     layer = Steps().eval()
-    region = preserving._Region(layer, ())
-    with region.forward():
+    region = preserving._Region()
+    with region.forward(layer):
         layer(torch.rand(1))
     assert not region.state
 
@@ -312,47 +429,71 @@ def test_a_function_may_move_what_the_modules_that_it_knows_have_themselves(how,
     assert not same_gradients(wrong, truth)
 
 
-# Norm layers of torch's own.
+# Blocks of torch's own modules.
 
 
 class Reader(nn.Module):
     """Reads the statistics of another layer by a name that its code does not have."""
 
-    def __init__(self, norm, name="running" + "_mean"):
+    def __init__(self, norm):
         super().__init__()
-        self.norm, self.name = norm, name
+        self.norm = norm
 
     def forward(self, x):
-        return self.norm(x).tanh() * (1 + getattr(self.norm, self.name).clone())
+        return self.norm(x).tanh() * (1 + next(self.norm.buffers()).clone())
 
 
-def test_torchs_own_norms_are_not_copied_unless_something_else_could_read_their_statistics():
-    kept = {}
-    norm = nn.BatchNorm1d(3)
-    hooked = copy.deepcopy(norm)
-    hooked.register_forward_hook(lambda *_: None)
-    for name, layer, function in (
-        ("alone", norm, norm),
-        ("named by a function", norm, lambda x: norm(x) + norm.running_mean),
-        ("hooked", hooked, hooked),
-        ("synchronized", nn.SyncBatchNorm(3), None),
-    ):
-        region = preserving._Region(function or layer, ())
-        with region.forward():
-            if function is not layer and function is not None:
-                function(torch.rand(2, 3))
-        kept[name] = region.state[layer][2]
-    assert kept.pop("alone") is preserving._UNREAD
-    assert all(isinstance(buffers["running_mean"], torch.Tensor) for buffers in kept.values())
+class BlockOfAUser(nn.Sequential):
+    pass
+
+
+def hooked(block):
+    block[0].register_forward_hook(lambda *_: None)
+    return block
+
+
+def patched(block):
+    block[0].forward = block[0].forward
+    return block
+
+
+BLOCKS = {
+    "torch's own": (lambda: nn.Sequential(nn.BatchNorm1d(3)), False),
+    "a norm alone": (lambda: nn.BatchNorm1d(3), False),
+    "a class of a user's": (lambda: BlockOfAUser(nn.BatchNorm1d(3)), True),
+    "a class of a user's below": (lambda: nn.Sequential(BlockOfAUser(nn.BatchNorm1d(3))), True),
+    "a hook": (lambda: hooked(nn.Sequential(nn.BatchNorm1d(3))), True),
+    "a hook before": (lambda: nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(3, 3)), nn.BatchNorm1d(3)), True),
+    "a parametrization": (lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(3, 3))), True),
+    "another forward": (lambda: patched(nn.Sequential(nn.BatchNorm1d(3))), True),
+}
+
+
+@pytest.mark.parametrize(("block", "copies"), BLOCKS.values(), ids=BLOCKS)
+def test_buffers_are_copied_in_the_forward_if_anything_but_torchs_own_modules_is_there(block, copies):
+    block = block()
+    region = preserving._Region()
+    with region.forward(block):
+        pass
+    own = {id(buffer) for buffer in block.buffers()}
+    kept = {id(buffer) for _, copied in region.state.values() for buffer in copied["_buffers"].values()}
+    assert len(kept) == len(own) > 0
+    assert kept.isdisjoint(own) == copies
+    assert (kept == own) == (not copies)
 
 
 @pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
-def test_what_reads_their_statistics_unnoticed_gets_nan(ckpt):
-    x = torch.rand(4, 3, requires_grad=True)
+def test_whoever_reads_the_statistics_of_a_norm_layer_reads_what_the_forward_read(ckpt):
     reader = Reader(nn.BatchNorm1d(3))
-    ckpt(reader, x).square().sum().backward()
-    assert x.grad.isnan().all()
-    assert reader.norm.running_mean.isfinite().all()
+    truth, wrong = copy.deepcopy(reader), copy.deepcopy(reader)
+    gradients = []
+    for each, by in ((truth, plainly), (reader, ckpt), (wrong, non_reentrant)):
+        x = torch.arange(12.0).reshape(4, 3).requires_grad_()
+        by(each, x).square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[0], gradients[2])
+    assert picture(reader) == picture(truth)
 
 
 # Large tensors that stand still.
@@ -364,66 +505,147 @@ class Masked(Normalizer):
     def __init__(self):
         super().__init__()
         self.register_buffer("table", torch.zeros(128, 128))
-        self.moves = False
+        self.moves = None
 
     def forward(self, x):
-        if self.moves:
-            (self.table.data if self.moves == "unseen" else self.table).add_(1)
+        if self.moves is not None:
+            self.moves(self)
         return super().forward(x) * (1 + self.table[0, 0])
 
 
-def masked_step(layer):
-    by_context(layer, torch.ones(2, 3, 2, 2).cumsum(0).requires_grad_()).sum().backward()
+def visibly(layer):
+    layer.table.add_(1)
 
 
-def copies_of_table(layer):
-    region = preserving._Region(layer, ())
-    with region.forward():
-        pass
-    return isinstance(region.state[layer][2]["table"], torch.Tensor)
-
-
-def test_a_large_tensor_that_stands_still_is_no_longer_copied_in_each_checkpoint():
-    layer = Masked()
-    assert layer.table.nbytes > preserving._SMALL
-    assert [copies_of_table(layer) for _ in range(preserving._TRUSTED)] == [True] * preserving._TRUSTED
-    later = [copies_of_table(layer) for _ in range(200)]
-    assert sum(later) == 3  # after 64, 128 and 256, to compare values again
-
-
-def test_a_large_tensor_that_moves_each_time_is_always_copied():
-    for how in (True, "unseen"):
-        layer = Masked()
-        layer.moves = how
-        for _ in range(preserving._TRUSTED + 3):
-            assert copies_of_table(layer)
-            layer(torch.rand(2, 3, 2, 2))
-
-
-def test_a_large_tensor_that_moves_after_all_is_warned_of_and_copied_again():
-    layer = Masked()
-    for _ in range(preserving._TRUSTED + 3):
-        masked_step(layer)
-    layer.moves = True
-    with pytest.warns(UserWarning, match="'table' of a Masked had not moved in 64 checkpoints"):
-        masked_step(layer)
-    twin = copy.deepcopy(layer)
-    x = torch.ones(2, 3, 2, 2).cumsum(0).requires_grad_()
-    y = x.detach().clone().requires_grad_()
-    by_context(layer, x).square().sum().backward()
-    twin(y).square().sum().backward()
-    assert torch.equal(x.grad, y.grad)
-    assert picture(layer) == picture(twin)
-
-
-def test_a_large_tensor_that_moves_unseen_after_all_is_found_by_its_values():
-    layer = Masked()
-    for _ in range(2 * preserving._TRUSTED + 1):  # copied now, to be compared the next time
-        copies_of_table(layer)
+def unseen(layer):
     layer.table.data.add_(1)
-    with pytest.warns(UserWarning, match="'table' of a Masked had not moved in 64 checkpoints"):
-        copies_of_table(layer)
-    assert copies_of_table(layer)
+
+
+def replacing(layer):
+    layer.table = layer.table + 1
+
+
+def in_other_memory(layer):
+    layer.table.data = layer.table.data + 1
+
+
+def copy_of_table(layer):
+    region = preserving._Region()
+    with region.forward(layer):
+        pass
+    return region.state[layer][1]["_buffers"]["table"]
+
+
+def same_as_plainly(layer, ckpt=by_context):
+    """Run a step with a layer and with its twin, and tell whether state and gradients are equal."""
+    twin = copy.deepcopy(layer)
+    x, y = (torch.ones(2, 3, 2, 2).cumsum(0).requires_grad_() for _ in range(2))
+    ckpt(layer, x).square().sum().backward()
+    twin(y).square().sum().backward()
+    return torch.equal(x.grad, y.grad) and picture(layer) == picture(twin)
+
+
+def test_a_large_tensor_that_stands_still_is_copied_once():
+    layer = Masked()
+    assert layer.table.nbytes > state._LARGE
+    copies = [copy_of_table(layer) for _ in range(3 * state._COMPARED)]
+    assert len(set(map(id, copies))) == 1
+    assert copies[0] is not layer.table
+    assert copy_of_table(copy.deepcopy(layer)) is not copies[0]
+
+
+def test_the_copy_of_a_large_tensor_goes_with_the_tensor():
+    layer = Masked()
+    copied = weakref.ref(copy_of_table(layer))
+    gc.collect()
+    assert copied() is not None
+    del layer
+    gc.collect()
+    assert copied() is None
+
+
+def test_a_large_tensor_is_compared_with_its_copy_ever_more_rarely(monkeypatch):
+    compared, asked = [], 0
+    monkeypatch.setattr(torch, "equal", lambda *_: compared.append(asked) or True)
+    layer = Masked()
+    for asked in range(300):  # noqa: B007
+        copy_of_table(layer)
+    assert compared == [*range(1, 65), 128, 256]
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("still", [0, 3, 70])
+@pytest.mark.parametrize("moves", [visibly, replacing])
+def test_a_large_tensor_may_move_at_any_time_where_autograd_sees_it(moves, still, ckpt):
+    layer = Masked()
+    for _ in range(still):
+        assert same_as_plainly(layer, ckpt)
+    layer.moves = moves
+    for _ in range(3):
+        assert same_as_plainly(layer, ckpt)
+    layer.moves = None
+    assert same_as_plainly(layer, ckpt)
+    assert not same_as_plainly(layer, non_reentrant)
+
+
+@pytest.mark.parametrize("moves", [unseen, in_other_memory])
+def test_a_large_tensor_may_move_unseen_in_the_first_checkpoints(moves):
+    layer = Masked()
+    for each in (None, moves, moves, None, None, moves):
+        layer.moves = each
+        assert same_as_plainly(layer)
+
+
+def test_a_large_tensor_that_moves_unseen_after_all_is_found_later_and_warned_of():
+    layer = Masked()
+    while state._shared.get(layer.table, (0, 0, 0))[2] != 2 * state._COMPARED - 1:
+        copy_of_table(layer)
+    layer.table.data.add_(1)
+    assert not same_as_plainly(layer)
+    with pytest.warns(UserWarning, match=r"a torch.float64 of shape \(128, 128\) .* stood still in 64 checkpoints"):
+        assert same_as_plainly(layer)
+    layer.moves = unseen
+    for _ in range(3):
+        assert same_as_plainly(layer)
+
+
+def test_a_replay_does_not_write_to_the_copy_that_all_share():
+    layer = Masked()
+    x = torch.ones(2, 3, 2, 2).cumsum(0).requires_grad_()
+    loss = by_context(layer, x).sum()
+    copied = copy_of_table(layer)
+    layer.moves = visibly  # in the replay alone: what it does not know from its forward, it has not got
+    loss.backward()
+    assert copied.eq(0).all()
+    assert layer.table.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        torch.zeros(128, 128, device="meta"),
+        torch.zeros(128, 128).to_sparse(),
+        nn.Parameter(torch.zeros(128, 128), requires_grad=False),
+    ],
+    ids=["meta", "sparse", "parameter"],
+)
+def test_a_large_tensor_of_another_sort_is_copied_or_stands_for_itself(table):
+    layer = Masked()
+    layer.table, layer.other = None, [table]
+    for _ in range(2):
+        region = preserving._Region()
+        with region.forward(layer):
+            pass
+        copied = region.state[layer][1]["other"][0]
+        assert copied.shape == table.shape
+        assert (copied is table) == isinstance(table, nn.Parameter)
+
+
+def test_a_large_tensor_made_in_inference_mode_is_copied():
+    with torch.inference_mode():
+        table = torch.zeros(128, 128)
+    copier = state.Copier(share=True, detach=True)
+    assert copier.copy(table) is not table
 
 
 # Where else it goes.
@@ -501,7 +723,7 @@ def test_checkpoint_sequential_takes_no_context_but_can_be_given_the_drop_in(mon
 def test_threads_do_not_see_each_others_modules():
     inside, outside = threading.Event(), threading.Event()
     layer, other = Steps(), Steps()
-    region = preserving._Region(lambda: None, ())
+    region = preserving._Region()
 
     def elsewhere():
         inside.wait(10)
@@ -510,7 +732,7 @@ def test_threads_do_not_see_each_others_modules():
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
-    with region.forward():
+    with region.forward(lambda: None):
         inside.set()
         assert outside.wait(10)
         layer(torch.rand(1))
