@@ -7,6 +7,7 @@ it has been installed without them, by `pip install --no-deps spikingjelly`. `LI
 import functools
 import math
 from collections import deque
+from contextlib import nullcontext
 
 import monai.networks.blocks.activation_checkpointing as monai_checkpointing
 import pytest
@@ -17,7 +18,7 @@ import torch.utils.checkpoint
 import transformers
 from monai.networks.nets.unet import CheckpointUNet
 from torch import nn
-from torch.nn.utils import parametrizations, spectral_norm
+from torch.nn.utils import parametrizations, parametrize, spectral_norm
 from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 
 import momentum_fix
@@ -404,6 +405,35 @@ def test_so_is_the_drop_in_with_the_reentrant_engine_but_for_the_order_of_sums(c
 
 
 # Limits.
+
+
+def with_cache(inside):
+    """Judge two batches with torch's cache of parametrizations, inside of each checkpoint or around both."""
+
+    def client():
+        normalize = parametrizations.spectral_norm
+        model = nn.Sequential(normalize(nn.Linear(5, 5)), nn.Tanh(), normalize(nn.Linear(5, 1)))
+
+        def cached(x):
+            with parametrize.cached():
+                return model(x)
+
+        def step(_, number, ckpt):
+            judged = cached if inside else model
+            x = batches(3, 4, 5)[number].requires_grad_()
+            with nullcontext() if inside else parametrize.cached():
+                loss = (ckpt(judged, x) + ckpt(judged, 2 * x)).sum()
+            loss.backward()
+
+        return model, step
+
+    return client
+
+
+def test_a_cache_of_parametrizations_has_to_be_inside_of_the_checkpoint():
+    assert deviations(with_cache(inside=True), by_context) == (0, 0)
+    with pytest.raises(RuntimeError, match=OTHER_TENSORS):
+        deviations(with_cache(inside=False), by_context)
 
 
 @pytest.mark.xfail(strict=True, reason="the drop-in does not notice that the reentrant engine has cut the graph")
