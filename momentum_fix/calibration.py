@@ -86,6 +86,9 @@ def calibrate(model: nn.Module) -> AbstractContextManager[Report]:
     momentum itself (a schedule, SAM): a warning again. `num_batches_tracked` goes on counting passes after the
     calibrated step. A training-mode forward that you run yourself inside a backward hook counts as a replay.
 
+    Nor is it for a class whose output reads its statistics. Its gradients are wrong, and need `checkpoint` or
+    `preserve_state`; `diagnose` tells.
+
     Layers with one pass per batch, without running statistics, in evaluation mode or with `momentum=None` are
     left alone; a layer that did not run is reported and left alone. Calibrate again when the model, its
     checkpointing or its compilation changes. Compiled code is compiled once more in the block. Momentum is not in a
@@ -132,6 +135,8 @@ class _Block(AbstractContextManager[Report]):
         self.steps = contextmanager(_calibrating)(model)
 
     def __enter__(self) -> Report:
+        if self.entered:
+            raise RuntimeError("this block of calibrate has run already: call calibrate(model) again for another one")
         self.entered = True
         return self.steps.__enter__()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from momentum_fix.corrected import uncorrected
+from momentum_fix.corrected import is_corrected, uncorrected
 from momentum_fix.covering import ONLY_WRITES, Covering, cover, covering, refuse_foreign_forward, uncover
 from momentum_fix.layers import named, the, tracked_layers, warn_of_none
 from momentum_fix.tables import number
@@ -17,7 +17,7 @@ class Once(Covering):
     """Covers a layer for `update_once`."""
 
     def begin(self) -> None:
-        if uncorrected(self.layer) != self.layer.momentum:
+        if is_corrected(self.layer):
             warnings.warn(
                 f"{the(self.name)} has got a corrected momentum since update_once ({_for_plain(self.layer)}; "
                 "pytorch-pfn-extras' checkpoint sets one on its first call), which is wrong for statistics that move "
@@ -74,10 +74,10 @@ def update_once(model: nn.Module) -> Handle:
     run without checkpointing, under every checkpoint, in every order, however often a batch is recomputed, in
     compiled code too. You need to know and calibrate nothing.
 
-    Each layer keeps its class, its state dict and its momentum, and carries one more attribute: a `forward` of its
-    own. It survives `copy.deepcopy` and pickling of the whole model. A model built anew, and layers made anew by
-    `SyncBatchNorm.convert_sync_batchnorm` or fused for quantization, do not have it: call this afterwards, as often as
-    you like.
+    Each layer keeps its class, its state dict and its momentum, and gets a `forward` of its own, which it has as an
+    attribute, beside one that remembers this. It survives `copy.deepcopy` and pickling of the whole model. A model
+    built anew, and layers made anew by `SyncBatchNorm.convert_sync_batchnorm` or fused for quantization, do not have
+    it: call this afterwards, as often as you like.
 
     Not for: a training-mode forward of a new batch that you run inside a backward hook, which is taken for a replay
     (call `handle.remove()` before it and `update_once(model)` after it); the reverse, recomputing outside of a
@@ -87,7 +87,7 @@ def update_once(model: nn.Module) -> Handle:
 
     Gradients are those of the run without checkpointing for torch's own layers, whose training-mode output does not
     read the running statistics. A class whose output reads them (Batch Renormalization, say) gets wrong gradients from
-    any recomputation, with this function and without.
+    any recomputation, with this function and without: `checkpoint` and `preserve_state` are for those.
 
     Args:
         model: any module; every layer below it that tracks running statistics is covered.
@@ -117,7 +117,7 @@ def update_once(model: nn.Module) -> Handle:
     """
     added: list[Covering] = []
     for layer, (name, *_) in (layers := tracked_layers(model)).items():
-        if uncorrected(layer) != layer.momentum:
+        if is_corrected(layer):
             raise ValueError(
                 f"{the(name)} has a corrected momentum ({_for_plain(layer)}), which is wrong for statistics that move "
                 "once per batch: call restore(model) first, or, where the root was written by hand, set the layer's "
@@ -134,7 +134,8 @@ def update_once(model: nn.Module) -> Handle:
         warnings.warn(
             f"{named(own)}: the class has a forward of its own. Its statistics will move once per batch. But if its "
             "output reads them in training, as that of torch's layers does not, every recomputation computes something "
-            "else than the forward pass did, and gradients are wrong. momentum_fix.checkpoint is exact there",
+            "else than the forward pass did, and gradients are wrong. diagnose(model) tells whether that is so, and "
+            "momentum_fix.checkpoint is exact there",
             stacklevel=2,
         )
     return Handle(added)
