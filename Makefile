@@ -8,7 +8,7 @@ help:
 	@echo "make test   set everything up and run all the tests"
 	@echo "make lint   formatting, lint and types"
 	@echo "make paper  compute the paper's numbers, draw its figures, build build/paper.html"
-	@echo "make documents  compute what is generated: docs/conformance.md, docs/study.md, the notebook, the paper (some minutes)"
+	@echo "make documents  compute what is generated: docs/conformance.md, docs/states.md, docs/study.md, the notebook, the paper (some minutes)"
 	@echo "make benchmarks  measure the costs and write docs/benchmarks.md and its picture (a few minutes)"
 	@echo "make study  train, and write what uncorrected passes change into docs/study.md (an hour on two free cores)"
 	@echo "make study-small  the same in small, into build/study-small (two minutes)"
@@ -35,6 +35,7 @@ paper: .venv/with-dev
 
 documents: .venv/with-dev
 	$(BIN)/python tests/conformance.py
+	$(BIN)/python tests/states.py
 	$(BIN)/python notebooks/execute.py
 	$(BIN)/python benchmarks/study_page.py
 	$(BIN)/python paper.py

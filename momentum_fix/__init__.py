@@ -1,6 +1,7 @@
 """BatchNorm's running statistics as if activation checkpointing did not exist.
 
     update_once(model)                 the exact way: statistics move on the forward pass, never on a recomputation
+    preserve_state, checkpoint         exact for every state, gradients too: the recomputation sees what its forward saw
     with calibrate(model) as report:   around one training step: counts each layer's passes, sets its momentum
     correct(model, passes=2)           sets the corrected momentum, if you know the passes
     norm_layer("BatchNorm2d")          a norm layer with the corrected momentum, for a model config

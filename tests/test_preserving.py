@@ -31,8 +31,23 @@ import momentum_fix
 import recipes
 from conformance import WRAPPERS
 from momentum_fix import preserve_state, preserving, state
-from recipes import Net, StoppedError, pipeline, siamese, twice_in_a_region
-from states import KINDS, ONLY_WRITTEN, READ, UNHARMED, Normalizer, Steps, picture
+from recipes import StoppedError, pipeline, siamese, twice_in_a_region
+from states import (
+    KINDS,
+    ONLY_WRITTEN,
+    READ,
+    UNHARMED,
+    Normalizer,
+    Steps,
+    by_context,
+    drop_in,
+    drop_in_reentrant,
+    gradients,
+    net_of,
+    picture,
+    run,
+    same_gradients,
+)
 from twins import batches, non_reentrant, plainly, reentrant, train
 
 pytestmark = [
@@ -41,18 +56,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Lazy modules are a new feature"),
     pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated"),
 ]
-
-
-def by_context(function, *args, **kwargs):
-    return non_reentrant(function, *args, context_fn=preserve_state, **kwargs)
-
-
-def drop_in(function, *args, **kwargs):
-    return momentum_fix.checkpoint(function, *args, use_reentrant=False, **kwargs)
-
-
-def drop_in_reentrant(function, *args):
-    return momentum_fix.checkpoint(function, *args, use_reentrant=True)
 
 
 EXACT = {"context_fn": by_context, "drop-in": drop_in, "drop-in, reentrant": drop_in_reentrant}
@@ -112,27 +115,6 @@ WAYS = [
     methods_of_layers,
     copied_in_between,
 ]
-
-
-def net_of(kind):
-    torch.manual_seed(0)
-    return Net(lambda _: KINDS[kind]())
-
-
-def run(kind, way, ckpt, count=3):
-    return train(net_of(kind), way, batches(count, 4, 3, 4, 4), ckpt)
-
-
-def gradients(net):
-    return [parameter.grad for parameter in net.parameters()]
-
-
-def same_gradients(net, truth, tolerance=0.0):
-    pairs = list(zip(gradients(net), gradients(truth), strict=True))
-    return all(
-        (mine is None) == (true is None) and (mine is None or torch.allclose(mine, true, rtol=0, atol=tolerance))
-        for mine, true in pairs
-    )
 
 
 # Another order of a sum, which the reentrant engine has without this package too.
@@ -718,6 +700,19 @@ def test_checkpoint_sequential_takes_no_context_but_can_be_given_the_drop_in(mon
         checkpoint_sequential([nn.Linear(1, 1)], 1, torch.rand(1), use_reentrant=False, context_fn=preserve_state)
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", momentum_fix.checkpoint)
     assert same_gradients(run("running normalizer", segments, plainly), truth)
+
+
+def test_a_loop_over_segments_does_what_checkpoint_sequential_does_and_is_exact():
+    def segments(net, x, ckpt):
+        x.requires_grad_()
+        for segment in (net.a, net.b, net.c):
+            x = ckpt(segment, x)
+        x.sum().backward()
+
+    truth = run("running normalizer", recipes.one, plainly)
+    for ckpt in EXACT.values():
+        assert same_gradients(run("running normalizer", segments, ckpt), truth)
+    assert not same_gradients(run("running normalizer", segments, non_reentrant), truth)
 
 
 def test_threads_do_not_see_each_others_modules():
