@@ -15,11 +15,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
 
-import momentum_fix
 import recipes
 from conformance import grid
-from momentum_fix import preserve_state, update_once
-from twins import ROUNDING, batches, non_reentrant, plainly, reentrant, train
+from momentum_fix import preserving, update_once
+from twins import ROUNDING, batches, by_context, drop_in, drop_in_reentrant, non_reentrant, plainly, reentrant, train
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "states.md"
 CHANNELS = 3
@@ -364,18 +363,6 @@ def picture(model, parameters=True):
 # The columns: what can be done about it.
 
 
-def by_context(function, *args, **kwargs):
-    return non_reentrant(function, *args, context_fn=preserve_state, **kwargs)
-
-
-def drop_in(function, *args, **kwargs):
-    return momentum_fix.checkpoint(function, *args, use_reentrant=False, **kwargs)
-
-
-def drop_in_reentrant(function, *args):
-    return momentum_fix.checkpoint(function, *args, use_reentrant=True)
-
-
 def unchanged(net):
     return net
 
@@ -523,6 +510,44 @@ def _outcome_of_compiled(kind, how, ckpt):
     return in_a_word(wrong(net, truth))
 
 
+# What is kept.
+
+
+class Block(nn.Sequential):
+    """A class of a user's own: what it reads is not known."""
+
+
+class WithMask(Block):
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.register_buffer("mask", torch.ones(1024, 1024, dtype=torch.bool))
+
+
+BLOCKS = {
+    "torch's own modules alone: convolution, BatchNorm of 256 channels": nn.Sequential,
+    "the same in a class of a user's own": Block,
+    "that with a mask of 1024 by 1024": WithMask,
+}
+
+
+def kept(block):
+    """Give the bytes of the buffers of a block, of what each live checkpoint keeps of them, and of what all share."""
+    copies = []
+    for _ in range(2):
+        region = preserving._Region()
+        with region.forward(block):
+            pass
+        buffers = [each for _, copied in region.state.values() for each in copied["_buffers"].values()]
+        copies.append({each for each in buffers if all(each is not own for own in block.buffers())})
+    shared = copies[0] & copies[1]
+    return [sum(each.nbytes for each in tensors) for tensors in (block.buffers(), copies[1] - shared, shared)]
+
+
+def memory():
+    blocks = {name: make(nn.Conv2d(256, 256, 1), nn.BatchNorm2d(256)).float() for name, make in BLOCKS.items()}
+    return {name: kept(block) for name, block in blocks.items()}
+
+
 # The document.
 
 
@@ -551,6 +576,16 @@ def document(table, of_compiled):
         "`checkpoint` always stays outside.",
         "",
         *grid("kind of state", of_compiled),
+        "",
+        "## Memory",
+        "",
+        "What `preserve_state` and `checkpoint` keep of the state of a block, in bytes. A checkpoint lives from its",
+        "forward to its backward. A block of torch's own modules keeps nothing, as its output reads no state; a tensor",
+        "above 64 KiB that stands still is kept once for all.",
+        "",
+        "| block | its state | for each live checkpoint | for all checkpoints, for good |",
+        "| --- | --- | --- | --- |",
+        *(f"| {name} | " + " | ".join(f"{size:,}" for size in sizes) + " |" for name, sizes in memory().items()),
         "",
     ]
     return "\n".join(lines)

@@ -39,16 +39,13 @@ from states import (
     UNHARMED,
     Normalizer,
     Steps,
-    by_context,
-    drop_in,
-    drop_in_reentrant,
     gradients,
     net_of,
     picture,
     run,
     same_gradients,
 )
-from twins import batches, non_reentrant, plainly, reentrant, train
+from twins import batches, by_context, drop_in, drop_in_reentrant, non_reentrant, plainly, reentrant, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
