@@ -392,7 +392,28 @@ COUNTED = {
     "default": lambda root: lambda x, root=root: root.count(x),
     "function in a closure": lambda root: (lambda inner: lambda x: inner(x))(lambda x: root.count(x)),
     "argument": lambda root: functools.partial(lambda known, x: known.count(x), root),
+    "keyword": lambda root: functools.partial(lambda x, known: known.count(x), known=root),
+    "dictionary": lambda root: (lambda known: lambda x: known["root"].count(x))({"root": root}),
+    "global": lambda root: eval("lambda x: root.count(x)", {"root": root}),
+    "a function that knows itself": lambda root: calling_itself(root),
+    "a function with an empty cell": lambda root: with_an_empty_cell(root),
 }
+
+
+def calling_itself(root):
+    def function(x, times=1):
+        return root.count(x) if times == 0 else function(x, times - 1)
+
+    return function
+
+
+def with_an_empty_cell(root):
+    def function(x):
+        return root.count(x) if x is not None else later(x)
+
+    if root is None:
+        later = None
+    return function
 
 
 @pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
@@ -406,6 +427,36 @@ def test_a_function_may_move_what_the_modules_that_it_knows_have_themselves(how,
     assert root.steps == truth.steps == 1
     assert same_gradients(root, truth)
     assert not same_gradients(wrong, truth)
+
+
+def test_a_function_may_call_the_forward_of_what_keeps_its_state_elsewhere():
+    keeper = KINDS["kept in another module"]()
+    twin = copy.deepcopy(keeper)
+    x, y = (torch.ones(2, 3, 2, 2).cumsum(0).requires_grad_() for _ in range(2))
+    by_context(lambda x: keeper.forward(x), x).square().sum().backward()
+    twin(y).square().sum().backward()
+    assert torch.equal(x.grad, y.grad)
+    assert picture(keeper) == picture(twin)
+
+
+def test_the_reentrant_engine_finds_the_way_back_into_a_graph_from_outside():
+    layer, gradients = nn.Identity(), []
+    for ckpt in (plainly, drop_in_reentrant):
+        weight = torch.full((3,), 2.0, requires_grad=True)
+        layer.outer = weight * 3
+        ckpt(lambda x: layer(x) * layer.outer, torch.ones(3, requires_grad=True)).sum().backward()
+        gradients.append(weight.grad)
+    assert torch.equal(*gradients)
+    assert gradients[0].eq(3).all()
+
+
+def test_a_checkpoint_does_not_keep_what_its_forward_has_replaced():
+    layer = KINDS["a buffer that is replaced"]()
+    before = weakref.ref(layer.mean)
+    loss = by_context(layer, torch.ones(2, 3, 2, 2).cumsum(0).requires_grad_()).sum()
+    gc.collect()
+    assert before() is None
+    loss.backward()
 
 
 # Blocks of torch's own modules.
