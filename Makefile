@@ -9,7 +9,7 @@ help:
 	@echo "make lint   formatting, lint and types"
 	@echo "make paper  compute the paper's numbers, draw its figures, build build/paper.html"
 	@echo "make docs   build the site, build/docs/index.html (half a minute)"
-	@echo "make documents  compute what is generated: docs/conformance.md, docs/study.md, the notebook, the paper (some minutes)"
+	@echo "make documents  compute what is generated: docs/conformance.md, docs/states.md, docs/study.md, the notebook, the paper (some minutes)"
 	@echo "make benchmarks  measure the costs and write docs/benchmarks.md and its picture (a few minutes)"
 	@echo "make study  train, and write what uncorrected passes change into docs/study.md (an hour on two free cores)"
 	@echo "make study-small  the same in small, into build/study-small (two minutes)"
@@ -42,6 +42,7 @@ docs: .venv/with-docs
 
 documents: .venv/with-dev
 	$(BIN)/python tests/conformance.py
+	$(BIN)/python tests/states.py
 	$(BIN)/python notebooks/execute.py
 	$(BIN)/python benchmarks/study_page.py
 	$(BIN)/python paper.py

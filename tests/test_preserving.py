@@ -31,9 +31,21 @@ import momentum_fix
 import recipes
 from conformance import WRAPPERS
 from momentum_fix import preserve_state, preserving, state
-from recipes import Net, StoppedError, pipeline, siamese, twice_in_a_region
-from states import KINDS, ONLY_WRITTEN, READ, UNHARMED, Normalizer, Steps, picture
-from twins import batches, non_reentrant, plainly, reentrant, train
+from recipes import StoppedError, pipeline, siamese, twice_in_a_region
+from states import (
+    KINDS,
+    ONLY_WRITTEN,
+    READ,
+    UNHARMED,
+    Normalizer,
+    Steps,
+    gradients,
+    net_of,
+    picture,
+    run,
+    same_gradients,
+)
+from twins import batches, by_context, drop_in, drop_in_reentrant, non_reentrant, plainly, reentrant, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
@@ -41,18 +53,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Lazy modules are a new feature"),
     pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated"),
 ]
-
-
-def by_context(function, *args, **kwargs):
-    return non_reentrant(function, *args, context_fn=preserve_state, **kwargs)
-
-
-def drop_in(function, *args, **kwargs):
-    return momentum_fix.checkpoint(function, *args, use_reentrant=False, **kwargs)
-
-
-def drop_in_reentrant(function, *args):
-    return momentum_fix.checkpoint(function, *args, use_reentrant=True)
 
 
 EXACT = {"context_fn": by_context, "drop-in": drop_in, "drop-in, reentrant": drop_in_reentrant}
@@ -112,27 +112,6 @@ WAYS = [
     methods_of_layers,
     copied_in_between,
 ]
-
-
-def net_of(kind):
-    torch.manual_seed(0)
-    return Net(lambda _: KINDS[kind]())
-
-
-def run(kind, way, ckpt, count=3):
-    return train(net_of(kind), way, batches(count, 4, 3, 4, 4), ckpt)
-
-
-def gradients(net):
-    return [parameter.grad for parameter in net.parameters()]
-
-
-def same_gradients(net, truth, tolerance=0.0):
-    pairs = list(zip(gradients(net), gradients(truth), strict=True))
-    return all(
-        (mine is None) == (true is None) and (mine is None or torch.allclose(mine, true, rtol=0, atol=tolerance))
-        for mine, true in pairs
-    )
 
 
 # Another order of a sum, which the reentrant engine has without this package too.
@@ -413,7 +392,28 @@ COUNTED = {
     "default": lambda root: lambda x, root=root: root.count(x),
     "function in a closure": lambda root: (lambda inner: lambda x: inner(x))(lambda x: root.count(x)),
     "argument": lambda root: functools.partial(lambda known, x: known.count(x), root),
+    "keyword": lambda root: functools.partial(lambda x, known: known.count(x), known=root),
+    "dictionary": lambda root: (lambda known: lambda x: known["root"].count(x))({"root": root}),
+    "global": lambda root: eval("lambda x: root.count(x)", {"root": root}),
+    "a function that knows itself": lambda root: calling_itself(root),
+    "a function with an empty cell": lambda root: with_an_empty_cell(root),
 }
+
+
+def calling_itself(root):
+    def function(x, times=1):
+        return root.count(x) if times == 0 else function(x, times - 1)
+
+    return function
+
+
+def with_an_empty_cell(root):
+    def function(x):
+        return root.count(x) if x is not None else later(x)
+
+    if root is None:
+        later = None
+    return function
 
 
 @pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
@@ -427,6 +427,36 @@ def test_a_function_may_move_what_the_modules_that_it_knows_have_themselves(how,
     assert root.steps == truth.steps == 1
     assert same_gradients(root, truth)
     assert not same_gradients(wrong, truth)
+
+
+def test_a_function_may_call_the_forward_of_what_keeps_its_state_elsewhere():
+    keeper = KINDS["kept in another module"]()
+    twin = copy.deepcopy(keeper)
+    x, y = (torch.ones(2, 3, 2, 2).cumsum(0).requires_grad_() for _ in range(2))
+    by_context(lambda x: keeper.forward(x), x).square().sum().backward()
+    twin(y).square().sum().backward()
+    assert torch.equal(x.grad, y.grad)
+    assert picture(keeper) == picture(twin)
+
+
+def test_the_reentrant_engine_finds_the_way_back_into_a_graph_from_outside():
+    layer, gradients = nn.Identity(), []
+    for ckpt in (plainly, drop_in_reentrant):
+        weight = torch.full((3,), 2.0, requires_grad=True)
+        layer.outer = weight * 3
+        ckpt(lambda x: layer(x) * layer.outer, torch.ones(3, requires_grad=True)).sum().backward()
+        gradients.append(weight.grad)
+    assert torch.equal(*gradients)
+    assert gradients[0].eq(3).all()
+
+
+def test_a_checkpoint_does_not_keep_what_its_forward_has_replaced():
+    layer = KINDS["a buffer that is replaced"]()
+    before = weakref.ref(layer.mean)
+    loss = by_context(layer, torch.ones(2, 3, 2, 2).cumsum(0).requires_grad_()).sum()
+    gc.collect()
+    assert before() is None
+    loss.backward()
 
 
 # Blocks of torch's own modules.
@@ -718,6 +748,19 @@ def test_checkpoint_sequential_takes_no_context_but_can_be_given_the_drop_in(mon
         checkpoint_sequential([nn.Linear(1, 1)], 1, torch.rand(1), use_reentrant=False, context_fn=preserve_state)
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", momentum_fix.checkpoint)
     assert same_gradients(run("running normalizer", segments, plainly), truth)
+
+
+def test_a_loop_over_segments_does_what_checkpoint_sequential_does_and_is_exact():
+    def segments(net, x, ckpt):
+        x.requires_grad_()
+        for segment in (net.a, net.b, net.c):
+            x = ckpt(segment, x)
+        x.sum().backward()
+
+    truth = run("running normalizer", recipes.one, plainly)
+    for ckpt in EXACT.values():
+        assert same_gradients(run("running normalizer", segments, ckpt), truth)
+    assert not same_gradients(run("running normalizer", segments, non_reentrant), truth)
 
 
 def test_threads_do_not_see_each_others_modules():
