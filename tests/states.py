@@ -348,7 +348,8 @@ def picture(model, parameters=True):
             return [plain(item) for item in value]
         return picture(value) if isinstance(value, nn.Module) else value
 
-    ignored = vars(nn.Module()).keys() | {"ckpt", "seen", "move", "forward", "_compiled_call_impl", "_is_torch_compile"}
+    ignored = vars(nn.Module()).keys() | {"ckpt", "seen", "move", "_compiled_call_impl", "_is_torch_compile"}
+    ignored |= {"forward", "_momentum_fix_covering"}  # what update_once puts on
     pictures = {}
     for name, module in model.named_modules():
         own = vars(module)
