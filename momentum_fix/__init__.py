@@ -5,6 +5,7 @@
     correct(model, passes=2)           sets the corrected momentum, if you know the passes
     norm_layer("BatchNorm2d")          a norm layer with the corrected momentum, for a model config
     corrected_momentum(0.1, passes=2)  the number alone; effective_momentum is its inverse
+    with diagnose(model) as report:    around one training step: which state recomputation spoils, and what to use
     audit(source)                      which layers of a model or a saved file were updated more than once per step
     applied(model), restore(model)     what is on a model; take it off again
 
@@ -26,6 +27,8 @@ if _TYPE_CHECKING:
     from momentum_fix.correction import applied as applied
     from momentum_fix.correction import correct as correct
     from momentum_fix.correction import restore as restore
+    from momentum_fix.diagnosing import Diagnosis as Diagnosis
+    from momentum_fix.diagnosing import diagnose as diagnose
     from momentum_fix.factory import norm_layer as norm_layer
     from momentum_fix.once import Handle as Handle
     from momentum_fix.once import update_once as update_once
@@ -40,6 +43,8 @@ _HOMES = {
     "restore": "correction",
     "calibrate": "calibration",
     "Report": "calibration",
+    "diagnose": "diagnosing",
+    "Diagnosis": "diagnosing",
     "update_once": "once",
     "Handle": "once",
     "audit": "auditing",

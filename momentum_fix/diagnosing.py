@@ -1,0 +1,429 @@
+"""Am I affected? One training step tells which state recomputation has moved, and whether outputs read it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import sys
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, is_dataclass
+from fractions import Fraction
+from functools import partial
+from html import escape
+from operator import is_
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from momentum_fix.corrected import uncorrected
+from momentum_fix.correction import Passes
+from momentum_fix.formula import corrected_momentum
+from momentum_fix.layers import tracks
+from momentum_fix.replay import replaying, unseen
+from momentum_fix.tables import aligned, printable, shortened
+
+# A module's own state: what it has, a copy of that, and whether two values are the same.
+
+_NO_STATE = vars(nn.Module()).keys()  # hooks, parameters, submodules, `training`
+_NUMBERS = (bool, int, float, complex, str, type(None))
+_HOLDERS = (list, deque, dict)
+_STATE = (torch.Tensor, tuple, set, *_HOLDERS, *_NUMBERS)
+_ABSENT, _UNSET = object(), object()  # not there; a buffer of a lazy module before its first batch
+
+State: TypeAlias = dict[str, Any]
+States: TypeAlias = dict[nn.Module, State]
+
+
+def own_state(module: nn.Module) -> State:
+    """Give the buffers and the plain attributes that a module itself has."""
+    own = vars(module)
+    state = {name: value for name, value in own.items() if isinstance(value, _STATE) and name not in _NO_STATE}
+    buffers = {name: _UNSET if nn.parameter.is_lazy(value) else value for name, value in own["_buffers"].items()}
+    return {**state, **buffers}
+
+
+def copied(value: Any) -> Any:
+    """Copy tensors, and what holds them; parameters and other objects stand for themselves."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone() if _has_values(value) else value
+    if isinstance(value, tuple):
+        items = [copied(item) for item in value]
+        unchanged = all(map(is_, items, value))
+        return value if unchanged else value._make(items) if hasattr(value, "_make") else tuple(items)
+    twin: Any = copy.copy(value) if isinstance(value, (set, *_HOLDERS)) else value
+    if isinstance(value, _HOLDERS):
+        for place, item in value.items() if isinstance(value, dict) else enumerate(value):
+            twin[place] = copied(item)
+    return twin
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two values are equal, to the last bit; a NaN equals a NaN."""
+    if one is other or type(one) is not type(other):
+        return one is other
+    if isinstance(one, torch.Tensor):
+        if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device) or not _has_values(one):
+            return one.is_meta and one.shape == other.shape
+        with torch.no_grad():
+            return bool(((one == other) | ((one != one) & (other != other))).all())
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(item, other[place]) for place, item in one.items())
+    if isinstance(one, (tuple, *_HOLDERS)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if is_dataclass(one) or isinstance(one, torch.distributions.Distribution):  # what a module may give
+        return same(vars(one), vars(other))
+    return isinstance(one, (set, *_NUMBERS)) and bool(one == other or (one != one and other != other))
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    return type(tensor) is torch.Tensor and not tensor.is_meta and tensor.layout is torch.strided
+
+
+# What is found.
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One piece of state that a replay has moved, or has read with another value than its forward pass."""
+
+    module: str
+    attribute: str
+    module_class: str
+    times: Passes | None  # how often it moves for one batch; None where that is not known
+    read: bool | None  # whether outputs change with it; None where that could not be found out
+    remedy: str  # "preserve_state", "update_once", ...; "" where nothing is to be done
+    note: str
+
+    def cells(self) -> tuple[str, ...]:
+        """Give the row's text."""
+        times, read = "?" if self.times is None else str(self.times), {True: "yes", False: "no", None: "?"}[self.read]
+        return _joined(self.module, self.attribute), self.module_class, times, read, self.remedy or "nothing", self.note
+
+
+class Diagnosis(dict[str, Finding]):
+    """What `diagnose` found: a dict from the name of a piece of state to its `Finding`; `ok`; a verdict and a table."""
+
+    verdict = "Nothing is known: the block has not ended."
+    complete = False  # whether a backward pass was seen
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything could be seen, and nothing needs mending."""
+        return self.complete and not any(finding.remedy for finding in self.values())
+
+    def __repr__(self) -> str:
+        return f"<Diagnosis: {self.verdict}>"
+
+    def __str__(self) -> str:
+        return "\n\n".join([self.verdict, aligned(self._table())]) if self else self.verdict
+
+    def _repr_html_(self) -> str:
+        rows = [
+            f"<tr>{''.join(f'<{kind}>{escape(printable(shortened(cell)))}</{kind}>' for cell in cells)}</tr>"
+            for kind, cells in zip(["th", *["td"] * len(self)], self._table(), strict=True)
+        ]
+        return "\n".join([f"<p>{escape(self.verdict)}</p>", *(["<table>", *rows, "</table>"] if self else [])])
+
+    def _table(self) -> list[tuple[str, ...]]:
+        return [("state", "class", "times", "read", "use", "note"), *(finding.cells() for finding in self.values())]
+
+
+def _joined(*names: str) -> str:
+    return ".".join(filter(None, names))
+
+
+def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
+    """TODO."""
+    return _diagnosing(model)
+
+
+@contextmanager
+def _diagnosing(model: nn.Module) -> Iterator[Diagnosis]:
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model is of type {type(model).__name__}, but must be an nn.Module, and not TorchScript")
+    watch, report, hooks = _Watch(model), Diagnosis(), []
+    try:
+        for module in watch.names:
+            hooks.append(module.register_forward_pre_hook(watch.enter, with_kwargs=True, prepend=True))
+            hooks.append(module.register_forward_hook(watch.leave, always_call=True))
+        for parameter in model.parameters():
+            if parameter.requires_grad and not nn.parameter.is_lazy(parameter):
+                hooks.append(parameter.register_hook(watch.in_backward))  # type: ignore[no-untyped-call]
+        yield report
+    finally:
+        for hook in hooks:
+            hook.remove()
+    watch.look(watch.names)
+    report.update({_joined(finding.module, finding.attribute): finding for finding in watch.findings(model)})
+    report.complete, report.verdict = watch.backward, _verdict(report, bool(watch.replayed))
+
+
+def _verdict(report: Diagnosis, replayed: bool) -> str:
+    harmful = [finding.read for finding in report.values() if finding.remedy]
+    for read, text in _VERDICTS.items():
+        if count := harmful.count(read):
+            return text.format(f"{count} piece{'s' * (count > 1)} of state")
+    return _CLEAN if replayed else _NO_REPLAY
+
+
+_VERDICTS = {
+    True: "Gradients are wrong: outputs read {} that recomputation finds moved.",
+    None: "Gradients may be wrong: of {} it could not be found out whether outputs read it.",
+    False: "Gradients are right, but recomputation moves {} again.",
+}
+_CLEAN = "Clean: recomputation leaves the state of this model as it should be."
+_NO_REPLAY = (
+    "Nothing found, but no recomputation was seen: is checkpointing on, and did the backward pass run inside the block?"
+)
+
+# How it is found.
+
+
+@dataclass
+class _Moves:
+    """How often one piece of state has moved, and whether outputs read it, or why that is not known."""
+
+    passes: int = 0
+    replays: int = 0
+    between: int = 0  # two calls, where nobody knows what it was
+    read: set[bool | str] = field(default_factory=set)
+    before: list[Any] = field(default_factory=list)  # each value that it has had in this backward pass, before it moved
+
+
+class _Watch:
+    """Looks at the state of modules whenever one of them is entered or left."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = _parts(model)
+        self.below = {module: [part for part in _parts(module) if part in self.names] for module in self.names}
+        self.last = {module: copied(own_state(module)) for module in self.names}  # replaced when it moves
+        self.moves: dict[nn.Module, dict[str, _Moves]] = defaultdict(lambda: defaultdict(_Moves))
+        self.starts: dict[nn.Module, list[States]] = defaultdict(list)  # of the calls in forward passes
+        self.running: list[tuple[nn.Module, tuple[Any, ...]]] = []  # with what `try_out` needs
+        self.pending: list[tuple[nn.Module, str]] = []  # what has moved in this backward pass
+        self.called, self.replayed = set[nn.Module](), set[nn.Module]()
+        self.backward = self.unchecked = self.trying = False
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.trying or torch.compiler.is_compiling() or module not in self.names:  # a copy of a module has the hook
+            return
+        with unseen():
+            self.look(self.below[module] if self.running else self.names)
+            start, trial = {part: self.last[part] for part in self.below[module]}, ()
+            if not replaying():
+                self.starts[module].append(start)
+            elif self.starts[module]:
+                # Of several forward passes, it is a replay of the one with the most equal state; of those, of the last.
+                origin = min(reversed(self.starts[module]), key=lambda origin: len(_differing(origin, start)))
+                trial = (origin, start, copied((args, kwargs))) if _differing(origin, start) else ()
+                self.replayed.update(start)
+            self.called.add(module)
+            self.running.append((module, trial))
+
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        if self.trying or torch.compiler.is_compiling() or module not in dict(self.running):
+            return
+        with unseen():
+            self.look(self.below[module])
+            trial, self.unchecked = dict(self.running)[module], True
+            while self.running.pop()[0] is not module:
+                pass
+            if trial:
+                self.try_out(module, *trial)
+
+    def in_backward(self, _: torch.Tensor) -> None:
+        """See what a replay has moved after its last call."""
+        self.backward = True
+        if self.unchecked and not torch.compiler.is_compiling():
+            self.unchecked = False
+            with unseen():
+                self.look(self.names)
+
+    def look(self, modules: Iterable[nn.Module]) -> None:
+        """Find what has moved since the last look."""
+        replay = replaying()
+        for module in modules:
+            known, now = self.last[module], own_state(module)
+            moved = [name for name, value in now.items() if not same(known.get(name, _ABSENT), value)]
+            moved += known.keys() - now.keys()
+            if moved:
+                self.last[module] = {name: copied(now[name]) if name in moved else known[name] for name in now}
+            for name in moved:
+                moves = self.moves[module][name]
+                if replay:
+                    moves.before.append(known.get(name, _ABSENT))
+                    self.pending.append((module, name))
+                elif self.running:
+                    moves.passes += 1
+                elif not moves.before:
+                    moves.between += 1
+        if not replay:
+            for module, name in self.pending:
+                moves = self.moves[module][name]
+                if moves.before and not same(moves.before[0], self.last[module].get(name, _ABSENT)):
+                    moves.replays += len(moves.before)  # otherwise something has put it back
+                moves.before.clear()
+            self.pending.clear()
+
+    def try_out(self, module: nn.Module, origin: States, start: States, inputs: Any) -> None:
+        """Find what outputs read: run the module with the state of its replay, and with that of its forward pass."""
+        keys = [(part, name) for part, name in _differing(origin, start) if True not in self.moves[part][name].read]
+
+        def outputs(keys: Iterable[tuple[nn.Module, str]] = ()) -> Any:
+            changed = {part: dict(state) for part, state in start.items()}
+            for part, name in keys:
+                changed[part][name] = origin[part].get(name, _ABSENT)
+            return _outputs(module, changed, inputs)
+
+        def reading(keys: list[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str]]:
+            if not keys or same(outputs(keys), unchanged):
+                return []
+            half = len(keys) // 2
+            return keys if half == 0 else reading(keys[:half]) + reading(keys[half:]) or keys
+
+        found, why = [], ""
+        self.trying = True
+        try:
+            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+                why = "not tried on several ranks: run the step in one process"
+            elif any(origin[part].get(name) is _UNSET for part, name in keys):
+                why = "not tried in a first step: run one more step in the block"
+            elif same(unchanged := outputs(), outputs()):
+                found = reading(keys)
+            else:
+                why = "the output varies by itself"
+        except Exception as error:
+            why = f"the module does not run again ({type(error).__name__}: {error})"
+        finally:
+            self.trying = False
+        for part, name in keys:
+            self.moves[part][name].read.add((part, name) in found or why)
+
+    def findings(self, model: nn.Module) -> Iterator[Finding]:
+        """Give what is to be said of each piece of state that replays have moved, or found moved and read."""
+        for name, part in model.named_modules():
+            if part not in self.names and part.training:
+                yield Finding(name, "", type(part).__name__, None, None, "a step without TorchScript", "not looked at")
+        compiled = any("_compiled_call_impl" in vars(part) or "_orig_mod" in part._modules for part in self.names)
+        for module, name in self.names.items():
+            row = partial(Finding, name, module_class=type(module).__name__)
+            known: dict[str, tuple[_Moves, bool | None, str]] = {}
+            for attribute, moves in self.moves[module].items():
+                note = "; ".join(sorted(map(str, filter(None, moves.read - {True}))))
+                read = True in moves.read or (None if note or module not in self.replayed else False)
+                if moves.replays or read or note:
+                    known[attribute] = moves, read, note
+                elif module not in self.called and (compiled or moves.between):
+                    yield row(
+                        attribute, times=None, read=None, remedy="a step without torch.compile", note="moved unseen"
+                    )
+            only_moved = all(read is False for _, read, _ in known.values())
+            for attribute, (moves, read, note) in known.items():
+                mean = 1 + Fraction(moves.replays, moves.passes or moves.between or 1)
+                times: Passes | None = int(mean) if mean.denominator == 1 else mean
+                if moves.replays and not (moves.passes or moves.between):
+                    times = None
+                remedy = "preserve_state"
+                if only_moved:
+                    remedy, note = _remedy(module, attribute, times)
+                elif read is None:
+                    note = note or "moved in no call of its module, so not tried"
+                yield row(attribute, times=times, read=read, remedy=remedy, note=note)
+
+
+def _parts(model: nn.Module) -> dict[nn.Module, str]:
+    """Name the modules of a model, and those in its lists, which are not registered; not those in TorchScript."""
+    names = {part: name for name, part in model.named_modules() if not isinstance(part, torch.jit.ScriptModule)}
+    waiting = list(names)
+    for part in waiting:
+        for attribute, value in vars(part).items():
+            for place, each in enumerate(value if isinstance(value, (list, tuple)) else ()):
+                if isinstance(each, nn.Module) and each not in names:
+                    names[each] = _joined(names[part], f"{attribute}[{place}]")
+                    waiting.append(each)
+    return names
+
+
+def _remedy(layer: Any, attribute: str, times: Passes | None) -> tuple[str, str]:
+    """Say what to use for state that outputs do not read, and what there is to note."""
+    if times is None:
+        return "", "moves in recomputations only"
+    if attribute not in layer._buffers or not tracks(layer):
+        return "preserve_state", ""
+    plain = uncorrected(layer)
+    if times != int(times) or (plain is layer.momentum and plain is not None):
+        return "update_once", ""
+    right = plain is None or math.isclose(corrected_momentum(plain, int(times)), layer.momentum)
+    return (
+        ("", "its momentum makes up for it")
+        if right
+        else ("update_once", "its momentum is corrected for another number")
+    )
+
+
+def _differing(origin: States, start: States) -> list[tuple[nn.Module, str]]:
+    return [
+        (part, name)
+        for part, state in start.items()
+        if origin[part] is not state
+        for name in {**origin[part], **state}
+        if not same(origin[part].get(name, _ABSENT), state.get(name, _ABSENT))
+    ]
+
+
+def _outputs(module: nn.Module, states: States, inputs: Any) -> Any:
+    """Run a module on copies of state, parameters and inputs; give copies of what comes out, and put all back."""
+    before, put_back = {part: vars(part).copy() for part in states}, _random_numbers()
+    try:
+        for part, state in states.items():
+            own = vars(part)
+            values = {name: copied(value) for name, value in state.items() if value is not _ABSENT}
+            for name in own_state(part).keys() & own.keys():
+                del own[name]
+            own["_buffers"] = {name: values.pop(name) for name in own["_buffers"] if name in values}
+            own["_parameters"] = {name: _twin(value) for name, value in own["_parameters"].items()}
+            own.update(values)
+        with saved_tensors_hooks(lambda saved: saved, lambda saved: saved), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            args, kwargs = copied(inputs)
+            output = module(*args, **kwargs)
+        left = [value for part in states for value in own_state(part).values() if isinstance(value, torch.Tensor)]
+        return copied((output, [value for value in left if value.requires_grad]))
+    finally:
+        put_back()
+        for part, own in before.items():
+            vars(part).clear()
+            vars(part).update(own)
+
+
+def _twin(parameter: Any) -> Any:
+    plain = type(parameter) is nn.Parameter
+    return nn.Parameter(parameter.detach().clone(), parameter.requires_grad) if plain else parameter
+
+
+def _random_numbers() -> Callable[[], None]:
+    """Remember where each stream of random numbers is, and give what sets them back to that."""
+    streams: list[tuple[Any, Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (random.setstate, random.getstate()),
+    ]
+    if torch.accelerator.is_available():
+        device = torch.get_device_module()
+        kind = "rng_state_all" if hasattr(device, "get_rng_state_all") else "rng_state"
+        streams.append((getattr(device, f"set_{kind}"), getattr(device, f"get_{kind}")()))
+    if "numpy" in sys.modules:
+        numbers = sys.modules["numpy"].random
+        streams.append((numbers.set_state, numbers.get_state()))
+
+    def set_back() -> None:
+        for put, state in streams:
+            put(state)
+
+    return set_back
