@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from momentum_fix.corrected import uncorrected
 from momentum_fix.correction import Passes
@@ -44,9 +45,10 @@ States: TypeAlias = dict[nn.Module, State]
 def own_state(module: nn.Module) -> State:
     """Give the buffers and the plain attributes that a module itself has."""
     own = vars(module)
-    state = {name: value for name, value in own.items() if isinstance(value, _STATE) and name not in _NO_STATE}
-    buffers = {name: _UNSET if nn.parameter.is_lazy(value) else value for name, value in own["_buffers"].items()}
-    return {**state, **buffers}
+    state = {name: value for name, value in own.items() if name not in _NO_STATE and isinstance(value, _STATE)}
+    for name, value in own["_buffers"].items():
+        state[name] = _UNSET if nn.parameter.is_lazy(value) else value
+    return state
 
 
 def copied(value: Any) -> Any:
@@ -71,8 +73,7 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device) or not _has_values(one):
             return one.is_meta and one.shape == other.shape
-        with torch.no_grad():
-            return bool(((one == other) | ((one != one) & (other != other))).all())
+        return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(item, other[place]) for place, item in one.items())
     if isinstance(one, (tuple, *_HOLDERS)):
@@ -151,7 +152,8 @@ def _diagnosing(model: nn.Module) -> Iterator[Diagnosis]:
     watch, report, hooks = _Watch(model), Diagnosis(), []
     try:
         for module in watch.names:
-            hooks.append(module.register_forward_pre_hook(watch.enter, with_kwargs=True, prepend=True))
+            first = not isinstance(module, LazyModuleMixin)  # a hook of its own gives it its parameters and buffers
+            hooks.append(module.register_forward_pre_hook(watch.enter, with_kwargs=True, prepend=first))
             hooks.append(module.register_forward_hook(watch.leave, always_call=True))
         for parameter in model.parameters():
             if parameter.requires_grad and not nn.parameter.is_lazy(parameter):
@@ -215,7 +217,7 @@ class _Watch:
         if self.trying or torch.compiler.is_compiling() or module not in self.names:  # a copy of a module has the hook
             return
         with unseen():
-            self.look(self.below[module] if self.running else self.names)
+            self.look(self.below[module] if self.running or self.unchecked and replaying() else self.names)
             start, trial = {part: self.last[part] for part in self.below[module]}, ()
             if not replaying():
                 self.starts[module].append(start)
@@ -251,7 +253,8 @@ class _Watch:
         replay = replaying()
         for module in modules:
             known, now = self.last[module], own_state(module)
-            moved = [name for name, value in now.items() if not same(known.get(name, _ABSENT), value)]
+            moved = [name for name, value in now.items() if known.get(name, _ABSENT) is not value]
+            moved = [name for name in moved if not same(known.get(name, _ABSENT), now[name])]
             moved += known.keys() - now.keys()
             if moved:
                 self.last[module] = {name: copied(now[name]) if name in moved else known[name] for name in now}
@@ -293,8 +296,6 @@ class _Watch:
         try:
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 why = "not tried on several ranks: run the step in one process"
-            elif any(origin[part].get(name) is _UNSET for part, name in keys):
-                why = "not tried in a first step: run one more step in the block"
             elif same(unchanged := outputs(), outputs()):
                 found = reading(keys)
             else:
@@ -374,7 +375,7 @@ def _differing(origin: States, start: States) -> list[tuple[nn.Module, str]]:
         for part, state in start.items()
         if origin[part] is not state
         for name in {**origin[part], **state}
-        if not same(origin[part].get(name, _ABSENT), state.get(name, _ABSENT))
+        if origin[part].get(name) is not _UNSET and not same(origin[part].get(name, _ABSENT), state.get(name, _ABSENT))
     ]
 
 
