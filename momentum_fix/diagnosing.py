@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import random
 import sys
 import warnings
@@ -13,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from fractions import Fraction
 from functools import partial
-from html import escape
+from math import isclose
 from operator import is_
 from typing import Any, TypeAlias
 
@@ -24,11 +23,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from momentum_fix.corrected import uncorrected
-from momentum_fix.correction import Passes
 from momentum_fix.formula import corrected_momentum
 from momentum_fix.layers import tracks
 from momentum_fix.replay import replaying, unseen
-from momentum_fix.tables import aligned, printable, shortened
+from momentum_fix.tables import aligned, html
 
 # A module's own state: what it has, a copy of that, and whether two values are the same.
 
@@ -45,7 +43,7 @@ States: TypeAlias = dict[nn.Module, State]
 def own_state(module: nn.Module) -> State:
     """Give the buffers and the plain attributes that a module itself has."""
     own = vars(module)
-    state = {name: value for name, value in own.items() if name not in _NO_STATE and isinstance(value, _STATE)}
+    state: State = {name: value for name, value in own.items() if name not in _NO_STATE and isinstance(value, _STATE)}
     for name, value in own["_buffers"].items():
         state[name] = _UNSET if nn.parameter.is_lazy(value) else value
     return state
@@ -89,23 +87,37 @@ def _has_values(tensor: torch.Tensor) -> bool:
 
 # What is found.
 
+_HEADER = ("state", "class", "times", "read", "use", "note")
+_VERDICTS = {  # by whether outputs read it
+    True: "Gradients are wrong: outputs read {} that a recomputation finds moved.",
+    None: "Gradients may be wrong: it could not be found out whether outputs read {}.",
+    False: "Gradients are right, but recomputation moves {} again.",
+}
+_CLEAN = "Clean: recomputation leaves the state of this model as it should be."
+_NO_REPLAY = "Nothing found, but no recomputation was seen: is checkpointing on, and did backward run inside the block?"
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One piece of state that a replay has moved, or has read with another value than its forward pass."""
+    """One piece of state that a replay has moved, or has found moved and read."""
 
     module: str
     attribute: str
     module_class: str
-    times: Passes | None  # how often it moves for one batch; None where that is not known
-    read: bool | None  # whether outputs change with it; None where that could not be found out
-    remedy: str  # "preserve_state", "update_once", ...; "" where nothing is to be done
+    times: int | Fraction | None  # how often it moves for one batch; None where that is not known
+    read: bool | None  # whether outputs are others for it; None where that could not be found out
+    remedy: str  # what to use; "" where nothing is to be done
     note: str
+
+    @property
+    def name(self) -> str:
+        """The name of module and attribute, as in a state dict."""
+        return f"{self.module}.{self.attribute}".strip(".")
 
     def cells(self) -> tuple[str, ...]:
         """Give the row's text."""
         times, read = "?" if self.times is None else str(self.times), {True: "yes", False: "no", None: "?"}[self.read]
-        return _joined(self.module, self.attribute), self.module_class, times, read, self.remedy or "nothing", self.note
+        return self.name, self.module_class, times, read, self.remedy or "nothing", self.note
 
 
 class Diagnosis(dict[str, Finding]):
@@ -123,25 +135,65 @@ class Diagnosis(dict[str, Finding]):
         return f"<Diagnosis: {self.verdict}>"
 
     def __str__(self) -> str:
-        return "\n\n".join([self.verdict, aligned(self._table())]) if self else self.verdict
+        table = [aligned([_HEADER, *(finding.cells() for finding in self.values())])] if self else []
+        return "\n\n".join([self.verdict, *table])
 
     def _repr_html_(self) -> str:
-        rows = [
-            f"<tr>{''.join(f'<{kind}>{escape(printable(shortened(cell)))}</{kind}>' for cell in cells)}</tr>"
-            for kind, cells in zip(["th", *["td"] * len(self)], self._table(), strict=True)
-        ]
-        return "\n".join([f"<p>{escape(self.verdict)}</p>", *(["<table>", *rows, "</table>"] if self else [])])
-
-    def _table(self) -> list[tuple[str, ...]]:
-        return [("state", "class", "times", "read", "use", "note"), *(finding.cells() for finding in self.values())]
-
-
-def _joined(*names: str) -> str:
-    return ".".join(filter(None, names))
+        return html([_HEADER, *(finding.cells() for finding in self.values())], self.verdict)
 
 
 def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
-    """TODO."""
+    """Tell which state of a model recomputation spoils, whether gradients are wrong for it, and what to use.
+
+    Put one ordinary training step inside the block, backward pass included. State is what a training-mode forward
+    changes on a module: buffers, and plain attributes (tensors, numbers, strings; lists, tuples, dictionaries, sets and
+    deques of them). The report names each piece that a replay, a forward that runs inside the backward pass, has
+    moved, and how often it moves for one batch. The model and the results of the step stay as they are without this, to
+    the bit, random numbers included.
+
+    Whether outputs read a piece of state is found by experiment: wherever a replay starts from other state than its
+    forward pass did, its module runs again, on copies of state, parameters and inputs, with either state, and the
+    outputs are compared. "yes" is certain. "no" is certain for this step only: state that is read now and then, and
+    what a fresh model does once in its first step, needs several steps in the block. Only what modules give is
+    compared: what a checkpointed function itself reads of a module is not seen.
+
+    Use `preserve_state` where outputs read it. Where they do not, gradients are right: `update_once`, or
+    `calibrate`, makes the running statistics of norm layers right, and `preserve_state` any state. A momentum that is
+    corrected for just so many passes needs nothing.
+
+    Not for: compiled code and TorchScript, of which the report says that it could not look inside; what is inside of
+    other objects than those above; modules that are not in the model or in a list on it. Modules are run again with all
+    their hooks: what a forward or a hook changes elsewhere (a file, a list of your own) is changed more often in the
+    block. What you change between forward and backward counts as a replay's doing. On several ranks nothing is
+    run again. Do not put `calibrate` around the same step, and copy the model before or after the block.
+
+    Args:
+        model: any module; all modules below it are watched.
+
+    Returns:
+        A context manager that gives a `Diagnosis`, filled on leaving the block. Its `ok` is True if nothing is to be
+        mended and nothing was hidden; without a backward pass in the block it is False.
+
+    Raises:
+        TypeError: model is no module, or is TorchScript.
+
+    Example:
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        >>> with diagnose(model) as report:
+        ...     checkpoint(model, torch.rand(8, 3), use_reentrant=False).sum().backward()
+        >>> print(report)
+        Gradients are right, but recomputation moves 3 pieces of state again.
+        <BLANKLINE>
+        state                  class        times  read  use          note
+        1.running_mean         BatchNorm1d  2      no    update_once
+        1.running_var          BatchNorm1d  2      no    update_once
+        1.num_batches_tracked  BatchNorm1d  2      no    update_once
+        >>> report.ok
+        False
+
+    Source: the question of pytorch/pytorch#96136 (2023): which modules does checkpointing break?
+    """
     return _diagnosing(model)
 
 
@@ -163,27 +215,13 @@ def _diagnosing(model: nn.Module) -> Iterator[Diagnosis]:
         for hook in hooks:
             hook.remove()
     watch.look(watch.names)
-    report.update({_joined(finding.module, finding.attribute): finding for finding in watch.findings(model)})
-    report.complete, report.verdict = watch.backward, _verdict(report, bool(watch.replayed))
-
-
-def _verdict(report: Diagnosis, replayed: bool) -> str:
+    report.update({finding.name: finding for finding in watch.findings(model)})
     harmful = [finding.read for finding in report.values() if finding.remedy]
-    for read, text in _VERDICTS.items():
+    report.complete, report.verdict = watch.backward, _CLEAN if watch.replayed else _NO_REPLAY
+    for read in (False, None, True):
         if count := harmful.count(read):
-            return text.format(f"{count} piece{'s' * (count > 1)} of state")
-    return _CLEAN if replayed else _NO_REPLAY
+            report.verdict = _VERDICTS[read].format(f"{count} piece{'s' * (count > 1)} of state")
 
-
-_VERDICTS = {
-    True: "Gradients are wrong: outputs read {} that recomputation finds moved.",
-    None: "Gradients may be wrong: of {} it could not be found out whether outputs read it.",
-    False: "Gradients are right, but recomputation moves {} again.",
-}
-_CLEAN = "Clean: recomputation leaves the state of this model as it should be."
-_NO_REPLAY = (
-    "Nothing found, but no recomputation was seen: is checkpointing on, and did the backward pass run inside the block?"
-)
 
 # How it is found.
 
@@ -217,8 +255,9 @@ class _Watch:
         if self.trying or torch.compiler.is_compiling() or module not in self.names:  # a copy of a module has the hook
             return
         with unseen():
-            self.look(self.below[module] if self.running or self.unchecked and replaying() else self.names)
-            start, trial = {part: self.last[part] for part in self.below[module]}, ()
+            self.look(self.below[module] if self.running or (self.unchecked and replaying()) else self.names)
+            start: States = {part: self.last[part] for part in self.below[module]}
+            trial: tuple[Any, ...] = ()
             if not replaying():
                 self.starts[module].append(start)
             elif self.starts[module]:
@@ -304,6 +343,10 @@ class _Watch:
             why = f"the module does not run again ({type(error).__name__}: {error})"
         finally:
             self.trying = False
+            for part in start:  # what was written to from elsewhere than the module
+                for name, value in own_state(part).items():
+                    if isinstance(value, torch.Tensor) and not same(self.last[part][name], value):
+                        value.data.copy_(self.last[part][name])
         for part, name in keys:
             self.moves[part][name].read.add((part, name) in found or why)
 
@@ -325,15 +368,15 @@ class _Watch:
                     yield row(
                         attribute, times=None, read=None, remedy="a step without torch.compile", note="moved unseen"
                     )
-            only_moved = all(read is False for _, read, _ in known.values())
+            unread = all(read is False for _, read, _ in known.values())
             for attribute, (moves, read, note) in known.items():
                 mean = 1 + Fraction(moves.replays, moves.passes or moves.between or 1)
-                times: Passes | None = int(mean) if mean.denominator == 1 else mean
-                if moves.replays and not (moves.passes or moves.between):
-                    times = None
+                times: int | Fraction | None = int(mean) if mean.denominator == 1 else mean
                 remedy = "preserve_state"
-                if only_moved:
-                    remedy, note = _remedy(module, attribute, times)
+                if moves.replays and not (moves.passes or moves.between):
+                    times, remedy, note = None, remedy if read is None else "", "moved in recomputations only"
+                elif unread and attribute in module._buffers and tracks(module):
+                    remedy, note = _of_norms(module, mean)
                 elif read is None:
                     note = note or "moved in no call of its module, so not tried"
                 yield row(attribute, times=times, read=read, remedy=remedy, note=note)
@@ -347,26 +390,18 @@ def _parts(model: nn.Module) -> dict[nn.Module, str]:
         for attribute, value in vars(part).items():
             for place, each in enumerate(value if isinstance(value, (list, tuple)) else ()):
                 if isinstance(each, nn.Module) and each not in names:
-                    names[each] = _joined(names[part], f"{attribute}[{place}]")
+                    names[each] = f"{names[part]}.{attribute}[{place}]".strip(".")
                     waiting.append(each)
     return names
 
 
-def _remedy(layer: Any, attribute: str, times: Passes | None) -> tuple[str, str]:
-    """Say what to use for state that outputs do not read, and what there is to note."""
-    if times is None:
-        return "", "moves in recomputations only"
-    if attribute not in layer._buffers or not tracks(layer):
-        return "preserve_state", ""
+def _of_norms(layer: Any, times: Fraction) -> tuple[str, str]:
+    """Say what to use for statistics that outputs do not read, and what there is to note."""
     plain = uncorrected(layer)
-    if times != int(times) or (plain is layer.momentum and plain is not None):
-        return "update_once", ""
-    right = plain is None or math.isclose(corrected_momentum(plain, int(times)), layer.momentum)
-    return (
-        ("", "its momentum makes up for it")
-        if right
-        else ("update_once", "its momentum is corrected for another number")
-    )
+    right = plain is None if plain is layer.momentum else isclose(corrected_momentum(plain, int(times)), layer.momentum)
+    if right and times == int(times):
+        return "", "its momentum makes up for it"
+    return "update_once", "" if plain is layer.momentum else "its momentum is corrected for another number"
 
 
 def _differing(origin: States, start: States) -> list[tuple[nn.Module, str]]:
