@@ -34,6 +34,7 @@ _NO_STATE = vars(nn.Module()).keys()  # hooks, parameters, submodules, `training
 _NUMBERS = (bool, int, float, complex, str, type(None))
 _HOLDERS = (list, deque, dict)
 _STATE = (torch.Tensor, tuple, set, *_HOLDERS, *_NUMBERS)
+_NOT_WATCHED = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)
 _ABSENT, _UNSET = object(), object()  # not there; a buffer of a lazy module before its first batch
 
 State: TypeAlias = dict[str, Any]
@@ -236,6 +237,11 @@ class _Moves:
     read: set[bool | str] = field(default_factory=set)
     before: list[Any] = field(default_factory=list)  # each value that it has had in this backward pass, before it moved
 
+    @property
+    def times(self) -> Fraction:
+        """How often it moves for one batch."""
+        return 1 + Fraction(self.replays, self.passes or self.between or 1)
+
 
 class _Watch:
     """Looks at the state of modules whenever one of them is entered or left."""
@@ -297,7 +303,7 @@ class _Watch:
             moved += known.keys() - now.keys()
             if moved:
                 self.last[module] = {name: copied(now[name]) if name in moved else known[name] for name in now}
-            for name in moved:
+            for name in moved if _UNSET not in known.values() else ():
                 moves = self.moves[module][name]
                 if replay:
                     moves.before.append(known.get(name, _ABSENT))
@@ -353,7 +359,7 @@ class _Watch:
     def findings(self, model: nn.Module) -> Iterator[Finding]:
         """Give what is to be said of each piece of state that replays have moved, or found moved and read."""
         for name, part in model.named_modules():
-            if part not in self.names and part.training:
+            if isinstance(part, torch.jit.ScriptModule) and part.training:
                 yield Finding(name, "", type(part).__name__, None, None, "a step without TorchScript", "not looked at")
         compiled = any("_compiled_call_impl" in vars(part) or "_orig_mod" in part._modules for part in self.names)
         for module, name in self.names.items():
@@ -369,22 +375,27 @@ class _Watch:
                         attribute, times=None, read=None, remedy="a step without torch.compile", note="moved unseen"
                     )
             unread = all(read is False for _, read, _ in known.values())
+            most = max(
+                (moves.times for moves, *_ in known.values()), default=Fraction(1)
+            )  # a first batch may move less
             for attribute, (moves, read, note) in known.items():
-                mean = 1 + Fraction(moves.replays, moves.passes or moves.between or 1)
-                times: int | Fraction | None = int(mean) if mean.denominator == 1 else mean
+                times: int | Fraction | None = int(moves.times) if moves.times.denominator == 1 else moves.times
                 remedy = "preserve_state"
                 if moves.replays and not (moves.passes or moves.between):
                     times, remedy, note = None, remedy if read is None else "", "moved in recomputations only"
                 elif unread and attribute in module._buffers and tracks(module):
-                    remedy, note = _of_norms(module, mean)
+                    remedy, note = _of_norms(module, most)
                 elif read is None:
                     note = note or "moved in no call of its module, so not tried"
                 yield row(attribute, times=times, read=read, remedy=remedy, note=note)
 
 
 def _parts(model: nn.Module) -> dict[nn.Module, str]:
-    """Name the modules of a model, and those in its lists, which are not registered; not those in TorchScript."""
-    names = {part: name for name, part in model.named_modules() if not isinstance(part, torch.jit.ScriptModule)}
+    """Name the modules of a model, and those in its lists, which are not registered.
+
+    Not TorchScript, and not DDP, which has only lists of what others have, and sends buffers around before each forward.
+    """
+    names = {part: name for name, part in model.named_modules() if not isinstance(part, _NOT_WATCHED)}
     waiting = list(names)
     for part in waiting:
         for attribute, value in vars(part).items():
