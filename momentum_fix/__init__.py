@@ -1,11 +1,11 @@
 """BatchNorm's running statistics as if activation checkpointing did not exist.
 
+    with diagnose(model) as report:    around one training step: which state recomputation spoils, and what to use
     update_once(model)                 the exact way: statistics move on the forward pass, never on a recomputation
     with calibrate(model) as report:   around one training step: counts each layer's passes, sets its momentum
     correct(model, passes=2)           sets the corrected momentum, if you know the passes
     norm_layer("BatchNorm2d")          a norm layer with the corrected momentum, for a model config
     corrected_momentum(0.1, passes=2)  the number alone; effective_momentum is its inverse
-    with diagnose(model) as report:    around one training step: which state recomputation spoils, and what to use
     audit(source)                      which layers of a model or a saved file were updated more than once per step
     applied(model), restore(model)     what is on a model; take it off again
 

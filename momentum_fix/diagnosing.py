@@ -393,7 +393,7 @@ class _Watch:
 def _parts(model: nn.Module) -> dict[nn.Module, str]:
     """Name the modules of a model, and those in its lists, which are not registered.
 
-    Not TorchScript, and not DDP, which has only lists of what others have, and sends buffers around before each forward.
+    Not TorchScript; nor DDP, which has but lists of what others have, and sends buffers around before each forward.
     """
     names = {part: name for name, part in model.named_modules() if not isinstance(part, _NOT_WATCHED)}
     waiting = list(names)
