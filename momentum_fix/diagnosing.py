@@ -90,9 +90,9 @@ def _has_values(tensor: torch.Tensor) -> bool:
 
 _HEADER = ("state", "class", "times", "read", "use", "note")
 _VERDICTS = {  # by whether outputs read it
-    True: "Gradients are wrong: outputs read {} that a recomputation finds moved.",
-    None: "Gradients may be wrong: it could not be found out whether outputs read {}.",
-    False: "Gradients are right, but recomputation moves {} again.",
+    True: "Gradients are wrong: outputs read state that has moved before the recomputation ({}).",
+    None: "Gradients may be wrong: it could not be found out whether outputs read state that moves ({}).",
+    False: "Gradients are right, but recomputation moves state again ({}).",
 }
 _CLEAN = "Clean: recomputation leaves the state of this model as it should be."
 _NO_REPLAY = "Nothing found, but no recomputation was seen: is checkpointing on, and did backward run inside the block?"
@@ -184,7 +184,7 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
         >>> with diagnose(model) as report:
         ...     checkpoint(model, torch.rand(8, 3), use_reentrant=False).sum().backward()
         >>> print(report)
-        Gradients are right, but recomputation moves 3 pieces of state again.
+        Gradients are right, but recomputation moves state again (3 pieces).
         <BLANKLINE>
         state                  class        times  read  use          note
         1.running_mean         BatchNorm1d  2      no    update_once
@@ -221,7 +221,7 @@ def _diagnosing(model: nn.Module) -> Iterator[Diagnosis]:
     report.complete, report.verdict = watch.backward, _CLEAN if watch.replayed else _NO_REPLAY
     for read in (False, None, True):
         if count := harmful.count(read):
-            report.verdict = _VERDICTS[read].format(f"{count} piece{'s' * (count > 1)} of state")
+            report.verdict = _VERDICTS[read].format(f"{count} piece{'s' * (count > 1)}")
 
 
 # How it is found.
@@ -267,8 +267,8 @@ class _Watch:
             if not replaying():
                 self.starts[module].append(start)
             elif self.starts[module]:
-                # Of several forward passes, it is a replay of the one with the most equal state; of those, of the last.
-                origin = min(reversed(self.starts[module]), key=lambda origin: len(_differing(origin, start)))
+                # Of several forward passes, it is taken for a replay of one that began with the most equal state.
+                origin = min(self.starts[module], key=lambda origin: len(_differing(origin, start)))
                 trial = (origin, start, copied((args, kwargs))) if _differing(origin, start) else ()
                 self.replayed.update(start)
             self.called.add(module)
@@ -292,6 +292,10 @@ class _Watch:
             self.unchecked = False
             with unseen():
                 self.look(self.names)
+
+    def __deepcopy__(self, _: Any) -> _Watch:
+        """Let the hooks on a copy of the model, which nobody takes off, find modules that are not watched."""
+        return self
 
     def look(self, modules: Iterable[nn.Module]) -> None:
         """Find what has moved since the last look."""
