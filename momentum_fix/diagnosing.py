@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
 import warnings
@@ -13,7 +12,6 @@ from dataclasses import dataclass, field, is_dataclass
 from fractions import Fraction
 from functools import partial
 from math import isclose
-from operator import is_
 from typing import Any, TypeAlias
 
 import torch
@@ -26,6 +24,7 @@ from momentum_fix.corrected import uncorrected
 from momentum_fix.formula import corrected_momentum
 from momentum_fix.layers import tracks
 from momentum_fix.replay import replaying, unseen
+from momentum_fix.state import Copier
 from momentum_fix.tables import aligned, html
 
 # A module's own state: what it has, a copy of that, and whether two values are the same.
@@ -52,17 +51,7 @@ def own_state(module: nn.Module) -> State:
 
 def copied(value: Any) -> Any:
     """Copy tensors, and what holds them; parameters and other objects stand for themselves."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone() if _has_values(value) else value
-    if isinstance(value, tuple):
-        items = [copied(item) for item in value]
-        unchanged = all(map(is_, items, value))
-        return value if unchanged else value._make(items) if hasattr(value, "_make") else tuple(items)
-    twin: Any = copy.copy(value) if isinstance(value, (set, *_HOLDERS)) else value
-    if isinstance(value, _HOLDERS):
-        for place, item in value.items() if isinstance(value, dict) else enumerate(value):
-            twin[place] = copied(item)
-    return twin
+    return Copier(share=False, detach=True).copy(value)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -70,8 +59,10 @@ def same(one: Any, other: Any) -> bool:
     if one is other or type(one) is not type(other):
         return one is other
     if isinstance(one, torch.Tensor):
-        if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device) or not _has_values(one):
-            return one.is_meta and one.shape == other.shape
+        if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+            return False
+        if type(one) is not torch.Tensor or one.is_meta or one.layout is not torch.strided:  # nothing to compare
+            return True
         return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(item, other[place]) for place, item in one.items())
@@ -80,10 +71,6 @@ def same(one: Any, other: Any) -> bool:
     if is_dataclass(one) or isinstance(one, torch.distributions.Distribution):  # what a module may give
         return same(vars(one), vars(other))
     return isinstance(one, (set, *_NUMBERS)) and bool(one == other or (one != one and other != other))
-
-
-def _has_values(tensor: torch.Tensor) -> bool:
-    return type(tensor) is torch.Tensor and not tensor.is_meta and tensor.layout is torch.strided
 
 
 # What is found.
