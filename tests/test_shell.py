@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ import torch
 import momentum_fix
 from momentum_fix import symbolic
 from momentum_fix.__main__ import main
-
-NEEDS_MATPLOTLIB = pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib: not in the core")
 
 
 def test_value_prints_the_corrected_momentum_and_nothing_else(capsys):
@@ -57,7 +54,6 @@ def test_prove_shows_what_fails_and_ends_with_status_1(which, capsys, monkeypatc
     assert out.splitlines()[-1] == f"2 theorems, {steps} steps: 1 FAILED"
 
 
-@NEEDS_MATPLOTLIB
 def test_plot_writes_the_curves(tmp_path, capsys):
     assert main(["plot", "-o", str(tmp_path / "curves.png")]) == 0
     assert (tmp_path / "curves.png").stat().st_size > 50_000
@@ -92,7 +88,7 @@ def test_no_name_is_advised_that_anybody_could_register_in_the_index():
         (["value", "lots"], "invalid float value: 'lots'"),
         (["value"], "the following arguments are required: momentum"),
         (["plot"], "the following arguments are required: -o/--output"),
-        pytest.param(["plot", "-o", "curves.gif"], "must end in .png, .svg or .pdf", marks=NEEDS_MATPLOTLIB),
+        (["plot", "-o", "curves.gif"], "must end in .png, .svg or .pdf"),
         (["plot", "-o", "/no/such/folder/curves.png"], "No such file or directory"),
         (["plot", "-o", "/"], "Is a directory"),
         (["fly"], "invalid choice: 'fly'"),
