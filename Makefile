@@ -2,18 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # What `make compat` and `make zoo` run with: the oldest torch that the project is said to work with, and the newest.
-TORCH ?= 2.8.0
+TORCH ?= 2.9.1
 NEWEST ?= 2.15.0
 
-.PHONY: help demo test lint paper documents package compat zoo benchmarks study study-small clean
+.PHONY: help demo test lint paper docs documents package compat zoo benchmarks study study-small clean
 help:
 	@echo "make demo   set everything up and run the demonstration on a real 3-D network (a few minutes)"
 	@echo "make test   set everything up and run all the tests"
 	@echo "make lint   formatting, lint and types"
 	@echo "make paper  compute the paper's numbers, draw its figures, build build/paper.html"
+	@echo "make docs   build the site, build/docs/index.html (half a minute)"
 	@echo "make documents  compute what is generated: docs/conformance.md, docs/study.md, the notebook, the paper (some minutes)"
 	@echo "make package  build wheel and sdist into dist, and check them"
-	@echo "make compat TORCH=2.8.0  run the core's tests with this torch and note it in docs/versions.md (gigabytes)"
+	@echo "make compat TORCH=2.9.1  run the core's tests with this torch and note it in docs/versions.md (gigabytes)"
 	@echo "make zoo    run models of torchvision and timm, and the recipes for them, with the newest torch (gigabytes)"
 	@echo "make benchmarks  measure the costs and write docs/benchmarks.md and its picture (a few minutes)"
 	@echo "make study  train, and write what uncorrected passes change into docs/study.md (an hour on two free cores)"
@@ -35,9 +36,15 @@ lint: .venv/with-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/basedpyright
 
 paper: .venv/with-dev
 	$(BIN)/python paper.py
+
+docs: .venv/with-docs
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs/site . build/docs
+	cp build/docs/README.html build/docs/index.html
 
 documents: .venv/with-dev
 	$(BIN)/python tests/conformance.py

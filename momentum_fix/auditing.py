@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex
 
 from momentum_fix.formula import corrected_momentum, positive_integer, power_of_decay
 from momentum_fix.reading import COUNTER, Odd, UnreadableError, checkpoint_files, read, search
-from momentum_fix.tables import aligned, number, printable, shortened
+from momentum_fix.tables import aligned, html, number, printable, shortened
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,13 +80,7 @@ class Audit:
 
     def _repr_html_(self) -> str:
         parts = [f"<p>{escape(self.verdict)}</p>"]
-        for source, (header, *rows) in self.tables():
-            parts.append(f"<table><caption>{escape(source)}</caption>")
-            parts += (
-                f"<tr>{''.join(f'<{kind}>{escape(printable(cell))}</{kind}>' for cell in cells)}</tr>"
-                for kind, cells in (("th", header), *(("td", row) for row in rows))
-            )
-            parts.append("</table>")
+        parts += [html(rows, source) for source, rows in self.tables()]
         return "\n".join([*parts, *(f"<p>{escape(error)}</p>" for error in self.errors.values())])
 
     def tables(self) -> Iterator[tuple[str, list[tuple[str, ...]]]]:

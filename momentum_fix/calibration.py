@@ -6,19 +6,22 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, TypeAlias
 
 import torch.distributed as dist
 from torch import nn
 
 from momentum_fix.corrected import set_momenta, uncorrected
-from momentum_fix.correction import Passes, correct, corrected_for
+from momentum_fix.correction import correct, corrected_for
 from momentum_fix.counting import WARNED, Count, Counted
-from momentum_fix.covering import cover, covering, uncover
+from momentum_fix.covering import cover, uncover
 from momentum_fix.layers import named, tracked_layers, warn_of_none
 from momentum_fix.once import refuse_covered
-from momentum_fix.tables import aligned, number
+from momentum_fix.tables import aligned, html, number
 
+_HEADER = ("layer", "class", "passes", "momentum", "corrected", "note")
+_NO_ROWS = "no layer with running statistics has been calibrated"
 _OTHER_RANK = "as counted on another rank"
 _RANKS_DIFFER = "each rank keeps its own count: they differ (another model under the same names, or a mistake)"
 
@@ -29,7 +32,7 @@ class Row:
 
     name: str
     layer_class: str
-    passes: Passes | None
+    passes: int | Fraction | None
     note: str
     momentum: float | None
     corrected: float | None
@@ -41,7 +44,7 @@ class Row:
         return self.name or "(the model)", self.layer_class, passes, *momenta, self.note
 
 
-class Report(dict[str, Passes]):
+class Report(dict[str, int | Fraction]):
     """What `calibrate` found: a dict from layer to passes, for `correct`; `rows`, one a layer; a table in print.
 
     A layer whose passes are unknown has a row, but is not in the dict.
@@ -50,18 +53,18 @@ class Report(dict[str, Passes]):
     rows: tuple[Row, ...] = ()
 
     @property
-    def passes(self) -> dict[str, Passes]:
-        """The passes as a plain dict, to keep beside a state dict."""
+    def passes(self) -> dict[str, Any]:
+        """The passes as a plain dict, to keep beside a state dict: integers, but for layers that were warned of."""
         return dict(self)
 
     def __repr__(self) -> str:
         return f"<Report on {len(self.rows)} layers, passes of {len(self)} known>"
 
     def __str__(self) -> str:
-        if not self.rows:
-            return "no layer with running statistics has been calibrated"
-        header = ("layer", "class", "passes", "momentum", "corrected", "note")
-        return aligned([header, *(row.cells() for row in self.rows)])
+        return aligned([_HEADER, *(row.cells() for row in self.rows)]) if self.rows else _NO_ROWS
+
+    def _repr_html_(self) -> str:
+        return html([_HEADER, *(row.cells() for row in self.rows)], "calibrate" if self.rows else _NO_ROWS)
 
 
 def calibrate(model: nn.Module) -> AbstractContextManager[Report]:
@@ -148,16 +151,14 @@ def _calibrating(model: nn.Module) -> Iterator[Report]:
     counts: dict[int, Count] = {}  # by the buffer, which layers may share
     counted = []
     for layer, (name, *_) in tracked_layers(model).items():
-        if isinstance(covering(layer), Counted):
-            raise ValueError(f"layer {name!r} is being calibrated already: calibrate it in one block only")
         refuse_covered(layer, name)
         corrected_for(name, layer.momentum, 2)  # refuse what cannot be corrected before anything is changed
         buffer = layer._buffers.get("running_mean")
         buffer = layer._buffers["running_var"] if buffer is None else buffer
         counted.append(Counted(layer, name, counts.setdefault(id(buffer), Count(buffer.device))))
     warn_of_none(counted, "to calibrate", stacklevel=5)
-    report, backward = Report(), [False]
-    parameters = (p for p in model.parameters() if p.requires_grad and not nn.parameter.is_lazy(p))
+    parameters = [p for p in model.parameters() if p.requires_grad and not nn.parameter.is_lazy(p)]
+    report, backward = Report(), [not parameters]  # a frozen model's backward pass cannot be seen
     # Uncorrected, so that the forward updates of an already corrected layer are right as well.
     set_momenta({each.layer: each.momentum for each in counted})
     hooks = []
@@ -169,9 +170,11 @@ def _calibrating(model: nn.Module) -> Iterator[Report]:
         for hook in hooks:
             hook.remove()
         uncover(every for each in counted for every in (each, *each.copies))
-        replays = [each.count.read() for each in counted]
-        found = {each.name: each.finding(any(backward) or any(replays)) for each in counted}
-        set_momenta({each.layer: each.before for each in counted if each.layer.momentum is each.momentum})
+        for each in counted:
+            each.count.drain()
+        backward += [each.count.updates > len(each.count.heard) for each in counted]
+        found = {each.name: each.finding(any(backward)) for each in counted}
+        set_momenta({each.layer: each.before for each in counted if each.layer.momentum == each.momentum})
     found = _agreed(found)
     _warn({name: note for name, (_, note) in found.items()})
     momenta = {each.name: uncorrected(each.layer) for each in counted}
@@ -184,7 +187,7 @@ def _calibrating(model: nn.Module) -> Iterator[Report]:
     )
 
 
-_Finding: TypeAlias = tuple[Passes | None, str]  # passes, and what there is to say about them
+_Finding: TypeAlias = tuple[int | Fraction | None, str]  # passes, and what there is to say about them
 
 
 def _agreed(found: dict[str, _Finding]) -> dict[str, _Finding]:

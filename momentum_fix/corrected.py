@@ -40,10 +40,11 @@ def is_marked(layer: Any) -> bool:
 
 def _mark(layer: Any) -> tuple[Any, Any, Any] | None:
     mark: tuple[Any, Any, Any] | None = vars(layer).get(_MARK)
-    if mark is not None and mark[2] == layer.momentum:
+    momentum = getattr(layer, "momentum", None)
+    if mark is not None and mark[2] == momentum:
         return mark
-    made = _made.get(layer.momentum) if type(layer.momentum) is float else None
-    return None if made is None else (made, made, layer.momentum)
+    made = _made.get(momentum) if type(momentum) is float else None
+    return None if made is None else (made, made, momentum)
 
 
 def made(corrected: float | None, plain: float | None) -> float | None:

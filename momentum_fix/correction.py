@@ -12,8 +12,9 @@ from torch import nn
 from momentum_fix.corrected import before, is_marked, set_momenta, uncorrected
 from momentum_fix.covering import covering, uncover
 from momentum_fix.formula import corrected_momentum, power_of_decay
-from momentum_fix.layers import tracked_layers, warn_of_none
-from momentum_fix.once import refuse_covered
+from momentum_fix.layers import NormLayer, the, tracked_layers, warn_of_none
+from momentum_fix.once import Once, refuse_calibrated, refuse_covered
+from momentum_fix.tables import number
 
 Model = TypeVar("Model", bound=nn.Module)
 Passes: TypeAlias = SupportsIndex | Fraction
@@ -62,8 +63,8 @@ def correct(model: Model, passes: Passes | Mapping[str, Passes] = 2) -> Model:
         0.1
     """
     by_name = passes if isinstance(passes, Mapping) else {"": passes}
-    for number in by_name.values():
-        _corrected(None, number)
+    for each in by_name.values():
+        _corrected(None, each)
     names = tracked_layers(model)
     if isinstance(passes, Mapping):
         _check_names(model, passes, [name for aliases in names.values() for name in aliases])
@@ -95,13 +96,19 @@ def restore(model: Model) -> Model:
     Returns:
         `model` itself.
 
+    Raises:
+        ValueError: something else has wrapped what `update_once` has put on a layer, or the model is being calibrated.
+            It is left as it was.
+
     Example:
         >>> restore(correct(nn.BatchNorm1d(4, momentum=0.3))).momentum
         0.3
     """
-    layers = tracked_layers(model)
-    uncover(each for module in model.modules() if (each := covering(module)) is not None)  # tracking or not
-    momenta = {layer: before(layer) for layer in layers}
+    touched = _touched(model)
+    for layer, name in touched.items():
+        refuse_calibrated(layer, name)
+    uncover(each for layer in touched if (each := covering(layer)) is not None)
+    momenta = {layer: before(layer) for layer in touched if is_marked(layer)}
     set_momenta(momenta, momenta)
     return model
 
@@ -110,20 +117,28 @@ def applied(model: nn.Module) -> dict[str, str]:
     """Tell what this package has done to a model: what `restore` would undo, by layer.
 
     Returns:
-        A sentence for each layer that has a corrected momentum or is covered by `update_once`; empty for a model that
-        is as it was built.
+        A few words for each layer that has a corrected momentum, is covered by `update_once` or is being calibrated;
+        empty for a model that is as it was built.
 
     Example:
         >>> applied(correct(nn.Sequential(nn.BatchNorm1d(4))))
         {'0': 'momentum 0.0513167, corrected from 0.1'}
     """
     found = {}
-    for layer, aliases in tracked_layers(model).items():
-        if is_marked(layer):
-            found[aliases[0]] = f"momentum {layer.momentum:.6g}, corrected from {before(layer):.6g}"
+    for layer, name in _touched(model).items():
+        if isinstance(covering(layer), Once):
+            found[name] = "update_once"
         elif covering(layer) is not None:
-            found[aliases[0]] = "update_once"
+            found[name] = "calibrate"
+        else:
+            found[name] = f"momentum {number(layer.momentum)}, corrected from {number(before(layer))}"
     return found
+
+
+def _touched(model: nn.Module) -> dict[NormLayer, str]:
+    """Give the layers that this package has changed, tracking or not, each with its name."""
+    tracked_layers(model)  # to refuse what is no model
+    return {each: name for name, each in model.named_modules() if is_marked(each) or covering(each) is not None}
 
 
 def corrected_for(name: str, momentum: SupportsFloat | None, passes: Passes) -> float | None:
@@ -131,7 +146,7 @@ def corrected_for(name: str, momentum: SupportsFloat | None, passes: Passes) -> 
     try:
         return _corrected(momentum, passes)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"layer {name!r}: {error}") from None
+        raise type(error)(f"{the(name)}: {error}") from None
 
 
 def _corrected(momentum: SupportsFloat | None, passes: Passes) -> float | None:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from momentum_fix.corrected import uncorrected
-from momentum_fix.correction import Passes
 from momentum_fix.covering import ONLY_WRITES, Covering, on_copies
 from momentum_fix.layers import Buffers, NormLayer, tracks
 from momentum_fix.once import Once
@@ -22,13 +21,13 @@ OTHER_DATA = "only the decay is right: a replay saw other data than its forward 
 SET_BY_STEP = "the step itself sets the momentum (a schedule, SAM), so that a corrected one does not last"
 UNEQUAL = "not corrected: a cumulative average of batches with different numbers of passes"
 UNSEEN = "not corrected: its statistics moved, but its forward did not run (F.batch_norm on its buffers?)"
-NO_BACKWARD = "not corrected: no backward pass ran in the block, so replays could not be counted"
-MIXED = "not corrected: its passes ran partly in compiled code and partly outside, so they could not be counted"
+NO_BACKWARD = "not corrected: no backward pass was seen in the block, so replays could not be counted"
 ONLY_BACKWARD = "left alone: updated only inside a backward pass, so its batches are not known"
 CUMULATIVE = "left alone: equal passes do not change a cumulative average"
 EVALUATION = "left alone: in evaluation mode"
 IDLE = "left alone: did not run"
-WARNED = dict.fromkeys((NOT_CONSECUTIVE, OTHER_DATA, SET_BY_STEP, UNEQUAL, MIXED), _EXACT) | dict.fromkeys(
+UNTRACKED = "left alone: no longer tracks running statistics"
+WARNED = dict.fromkeys((NOT_CONSECUTIVE, OTHER_DATA, SET_BY_STEP, UNEQUAL), _EXACT) | dict.fromkeys(
     (UNSEEN, NO_BACKWARD, ONLY_BACKWARD), ""
 )  # with the remedy
 
@@ -43,11 +42,12 @@ class Count:
         self.early = 0  # replays before the first batch, of one from before the block
         # The same for compiled code, which can count in a tensor only: batches, early replays, then a number a batch.
         self.tally = torch.zeros(_SLOTS, dtype=torch.long, device=device)
-        self.other_data = self.mixed = False
+        self.other_data = False
         self.batches: list[torch.Tensor] = []  # what each batch has added, as far as that can be told
 
     def hear(self, replay: bool, added: torch.Tensor | None, noise: float) -> None:
         """Count one update."""
+        self.drain()
         if not replay:
             self.heard.append(0)
             self.batches += [] if added is None else [added]
@@ -58,15 +58,17 @@ class Count:
             if added is not None and self.batches:
                 self.other_data |= all(bool((added - batch).abs().max() > noise) for batch in reversed(self.batches))
 
-    def read(self) -> bool:
-        """Add what compiled code has counted, once; tell whether there were replays."""
-        if has_values(self.tally):
-            batches, early, *replays = self.tally.tolist()
-            self.mixed = self.updates > 0 and batches + early > 0
-            self.heard += (replays + [0] * batches)[:batches]  # replays of very many batches are in the last slot
-            self.early += early
-            self.tally.zero_()
-        return self.updates > len(self.heard)
+    def drain(self) -> None:
+        """Add what compiled code has counted since this was last done."""
+        if not has_values(self.tally):
+            return
+        batches, before_them, *replays = self.tally.tolist()
+        if self.heard:
+            self.heard[-1] += before_them
+        else:
+            self.early += before_them
+        self.heard += (replays + [0] * batches)[:batches]  # replays of very many batches are in the last slot
+        self.tally.zero_()
 
     @property
     def updates(self) -> int:
@@ -74,7 +76,7 @@ class Count:
         return len(self.heard) + sum(self.heard) + self.early
 
     @property
-    def passes(self) -> Passes:
+    def passes(self) -> int | Fraction:
         """Give the mean number of updates per batch."""
         mean = Fraction(len(self.heard) + sum(self.heard), len(self.heard))
         return int(mean) if mean.denominator == 1 else mean
@@ -90,22 +92,22 @@ class Counted(Covering):
         self.copies: list[Counted] = []
         self.start, self.before, self.momentum = copied(layer), layer.momentum, uncorrected(layer)
 
-    def finding(self, backward_ran: bool) -> tuple[Passes | None, str]:
+    def finding(self, backward_ran: bool) -> tuple[int | Fraction | None, str]:
         """Give the passes per batch, None where they are not known, and what there is to say about it."""
         layer, count = self.layer, self.count
+        if not tracks(layer):
+            return None, UNTRACKED
         if not count.heard and not count.early:
             if moved(self.start, layer._buffers):
                 return None, UNSEEN
             return None, IDLE if layer.training else EVALUATION
-        if count.mixed:
-            return None, MIXED
         if not count.heard:
             return None, ONLY_BACKWARD
         if not backward_ran:
             return None, NO_BACKWARD
         if layer.momentum is None:
             return count.passes, CUMULATIVE if isinstance(count.passes, int) else UNEQUAL
-        if layer.momentum is not self.momentum:
+        if layer.momentum != self.momentum:
             return count.passes, SET_BY_STEP
         if len(set(count.heard)) > 1:
             return count.passes, NOT_CONSECUTIVE
@@ -127,6 +129,10 @@ class Counted(Covering):
         return self._heard(False, *args, **kwargs)
 
     def left_alone(self, *args: Any, **kwargs: Any) -> Any:
+        with unseen():
+            self.count.drain()
+        if self.count.heard:  # a pass that ran in compiled code, or one of a layer with the same buffers
+            return self.replayed(*args, **kwargs)
         return self._heard(True, *args, **kwargs)
 
     def replayed(self, *args: Any, **kwargs: Any) -> Any:
@@ -169,7 +175,7 @@ def moved(before: Buffers, now: Buffers) -> bool:
     The counter does not tell: it is replayed also where selective checkpointing gives a norm's saved result.
     """
     held = (name for name, value in before.items() if has_values(value) and name != "num_batches_tracked")
-    return any(not torch.equal(before[name], now[name]) for name in held)
+    return any(now.get(name) is None or not torch.equal(before[name], now[name]) for name in held)
 
 
 def has_values(buffer: torch.Tensor | None) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from momentum_fix.layers import Buffers, NormLayer, tracks
+from momentum_fix.layers import Buffers, NormLayer, the, tracks
 from momentum_fix.replay import replaying, selective, unseen
 
 _NEED_NO_COUNTER = (_BatchNorm.forward, _InstanceNorm.forward)  # SyncBatchNorm insists on num_batches_tracked
@@ -28,20 +28,24 @@ class Covering:
     def __init__(self, layer: NormLayer, name: str) -> None:
         self.layer, self.name = layer, name
         self.inner = layer.forward if has_foreign_forward(layer) else None
-        # Whether a training-mode pass moves the statistics; None before there was one. Something may switch tracking
-        # off in the forward pass, and count on the replay to move them.
+        # Whether a training-mode pass since the last replay has moved the statistics; None before there was one.
+        # Something may switch tracking off in the forward pass, and count on the replay to move them.
         self.moves: bool | None = None
+        self.replays_began = self.is_off = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer; in a replay, on other buffers than its own."""
         if torch.compiler.is_dynamo_compiling():  # torch.export by itself does not: it is given a forward pass
             return self._compiled(*args, **kwargs)
         if not replaying():
-            if not self.moves and self.layer.training:
-                self.moves = self.first_passed()
+            if self.layer.training and (self.replays_began or not self.moves):
+                if self.moves is None:
+                    self.begin()
+                self.moves, self.replays_began = tracks(self.layer), False
             return self.passed(*args, **kwargs)
         if self.moves is False and tracks(self.layer):
             return self.left_alone(*args, **kwargs)
+        self.replays_began = vars(self.layer).get("track_running_stats", True)
         return self.replayed(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,22 +56,21 @@ class Covering:
 
     passed = left_alone = run
 
-    def first_passed(self) -> bool:
-        """Tell whether training moves the layer's statistics."""
-        return tracks(self.layer)
+    def begin(self) -> None:
+        """Be told of the first pass in training mode."""
 
     def replayed(self, *args: Any, **kwargs: Any) -> Any:
         """Run on copies, or, where the buffers are only written, on scratch; of the same shapes either way.
 
         A checkpoint compares the tensors that are saved for backward; and it can stop a replay by an exception.
         """
-        layer = self.layer
-        if self.inner is not None or type(layer).forward not in _NEED_NO_COUNTER or selective():
+        layer, own = self.layer, self.layer._buffers
+        only_writes = self.inner is None and type(layer).forward in _NEED_NO_COUNTER and not selective()
+        if not only_writes or own["running_mean"] is None or own["running_var"] is None:
             with on_copies(layer):
                 return self.run(*args, **kwargs)
         if not layer.training:
             return self.run(*args, **kwargs)
-        own = layer._buffers
         layer.__dict__["_buffers"] = _scratch(own)
         try:
             return self.run(*args, **kwargs)
@@ -103,6 +106,7 @@ class Covering:
 
     def take_off(self) -> None:
         """Give the layer back the forward that it had."""
+        self.is_off = True
         if covering(self.layer) is self:
             if self.inner is None:
                 del self.layer.forward
@@ -123,7 +127,7 @@ def cover(coverings: Sequence[Covering]) -> None:
 
 def uncover(coverings: Iterable[Covering]) -> None:
     """Take each off its layer, or, if something else has wrapped a layer's forward since, none."""
-    coverings = list(coverings)
+    coverings = [each for each in coverings if not each.is_off]
     for each in coverings:
         refuse_foreign_forward(each.layer, each.name)
     for each in coverings:
@@ -146,7 +150,7 @@ def refuse_foreign_forward(layer: nn.Module, name: str) -> None:
     """Raise if something else has given the layer a forward of its own."""
     if has_foreign_forward(layer):
         raise ValueError(
-            f"layer {name!r} has a forward of its own, {layer.forward!r}, put there by something else: take that off "
+            f"{the(name)} has a forward of its own, {layer.forward!r}, put there by something else: take that off "
             "first, and put it back afterwards"
         )
 

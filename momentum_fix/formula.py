@@ -36,7 +36,7 @@ def corrected_momentum(momentum: SupportsFloat | None, passes: SupportsIndex = 2
         passes: updates per batch, an integer of at least 1.
 
     Returns:
-        The corrected momentum, dimensionless, 0 to 1. None for None: k equal updates per batch leave a
+        The corrected momentum, dimensionless, 0 to 1. None for None, as k equal updates per batch leave a
         cumulative average as it is. `momentum` itself for one pass.
 
     Raises:

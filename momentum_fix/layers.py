@@ -54,6 +54,11 @@ def warn_of_none(layers: Collection[NormLayer], what: str, stacklevel: int = 3) 
         warnings.warn(said, stacklevel=stacklevel)
 
 
+def the(name: str) -> str:
+    """Write one layer's name for a sentence."""
+    return f"layer {name!r}" if name else "the model itself"
+
+
 def named(layers: Sequence[str]) -> str:
     """Write a list of layers' names for a sentence: five of them at most."""
     shown = ", ".join(name or "(the model)" for name in layers[:5])

@@ -9,28 +9,28 @@ from torch import nn
 
 from momentum_fix.corrected import uncorrected
 from momentum_fix.covering import ONLY_WRITES, Covering, cover, covering, refuse_foreign_forward, uncover
-from momentum_fix.layers import named, tracked_layers, warn_of_none
+from momentum_fix.layers import named, the, tracked_layers, warn_of_none
+from momentum_fix.tables import number
 
 
 class Once(Covering):
     """Covers a layer for `update_once`."""
 
-    def first_passed(self) -> bool:
-        if uncorrected(self.layer) is not self.layer.momentum:
+    def begin(self) -> None:
+        if uncorrected(self.layer) != self.layer.momentum:
             warnings.warn(
-                f"layer {self.name!r} has got a corrected momentum since update_once ({self.layer.momentum:.6g} for "
-                f"{uncorrected(self.layer):.6g}; pytorch-pfn-extras' checkpoint sets one on its first call), which is "
-                "wrong for statistics that move once per batch. Use torch.utils.checkpoint instead, or restore(model) "
-                "and rely on that",
+                f"{the(self.name)} has got a corrected momentum since update_once ({_for_plain(self.layer)}; "
+                "pytorch-pfn-extras' checkpoint sets one on its first call), which is wrong for statistics that move "
+                "once per batch. Use torch.utils.checkpoint instead, or restore(model) and rely on that",
                 stacklevel=2,
             )
-        return super().first_passed()
 
     def left_alone(self, *args: Any, **kwargs: Any) -> Any:
         warnings.warn(
-            f"layer {self.name!r} is updated in the backward pass only, so update_once leaves it as it is: something, "
-            "as fairscale's checkpoint_wrapper does, switches its tracking off in the forward pass. Use "
-            "torch.utils.checkpoint instead, or restore(model) and rely on that",
+            f"{the(self.name)} does not track statistics in the forward pass, but does in the backward pass, and "
+            "update_once lets that update happen. With fairscale's checkpoint_wrapper, which works like this, use "
+            "torch.utils.checkpoint instead, or restore(model) and rely on the wrapper. If you switch tracking off for "
+            "an extra forward pass (virtual adversarial training), keep it off until its backward pass is done",
             stacklevel=2,
         )
         return self.run(*args, **kwargs)
@@ -117,14 +117,14 @@ def update_once(model: nn.Module) -> Handle:
     """
     added: list[Covering] = []
     for layer, (name, *_) in (layers := tracked_layers(model)).items():
-        if uncorrected(layer) is not layer.momentum:
-            plain = f"{uncorrected(layer):.6g}"
+        if uncorrected(layer) != layer.momentum:
             raise ValueError(
-                f"layer {name!r} has a corrected momentum ({layer.momentum:.6g} for {plain}), which is wrong for "
-                "statistics that move once per batch: call restore(model) first, or, where the root was written by "
-                f"hand, set the layer's momentum to {plain}"
+                f"{the(name)} has a corrected momentum ({_for_plain(layer)}), which is wrong for statistics that move "
+                "once per batch: call restore(model) first, or, where the root was written by hand, set the layer's "
+                f"momentum to {number(uncorrected(layer))}"
             )
         refuse_foreign_forward(layer, name)
+        refuse_calibrated(layer, name)
         if covering(layer) is None:
             added.append(Once(layer, name))
     cover(added)
@@ -132,18 +132,29 @@ def update_once(model: nn.Module) -> Handle:
     own = [once.name for once in added if type(once.layer).forward not in ONLY_WRITES]
     if own:
         warnings.warn(
-            f"{named(own)}: the class has a forward of its own. Their statistics will move once per batch; but if "
-            "its output reads them in training, as that of torch's layers does not, every recomputation computes "
-            "something else than the forward pass did, and gradients are wrong, with update_once and without",
+            f"{named(own)}: the class has a forward of its own. Its statistics will move once per batch. But if its "
+            "output reads them in training, as that of torch's layers does not, every recomputation computes something "
+            "else than the forward pass did, and gradients are wrong. momentum_fix.checkpoint is exact there",
             stacklevel=2,
         )
     return Handle(added)
 
 
 def refuse_covered(layer: nn.Module, name: str) -> None:
-    """Raise if `update_once` covers the layer: a corrected momentum would then be wrong."""
+    """Raise if something covers the layer: `update_once`, with which a corrected momentum is wrong, or `calibrate`."""
     if isinstance(covering(layer), Once):
         raise ValueError(
-            f"layer {name!r} moves its statistics once per batch, by update_once, so there is nothing to correct: "
+            f"{the(name)} moves its statistics once per batch, by update_once, so there is nothing to correct: "
             "call restore(model), or remove() on the handle that update_once gave you, first"
         )
+    refuse_calibrated(layer, name)
+
+
+def refuse_calibrated(layer: nn.Module, name: str) -> None:
+    """Raise if something else than `update_once` covers the layer: a block of `calibrate`, which has to end first."""
+    if covering(layer) is not None and not isinstance(covering(layer), Once):
+        raise ValueError(f"{the(name)} is being calibrated: leave the `with calibrate(...)` block first")
+
+
+def _for_plain(layer: nn.Module) -> str:
+    return f"{number(layer.momentum)} for {number(uncorrected(layer))}"  # type: ignore[arg-type]

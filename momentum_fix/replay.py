@@ -21,18 +21,20 @@ def replaying() -> bool:
 # Compiled code is traced before anybody knows what it will be part of, so it asks at run time, by an operator. Where
 # several calls of a layer are in one graph, each depends on the buffer as the one before has left it, so that they
 # cannot be merged into one.
-_tags = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()  # since torch 2.9
-torch.library.define("momentum_fix::replaying", "(Tensor buffer) -> Tensor", tags=_tags)
 
 
-@torch.library.impl("momentum_fix::replaying", "CompositeExplicitAutograd")
 def _replaying(buffer: torch.Tensor) -> torch.Tensor:
     return torch.full((), replaying(), device=buffer.device)
 
 
-@torch.library.register_fake("momentum_fix::replaying")  # type: ignore[untyped-decorator]
-def _(buffer: torch.Tensor) -> torch.Tensor:
+def _fake_replaying(buffer: torch.Tensor) -> torch.Tensor:
     return torch.empty((), dtype=torch.bool, device=buffer.device)
+
+
+if not hasattr(torch.ops.momentum_fix, "replaying"):  # it is there if this module is imported anew
+    torch.library.define("momentum_fix::replaying", "(Tensor buffer) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
+    torch.library.impl("momentum_fix::replaying", "CompositeExplicitAutograd", _replaying)
+    torch.library.register_fake("momentum_fix::replaying", _fake_replaying)
 
 
 def selective() -> bool:

@@ -6,6 +6,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from html import escape
 from importlib.util import find_spec
 
 _MANY = 1000  # rows, from which on drawing takes too long
@@ -17,6 +18,17 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def html(rows: Sequence[Sequence[str]], caption: str) -> str:
+    """Write a table for a notebook, its header in the first row."""
+    lines = [
+        "".join(f"<{kind}>{escape(printable(cell))}</{kind}>" for cell in row)
+        for kind, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)
+    ]
+    return "\n".join(
+        [f"<table><caption>{escape(caption)}</caption>", *(f"<tr>{line}</tr>" for line in lines), "</table>"]
     )
 
 
@@ -68,4 +80,4 @@ def shortened(text: str, longest: int = 300) -> str:
 
 def number(value: float | None) -> str:
     """Write a momentum for a table: six significant digits."""
-    return "None" if value is None else f"{value:.6g}"
+    return "None" if value is None else f"{float(value):.6g}"

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
@@ -197,13 +198,45 @@ def test_a_layer_is_calibrated_in_one_block_only():
     model = Net()
     with (
         calibrate(model),
-        pytest.raises(ValueError, match=r"layer '1' is being calibrated already"),
+        pytest.raises(
+            ValueError, match=r"layer '1' is being calibrated: leave the `with calibrate\(\.\.\.\)` block first"
+        ),
         calibrate(model.b),
     ):
         pytest.fail("the block must not be entered")
     with calibrate(model) as report:
         one(model, *data(1), non_reentrant)
     assert report.passes == same(2)
+
+
+@pytest.mark.parametrize("change", [update_once, restore, correct])
+def test_what_else_changes_a_model_waits_for_the_end_of_the_block(change):
+    model = Net()
+    with calibrate(model) as report:
+        with pytest.raises(ValueError, match=r"layer 'a\.1' is being calibrated: leave the"):
+            change(model)
+        assert set(applied(model).values()) == {"calibrate"}
+        one(model, *data(1), non_reentrant)
+    assert report.passes == same(2)
+    change(model) if change is not update_once else change(restore(model))
+
+
+def test_a_layer_that_loses_its_statistics_in_the_block_is_left_alone():
+    model = Net()
+    with calibrate(model) as report:
+        one(model, *data(1), non_reentrant)
+        model.a[1].running_mean = model.a[1].running_var = None
+    assert report.passes == {"b.1": 2, "c.1": 2}
+    assert report.rows[0].note == "left alone: no longer tracks running statistics"
+    assert model.a[1].momentum == 0.1
+
+
+def test_a_frozen_model_without_checkpoints_has_one_pass_a_batch():
+    model = Net().requires_grad_(False)
+    with warnings.catch_warnings(), calibrate(model) as report:
+        warnings.simplefilter("error")
+        model(data(1)[0])
+    assert report.passes == same(1)
 
 
 def test_blocks_may_end_in_any_order():

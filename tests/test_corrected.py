@@ -8,6 +8,7 @@ import pickle
 import random
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
@@ -185,6 +186,17 @@ def test_restore_takes_update_once_off_a_layer_that_no_longer_tracks():
     update_once(layer)
     layer.track_running_stats = False
     assert "forward" not in vars(restore(layer))
+
+
+def test_a_corrected_layer_that_no_longer_tracks_is_shown_and_restored():
+    layer = correct(nn.BatchNorm2d(3))
+    layer.track_running_stats = False
+    assert applied(layer) == {"": "momentum 0.0513167, corrected from 0.1"}
+    assert restore(layer).momentum == 0.1
+
+
+def test_a_momentum_that_is_a_fraction_can_be_shown():
+    assert applied(correct(nn.BatchNorm2d(3, momentum=Fraction(19, 100)))) == {"": "momentum 0.1, corrected from 0.19"}
 
 
 def calibrated(model):

@@ -32,6 +32,12 @@ def test_this_check_can_fail():
     assert "torch" in loaded_after("from momentum_fix import calibrate")
 
 
+def test_the_package_can_be_imported_anew():
+    code = "import sys, momentum_fix.once\nfor name in [name for name in sys.modules if 'momentum' in name]:\n"
+    code += "    del sys.modules[name]\n"
+    assert "torch" in loaded_after(code + "from momentum_fix import update_once, calibrate")
+
+
 def test_every_public_name_is_there():
     for name in momentum_fix.__all__:
         assert callable(getattr(momentum_fix, name))

@@ -101,7 +101,7 @@ def test_a_step_without_backward_is_warned_of_and_changes_nothing():
     truth = copy.deepcopy(model)
     truth(*data(1))
     with (
-        pytest.warns(UserWarning, match=r"no backward pass ran in the block.*Layers: a\.1"),
+        pytest.warns(UserWarning, match=r"no backward pass was seen in the block.*Layers: a\.1"),
         calibrate(model) as report,
     ):
         non_reentrant(model, *data(1))

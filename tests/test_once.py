@@ -225,6 +225,15 @@ def test_a_spent_handle_does_not_take_off_what_a_later_call_has_put_on():
     assert covers(net.a[1])
 
 
+def test_a_handle_leaves_a_forward_alone_that_was_put_on_after_restore():
+    layer = nn.BatchNorm2d(3)
+    handle = update_once(layer)
+    layer = restore(layer)
+    layer.forward = own = lambda x: x
+    handle.remove()
+    assert layer.forward is own
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_model_and_handle_are_copied_together(copied):
     net = Net()

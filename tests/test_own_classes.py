@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from momentum_fix import applied, calibrate, correct, update_once
+from momentum_fix import applied, calibrate, correct, restore, update_once
 from recipes import ENGINES, Net, block, data, norms, one
-from twins import ROUNDING, counters, deviation, non_reentrant, plainly, same_path, statistics, train
+from twins import ROUNDING, counters, deviation, non_reentrant, plainly, reentrant, same_path, statistics, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the class has a forward of its own")
 
@@ -199,13 +199,84 @@ def tracking_in_the_replay_only(net):
     return net
 
 
+REPLAY_ONLY = r"layer '0\.1' does not track statistics in the forward pass, but does in the backward.*restore\(model\)"
+
+
 def test_layers_that_are_updated_in_the_replay_only_stay_so_and_a_warning_says_it():
     net = tracking_in_the_replay_only(nn.Sequential(block(), nn.Tanh()))
     truth = train(copy.deepcopy(net), one, data(1), plainly)
     update_once(net)
-    with pytest.warns(UserWarning, match=r"layer '0\.1' is updated in the backward pass only.*restore\(model\)"):
+    with pytest.warns(UserWarning, match=REPLAY_ONLY):
         train(net, one, data(1), ENGINES["reentrant"])
     assert deviation(net, truth) == 0
+
+
+def test_layers_that_come_to_be_updated_in_the_replay_only_are_noticed_one_step_later():
+    net = nn.Sequential(block(), nn.Tanh())
+    update_once(net)
+    train(net, one, data(1), ENGINES["reentrant"])
+    tracking_in_the_replay_only(net)
+    with pytest.warns(UserWarning, match=REPLAY_ONLY):
+        train(net, one, data(2), ENGINES["reentrant"])
+
+
+def untracked(net, *, track):
+    for layer in norms(net):
+        layer.track_running_stats = track
+
+
+def test_extra_forward_passes_that_do_not_track_do_not_count():
+    """As in virtual adversarial training. The other engine refuses a replay that saves other tensors."""
+
+    def step(net, x, ckpt):
+        x = x.clone().requires_grad_()
+        loss = ckpt(net, x).square().mean()
+        untracked(net, track=False)
+        ckpt(net, x).square().mean().backward()
+        loss = loss + ckpt(net, x * 2).square().mean()
+        untracked(net, track=True)
+        loss.backward()
+
+    net = nn.Sequential(block(), nn.Tanh())
+    truth, wrong = (train(copy.deepcopy(net), step, data(3), each) for each in (plainly, reentrant))
+    update_once(net)
+    train(net, step, data(3), reentrant)
+    assert deviation(net, truth) == 0 < deviation(wrong, truth)
+
+
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES.keys())
+def test_a_layer_that_loses_its_statistics_after_update_once_goes_on_training(ckpt):
+    net = nn.Sequential(block(), nn.Tanh())
+    update_once(net)
+    layer = net[0][1]
+    layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+    layer.track_running_stats = False
+    truth = train(copy.deepcopy(restore(copy.deepcopy(net))), one, data(2), plainly)
+    assert same_path(train(net, one, data(2), ckpt), truth)
+
+
+class ComputesItsMomentum(nn.BatchNorm2d):
+    """Whose momentum is a new number at each reading."""
+
+    @property
+    def momentum(self):
+        return float(str(self._momentum)) if self._momentum is not None else None
+
+    @momentum.setter
+    def momentum(self, value):
+        self._momentum = value
+
+
+@pytest.mark.parametrize("covered", [update_once, calibrate])
+def test_a_momentum_that_is_computed_is_known_by_its_value(covered):
+    net = nn.Sequential(block(ComputesItsMomentum), nn.Tanh())
+    truth = train(copy.deepcopy(net), one, data(1), plainly)
+    with covered(net) as found:
+        train(net, one, data(1), non_reentrant)
+    assert deviation(net, truth) == 0
+    if covered is calibrate:
+        assert found.passes == {"0.1": 2}
+        assert found.rows[0].note == ""
 
 
 def test_a_momentum_that_is_corrected_after_update_once_is_warned_of_at_the_first_pass():

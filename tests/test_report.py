@@ -38,6 +38,15 @@ def test_with_a_mean_of_passes_it_is_a_mapping_for_correct_too():
     assert momenta(correct(rebuilt, report.passes)) == momenta(model)
 
 
+def test_a_notebook_shows_it_as_a_table():
+    with calibrate(nn.Sequential(nn.BatchNorm2d(3))) as report:
+        assert report._repr_html_().startswith("<table><caption>no layer with running statistics has been calibrated<")
+    shown = report._repr_html_()
+    assert shown.startswith("<table><caption>calibrate</caption>\n<tr><th>layer</th><th>class</th><th>passes</th>")
+    assert "<tr><td>0</td><td>BatchNorm2d</td><td>?</td>" in shown
+    assert repr(report) == "<Report on 1 layers, passes of 0 known>"
+
+
 def test_a_shared_layer_has_one_row():
     shared = nn.BatchNorm2d(3)
     model = nn.ModuleDict({"left": shared, "right": shared})

@@ -1,6 +1,6 @@
 """Which versions of torch and Python the tests pass with: docs/versions.md, made of tests/versions.json.
 
-`make compat TORCH=2.8.0` runs the core's tests in an environment of its own and notes what came of it; `make zoo` does
+`make compat TORCH=2.9.1` runs the core's tests in an environment of its own and notes what came of it; `make zoo` does
 the same with the recipes for libraries that want the newest torch; `python tests/versions.py` writes the page anew.
 """
 
@@ -29,7 +29,7 @@ Run = dict[str, Any]
 
 # Failures that are not this package's: what the test is called, and what is known about it.
 EXPLAINED: dict[str, str] = {}
-OF_THE_CLONE = {"test_make.py", "test_package.py", "test_versions.py"}  # the same with every torch
+OF_THE_CLONE = {"test_make.py", "test_package.py", "test_site.py", "test_versions.py"}  # the same with every torch
 
 
 # The suites.
@@ -170,7 +170,7 @@ def page(runs: list[Run]) -> str:
         {listed(tested(runs, "python"))}. All ran on Linux, on a CPU. Nothing else was tried, Python 3.14 and other
         systems included; older versions are known to fail ([limits](limits.md)).""",
         f"""The core's tests are those that need no library but {listed(sorted(libraries("core")))}, and the examples in
-        the docstrings. `make compat TORCH=2.8.0` runs them with that torch in an environment of its own
+        the docstrings. `make compat TORCH=2.9.1` runs them with that torch in an environment of its own
         (`PYTHON=python3.12` for another Python) and notes what came of it in [the data](../tests/versions.json) that
         this page is made of. Skipped are tests that need a GPU or one of the libraries that the core does without.""",
         "\n".join(table(suites["core"])),

@@ -1,0 +1,73 @@
+"""What a user's own script looks like to mypy and pyright, both strict: every public function is in it."""
+
+import functools
+import json
+from fractions import Fraction
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import momentum_fix
+from momentum_fix import (
+    Audit,
+    Handle,
+    Report,
+    applied,
+    audit,
+    calibrate,
+    correct,
+    corrected_momentum,
+    effective_momentum,
+    norm_layer,
+    plots,
+    restore,
+    symbolic,
+    update_once,
+)
+
+
+class Classifier(nn.Module):
+    def __init__(self, norm: functools.partial[nn.Module]) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 4), norm(4), nn.Tanh())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = checkpoint(self.body, x, use_reentrant=False)
+        return y
+
+
+number: float = corrected_momentum(0.1, passes=2)
+nothing: None = corrected_momentum(None)
+back: float = effective_momentum(number, 2)
+
+model: Classifier = correct(Classifier(norm_layer("BatchNorm1d", momentum=0.1, passes=2, eps=1e-3)), passes={"body": 2})
+model = restore(model)
+on_it: dict[str, str] = applied(model)
+
+with calibrate(model) as report:
+    model(torch.rand(8, 3)).sum().backward()
+found: Report = report
+passes: dict[str, int] = report.passes
+correct(model, report.passes)
+correct(model, report)
+mean: int | Fraction = report["body.1"]
+text: str = json.dumps(passes) + str(report)
+for row in report.rows:
+    line: tuple[str, str, str] = row.name, row.layer_class, row.note
+
+restore(model)
+handle: Handle = update_once(model)
+handle.remove()
+with update_once(model):
+    model(torch.rand(8, 3)).sum().backward()
+
+result: Audit = audit(model)
+verdict: str = result.verdict
+
+for theorem in symbolic.theorems():
+    statement: str = theorem.statement
+    theorem.prove()
+plots.decay().figure.clear()
+plots.save("build/decay.svg", plots.figure())
+version: str = momentum_fix.__version__
