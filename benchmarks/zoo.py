@@ -191,7 +191,9 @@ def ks(data: dict[str, Any]) -> list[str]:
 
 
 def how_far(off: float) -> str:
-    return "right" if off < RIGHT else f"{off:.2g}"
+    if off < RIGHT:
+        return "right" if off else "to the bit"
+    return f"{off:.2g}"
 
 
 def page(data: dict[str, Any]) -> str:
@@ -208,9 +210,9 @@ def page(data: dict[str, Any]) -> str:
         {width} pixels, with timm's `set_grad_checkpointing()` or torchvision's `memory_efficient=True`, beside the same
         model without. k is how often a layer updates its running statistics for one batch, by its own counter.""",
         f"""*Right* is: each running_mean and running_var is the twin's, to {RIGHT:.0e} of its largest value; the
-        largest deviation among those is {worst:.0e}. A number is the largest deviation of a layer, relative to the
-        largest value in its buffer. In {mixed} of the {len(data["models"])} models layers differ in k
-        (stems and heads are not recomputed, for one): no one momentum is right for such a model.""",
+        largest deviation among those is {worst:.0e}, and *to the bit* is none. A number is the largest deviation of a
+        layer, relative to the largest value in its buffer. {mixed} of the {len(data["models"])} models have layers
+        that differ in k (stems and heads are not recomputed, for one): no one momentum is right for such a model.""",
         "\n".join(table(data)),
     ]
     return "\n\n".join(part if part.startswith(("#", "|")) else wrapped(part) for part in parts) + "\n"
