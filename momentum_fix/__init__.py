@@ -29,6 +29,8 @@ if _TYPE_CHECKING:
     from momentum_fix.factory import norm_layer as norm_layer
     from momentum_fix.once import Handle as Handle
     from momentum_fix.once import update_once as update_once
+    from momentum_fix.preserving import checkpoint as checkpoint
+    from momentum_fix.preserving import preserve_state as preserve_state
     from momentum_fix.reading import UnreadableError as UnreadableError
 
 __version__ = "0.2.0"
@@ -45,6 +47,8 @@ _HOMES = {
     "audit": "auditing",
     "Audit": "auditing",
     "UnreadableError": "reading",
+    "preserve_state": "preserving",
+    "checkpoint": "preserving",
 }
 _MODULES = ("symbolic", "plots")
 

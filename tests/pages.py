@@ -1,5 +1,6 @@
 """The examples on a page of docs/, for tests that go on where the page stops."""
 
+import ast
 import contextlib
 import io
 import re
@@ -12,12 +13,22 @@ _BLOCK = re.compile(r"^```(python|py)\n(.*?)^```\n(?:^```text\n(.*?)^```\n)?", r
 def blocks(page, heading=""):
     """Give (language, code, what it prints) of each example in the section of this heading, or on the whole page.
 
-    `python` blocks are run as they stand by test_documents.py; `py` blocks need something that their test gives.
+    `python` blocks are run as they stand by test_documents.py; `py` blocks by the test of their page, which gives them
+    what they need, or sees to what they leave behind.
     """
     text = (DOCS / page).read_text(encoding="utf-8")
     if heading:
-        (text,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+        (text,) = re.findall(rf"^##+ {heading}\n(.*?)(?=^##+ |\Z)", text, re.MULTILINE | re.DOTALL)
     return _BLOCK.findall(text)
+
+
+def headings(page):
+    """Give the heading above each example on the page."""
+    text, above, found = (DOCS / page).read_text(encoding="utf-8"), "", []
+    for heading, language in re.findall(r"^(?:##+ (.+)|```(python|py))$", text, re.MULTILINE):
+        above = heading or above
+        found += [above] if language else []
+    return found
 
 
 def run(code, page, names):
@@ -25,3 +36,11 @@ def run(code, page, names):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, page, "exec"), names)
     return printed.getvalue()
+
+
+def definitions(code, page, names):
+    """Run nothing of an example but its imports and the classes and functions that it defines."""
+    tree = ast.parse(code, page)
+    kept = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
+    tree.body = [statement for statement in tree.body if isinstance(statement, kept)]
+    exec(compile(tree, page, "exec"), names)

@@ -14,8 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 import recipes
 import twins
 from momentum_fix import calibrate, correct, corrected_momentum, update_once
-from pages import blocks
-from pages import run as run_block
 from twins import ROUNDING, batches, deviation, momenta, non_reentrant, plainly, same_path, statistics, train
 
 BOTH = {"outer.1": 2, "inner.1": 3}
@@ -174,16 +172,8 @@ def check_pipelines(rank):
         assert (deviation(found[kind, "correct"], truth) < ROUNDING) == consecutive
 
 
-def check_page(rank):
-    """Run what docs/clusters.md says, on a network of a user's."""
-    ((_, code, printed),) = blocks("clusters.md")
-    model = Net()
-    model.ckpt = non_reentrant
-    assert run_block(code, "clusters.md", {"model": model, "batch": batches(1, 4, 3, 4, 4, seed=rank)[0]}) == printed
-
-
 @pytest.mark.parametrize(
-    "check", [check_ddp, check_fsdp2, check_torchs_own_checkpointing, check_agreement, check_pipelines, check_page]
+    "check", [check_ddp, check_fsdp2, check_torchs_own_checkpointing, check_agreement, check_pipelines]
 )
 def test_two_ranks(check, tmp_path):
     twins.on_two_ranks(check, tmp_path)

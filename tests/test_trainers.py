@@ -17,14 +17,14 @@ from transformers import (
     Wav2Vec2ConformerForSequenceClassification,
 )
 
-from momentum_fix import calibrate, correct, corrected_momentum, update_once
-from pages import blocks, run
+from momentum_fix import calibrate, correct, corrected_momentum, preserve_state, update_once
+from pages import blocks, definitions, run
 from twins import ROUNDING, counters, deviation, momenta, non_reentrant, plainly
 
 PAGE = {}
-for language, code, _ in blocks("trainers.md"):
-    if language == "python":
-        run(code, "trainers.md", PAGE)
+for section in ("Hugging Face Trainer", "Lightning"):
+    for _, code, _ in blocks("trainers.md", section):
+        definitions(code, "trainers.md", PAGE)
 Calibrate, CalibrateFirstStep = PAGE["Calibrate"], PAGE["CalibrateFirstStep"]
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -244,15 +244,39 @@ def test_the_older_name_of_the_option_does_the_same(tmp_path):
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
 @pytest.mark.parametrize("section", ["Hugging Face Trainer", "Lightning"])
-def test_the_calls_that_the_page_only_shows_run_as_well(section, tmp_path, monkeypatch):
+def test_what_the_page_trains_is_corrected(section, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)
-    dataset = [{**row, "input_values": row["input_values"].float()} for row in speech()]
-    names = PAGE | {"model": conformer(0.1).float(), "dataset": dataset}
-    for language, code, _ in blocks("trainers.md", section):
-        if language == "py":
-            run(code, "trainers.md", names)
+    ((_, code, _),) = blocks("trainers.md", section)
+    names = {}
+    run(code, "trainers.md", names)
     assert set(momenta(names["trainer"].model).values()) == {corrected_momentum(0.1, 2)}
+
+
+# State of other kinds, by the model's own switch: docs/trainers.md says why not by the arguments.
+
+
+def test_hugging_face_trainer_leaves_a_model_that_was_switched_on_with_preserve_state_as_it_is(tmp_path):
+    model = conformer(0.4)
+    truth = hugging_face(copy.deepcopy(model), tmp_path)
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": preserve_state})
+    hugging_face(model, tmp_path)
+    assert all(map(torch.equal, model.parameters(), truth.parameters()))
+    assert deviation(model, truth) == 0
+    assert counters(model) == counters(truth)
+
+
+def test_its_arguments_hand_preserve_state_on_too_but_cannot_be_written_as_json(tmp_path):
+    model = conformer(0.0)
+    truth = hugging_face(copy.deepcopy(model), tmp_path)
+    options = {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": False, "context_fn": preserve_state},
+    }
+    hugging_face(model, tmp_path, **options)
+    assert deviation(model, truth) == 0
+    with pytest.raises(TypeError, match="function is not JSON serializable"):
+        TrainingArguments(str(tmp_path), **options).to_json_string()
 
 
 # Resuming: the momentum is not in the checkpoint.

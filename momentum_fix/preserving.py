@@ -1,0 +1,295 @@
+"""Checkpointing for modules that change themselves: a replay starts from the state that its forward started from."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.checkpoint import checkpoint as torchs_checkpoint
+
+from momentum_fix.replay import selective, unseen
+from momentum_fix.state import Copier, keep, put
+
+
+def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Let a replay start from the state that its forward started from, and leave no trace: a `context_fn`.
+
+        checkpoint(block, x, use_reentrant=False, context_fn=preserve_state)
+
+    Use it if a module changes itself during training and its output depends on what it changed: spectral normalization,
+    Batch Renormalization, codebooks, quantization-aware training, spiking neurons, step counters. State is whatever a
+    module keeps in buffers and plain attributes: numbers, tensors, and lists, tuples, dictionaries, sets and deques of
+    them. It is preserved for every module that is called under the checkpoint while it is in training mode, and for all
+    modules below it. You don't name any of it, and nothing stays on the model.
+
+    Exact for: the state, the gradients and the values in the replay, which are bit for bit those of the run without
+    checkpointing, if the forward is deterministic. The order of forwards and backwards doesn't matter. Compiled modules
+    and functions inside the checkpoint are fine.
+
+    Not for: state inside other objects (a tracker class of your own, a NumPy array, a `torch.Generator`); modules that
+    the function neither calls as modules nor finds in its closure, defaults, globals or arguments; a module that
+    changes itself in the replay only, on purpose; a checkpoint that is compiled together with its model (use
+    `checkpoint`); CUDA graphs, which expect buffers to stay where they are.
+
+    Memory: a copy of the state for each checkpoint whose backward is still to come. A tensor above 64 KiB that doesn't
+    change, like a mask or a table, is copied once for all of them, and that copy stays; a replay has another one while
+    it runs. To see whether it changed, its values are compared in the first 64 checkpoints, and later only now and then
+    (and whenever autograd knows of a change). So if it is written to through `.data` after that, replays may see its
+    old values for a while; a warning tells you. A block that consists of torch's own modules, without hooks, keeps no
+    copies, because their outputs never depend on what they change.
+
+    To combine it with another `context_fn`, such as selective checkpointing, use `momentum_fix.checkpoint` and pass
+    that one to it. `checkpoint_sequential` has no `context_fn`: see `checkpoint` for what to do instead.
+
+    Returns:
+        The contexts for the forward and for its replays, as torch's checkpoint wants them.
+
+    Raises:
+        RuntimeError: the checkpoint is being compiled together with its model.
+
+    Example:
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> layer = nn.BatchNorm1d(3)
+        >>> x = torch.rand(8, 3, requires_grad=True)
+        >>> checkpoint(layer, x, use_reentrant=False, context_fn=preserve_state).sum().backward()
+        >>> layer.num_batches_tracked
+        tensor(1)
+
+    Source: pytorch/pytorch#96136 has asked for this since 2023.
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "context_fn=preserve_state cannot be compiled together with its checkpoint: use momentum_fix.checkpoint, "
+            "which stays out of the compiled code, or compile the blocks inside the checkpoints"
+        )
+    region = _Region()
+    return region.forward(*_checkpointed()), region
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Do what `torch.utils.checkpoint.checkpoint` does, but replay from the state that the forward started from.
+
+    `preserve_state` says what that is good for. This one works with both engines (`use_reentrant=True` too), together
+    with any `context_fn`, and in a model that is compiled as a whole: it breaks the graph, so compiled code ends before
+    it and goes on after it. Blocks that are compiled themselves stay compiled.
+
+    Instead of `checkpoint_sequential(layers, segments, x)`, which has no `context_fn`, run each segment yourself:
+
+        for segment in segments:
+            x = checkpoint(segment, x, use_reentrant=False)
+
+    Exact for, Not for, Memory: as `preserve_state`. The reentrant engine may add up gradients in another order than the
+    run without checkpointing, with or without this package.
+
+    Args:
+        function: anything that can be called.
+        args: passed on to it.
+        kwargs: passed on, along with all the keywords of torch's function.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        What torch's checkpoint raises, and what the function raises.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(3)
+        >>> checkpoint(layer, torch.rand(8, 3, requires_grad=True), use_reentrant=True).sum().backward()
+        >>> layer.num_batches_tracked
+        tensor(1)
+
+    Source: as `preserve_state`.
+    """
+    if not torch.is_grad_enabled():
+        return torchs_checkpoint(function, *args, **kwargs)
+    region = _Region()
+    forward = iter([region.forward(function, args, kwargs)])
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with next(forward, region):
+            return function(*args, **kwargs)
+
+    return torchs_checkpoint(run, *args, **kwargs)
+
+
+class _Region(AbstractContextManager[None]):
+    """A call of a checkpoint: the state that each module in it had when it was entered. The context of its replays."""
+
+    def __init__(self) -> None:
+        self.state: dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]] = {}  # all that is on it, what is copied
+        self.present: list[dict[nn.Module, dict[str, Any]]] = []  # one for each replay that is running
+
+    @contextmanager
+    def forward(self, function: Any = None, *inputs: Any) -> Iterator[None]:
+        """Copy the state of each module that is entered."""
+        # The reentrant engine runs the forward without gradients; the only way back into a graph is the tensor itself.
+        self.detach = torch.is_grad_enabled()
+        self.watches = not _is_compiled(function)  # such code calls no hook
+        if isinstance(function, nn.Module) and all(map(_is_torchs_own, function.modules())):
+            # Nothing in it reads what it moves. So a replay may have any copies: those of that time.
+            self.watches = False
+            trained = [module for module in function.modules() if module.training]
+            self.state = {module: (vars(module).copy(), {"_buffers": module._buffers}) for module in trained}
+            yield
+            return
+        self.copier, self.entered = Copier(share=True, detach=self.detach), set[nn.Module]()
+        if isinstance(function, nn.Module):
+            self.enter(function)
+        for module, whole in _known((function, *inputs), False, set()):
+            self.enter(module, whole)
+        outer = _running.regions
+        _running.regions = (*outer, self)
+        _watch(self.watches)
+        try:
+            yield
+        finally:
+            _watch(-self.watches)
+            _running.regions = outer
+            del self.copier, self.entered
+
+    def __enter__(self) -> None:
+        """Let the modules work on copies of what they had."""
+        copier = Copier(share=False, detach=self.detach)
+        with _own_operations():
+            before = {
+                module: everything | {name: copier.copy(value) for name, value in copied.items()}
+                for module, (everything, copied) in self.state.items()
+            }
+        self.present.append({module: vars(module).copy() for module in before})
+        _watch(self.watches)  # for nobody: but compiled code that meets no hook, as it did before, is compiled again
+        for module, state in before.items():
+            put(module, state)
+
+    def __exit__(self, *error: Any) -> None:
+        """Put back what they have now."""
+        for module, state in self.present.pop().items():
+            put(module, state)
+        _watch(-self.watches)
+
+    def enter(self, module: nn.Module, whole: bool = True) -> None:
+        """Copy the state of a module, and of all below it: a parent may move a child's before it calls it."""
+        below, met = [module], self.copier.modules
+        with _own_operations():
+            for each in below:
+                if each in self.entered or _is_uninitialized(each):
+                    continue
+                if each.training and each not in self.state:
+                    self.state[each] = keep(each, self.copier)
+                if whole:
+                    self.entered.add(each)
+                    below += filter(None, each._modules.values())
+                below += met
+                met.clear()
+
+
+def _known(value: Any, whole: bool, seen: set[int]) -> Iterator[tuple[nn.Module, bool]]:
+    """Give the modules that a function can move without calling them as modules, and so without calling a hook.
+
+    Each with whether that goes for all below it too: where its method is called, or where it is compiled, as such code
+    calls no hook.
+    """
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    whole = whole or _is_compiled(value)
+    parts: list[Any] = []
+    if isinstance(value, nn.Module):
+        yield value, whole
+        yield from ((module, True) for module in value.modules() if _is_compiled(module))
+    elif isinstance(value, types.MethodType):
+        parts, whole = [value.__self__], True
+    elif isinstance(value, (list, tuple, dict)):
+        parts = [*(value.values() if isinstance(value, dict) else value)]
+    elif isinstance(value, functools.partial):
+        parts = [value.func, value.args, value.keywords]
+    elif isinstance(value, types.FunctionType):
+        parts = [value.__defaults__, value.__kwdefaults__]
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # it is empty
+                parts.append(cell.cell_contents)
+        by_name = (value.__globals__.get(name) for name in value.__code__.co_names)
+        parts += [each for each in by_name if isinstance(each, nn.Module) or _is_compiled(each)]
+    for part in parts:
+        yield from _known(part, whole, seen)
+
+
+def _is_compiled(value: Any) -> bool:
+    own = getattr(value, "__dict__", {})
+    if isinstance(value, nn.Module):
+        return "_compiled_call_impl" in own or "_orig_mod" in own["_modules"]
+    return "_torchdynamo_orig_callable" in own and not own.get("_torchdynamo_disable")
+
+
+def _is_torchs_own(module: nn.Module) -> bool:
+    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module).__module__.startswith("torch.nn.modules.") and not changed
+
+
+def _is_uninitialized(module: Any) -> bool:
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()  # type: ignore[misc]
+
+
+def _own_operations() -> AbstractContextManager[None]:
+    return unseen() if selective() else nullcontext()
+
+
+class _Running(threading.local):
+    regions: tuple[_Region, ...] = ()  # whose forward is running in this thread
+
+
+_running, _lock, _users = _Running(), threading.Lock(), 0
+
+
+def _watch(users: int) -> None:
+    """Put the hook on with its first user, in whichever thread, and take it off with the last.
+
+    Always the same one, under the same id: compiled code that meets another one is compiled again.
+    """
+    global _users
+    with _lock:
+        _users += users
+        handle = _handle()
+        if _users:
+            handle.hooks_dict_ref()[handle.id] = _entered
+        else:
+            handle.remove()
+
+
+@functools.cache
+def _handle() -> Any:
+    return register_module_forward_pre_hook(_entered)
+
+
+def _entered(module: Any, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for region in _running.regions:
+        if module not in region.entered:
+            if _is_uninitialized(module):
+                module.initialize_parameters(*args)
+            region.enter(module)
+
+
+def _checkpointed() -> tuple[Any, ...]:
+    """Give the function and the arguments of the running call of torch's checkpoint; nothing, if that is not found.
+
+    A `context_fn` is called without them, and there is no public way to ask for them. So they are read where torch's
+    checkpoint has them, in its frame. Without them the hook still finds every module that is called as a module, but
+    none whose method is called, and none in compiled code.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == torch.utils.checkpoint.__name__:
+            return tuple(frame.f_locals.get(name) for name in ("fn", "args", "kwargs"))
+        frame = frame.f_back
+    return ()

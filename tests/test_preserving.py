@@ -1,0 +1,867 @@
+"""preserve_state and checkpoint: state and gradients are those of the run without checkpointing, whatever is state."""
+
+import contextlib
+import copy
+import functools
+import gc
+import inspect
+import threading
+import weakref
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.utils.checkpoint
+from torch import nn
+from torch._dynamo.utils import counters as compiler_counters
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.nn.modules import module as torchs_module
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint_sequential, create_selective_checkpoint_contexts
+
+import momentum_fix
+import recipes
+from conformance import WRAPPERS
+from momentum_fix import preserve_state, preserving, state
+from recipes import Net, StoppedError, pipeline, siamese, twice_in_a_region
+from states import KINDS, ONLY_WRITTEN, READ, UNHARMED, Normalizer, Steps, picture
+from twins import batches, non_reentrant, plainly, reentrant, train
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:Lazy modules are a new feature"),
+    pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated"),
+]
+
+
+def by_context(function, *args, **kwargs):
+    return non_reentrant(function, *args, context_fn=preserve_state, **kwargs)
+
+
+def drop_in(function, *args, **kwargs):
+    return momentum_fix.checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+
+def drop_in_reentrant(function, *args):
+    return momentum_fix.checkpoint(function, *args, use_reentrant=True)
+
+
+EXACT = {"context_fn": by_context, "drop-in": drop_in, "drop-in, reentrant": drop_in_reentrant}
+
+
+def pipeline_backwards(net, x, ckpt):
+    losses = [ckpt(net, micro).sum() for micro in x.requires_grad_().chunk(2)]
+    for loss in reversed(losses):
+        loss.backward(retain_graph=True)
+
+
+def bound_method(net, x, ckpt):
+    ckpt(net.forward, x.requires_grad_()).sum().backward()
+
+
+def partial_function(net, x, ckpt):
+    ckpt(functools.partial(lambda parts, y: parts.c(parts.b(parts.a(y))), net), x.requires_grad_()).sum().backward()
+
+
+def methods_of_layers(net, x, ckpt):
+    y = x.requires_grad_()
+    for first, layer, last in (net.a, net.b, net.c):
+        y = last(ckpt(layer.forward, first(y)))
+    y.sum().backward()
+
+
+def copied_in_between(net, x, ckpt):
+    loss = ckpt(net, x.requires_grad_()).sum()
+    with contextlib.suppress(RuntimeError):  # torch copies no tensors that are part of a graph
+        copy.deepcopy(net)(x)
+    loss.backward()
+
+
+NO_REENTRANT = (recipes.gradient_penalty, recipes.autograd_grad)
+NEED_INPUT_GRADIENT = (recipes.inside_the_model, recipes.frozen)  # with the reentrant engine
+WAYS = [
+    recipes.one,
+    siamese,
+    pipeline,
+    pipeline_backwards,
+    twice_in_a_region,
+    recipes.inside_the_model,
+    recipes.forward_only_no_grad,
+    recipes.forward_only,
+    recipes.two_backwards,
+    recipes.gradient_penalty,
+    recipes.autograd_grad,
+    recipes.nested,
+    recipes.nested_directly,
+    recipes.never_stopping_early,
+    recipes.accumulating(recipes.one),
+    recipes.failing_forward,
+    recipes.failing_recomputation,
+    recipes.ending_in_a_norm,
+    bound_method,
+    partial_function,
+    methods_of_layers,
+    copied_in_between,
+]
+
+
+def net_of(kind):
+    torch.manual_seed(0)
+    return Net(lambda _: KINDS[kind]())
+
+
+def run(kind, way, ckpt, count=3):
+    return train(net_of(kind), way, batches(count, 4, 3, 4, 4), ckpt)
+
+
+def gradients(net):
+    return [parameter.grad for parameter in net.parameters()]
+
+
+def same_gradients(net, truth, tolerance=0.0):
+    pairs = list(zip(gradients(net), gradients(truth), strict=True))
+    return all(
+        (mine is None) == (true is None) and (mine is None or torch.allclose(mine, true, rtol=0, atol=tolerance))
+        for mine, true in pairs
+    )
+
+
+# Another order of a sum, which the reentrant engine has without this package too.
+ROUNDED = {
+    ("spectral norm, hook", siamese),
+    ("spectral norm, parametrization", siamese),
+    ("codebook", methods_of_layers),
+}
+LAZY = ("lazy normalizer", "lazy BatchNorm")  # whose forward cannot be called directly at first
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_and_gradients_are_those_of_the_run_without_checkpointing(kind, way):
+    if kind in LAZY and way is methods_of_layers:
+        pytest.skip("a lazy layer has no state before it has been called")
+    truth = run(kind, way, plainly)
+    for ckpt in EXACT.values():
+        if ckpt is drop_in_reentrant and way in (*NO_REENTRANT, *NEED_INPUT_GRADIENT):
+            continue
+        net = run(kind, way, ckpt)
+        if ckpt is drop_in_reentrant and (kind, way) in ROUNDED:
+            assert same_gradients(net, truth, tolerance=1e-12)
+        else:
+            assert picture(net) == picture(truth)
+            assert same_gradients(net, truth)
+
+
+@pytest.mark.parametrize("ckpt", [non_reentrant, reentrant])
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_checkpointing_is_wrong_in_the_gradients_where_the_output_reads_the_state_and_else_in_the_state(
+    kind, ckpt
+):
+    # In a region that ends in what backward needs, all is recomputed; one batch: no weight differs yet.
+    net, truth = (run(kind, siamese, each, count=1) for each in (ckpt, plainly))
+    assert same_gradients(net, truth, tolerance=1e-9) == (kind not in READ)
+    assert kind in UNHARMED or picture(net) != picture(truth)
+    assert len(READ) + len(ONLY_WRITTEN) + len(UNHARMED) == len(KINDS)
+
+
+# What state is made of.
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+class Tracker(list):
+    """A container of a user's own, which is left alone."""
+
+
+CONTAINERS = {
+    "list": lambda t: [t, 1],
+    "dict": lambda t: {"t": t, "n": 1},
+    "OrderedDict": lambda t: OrderedDict(t=t),
+    "defaultdict": lambda t: defaultdict(int, t=t),
+    "Counter": lambda t: Counter(t=1),
+    "deque": lambda t: deque([t], maxlen=4),
+    "tuple": lambda t: (t, 1),
+    "named tuple": lambda t: Pair(t, [t]),
+    "set": lambda t: {t, 1},
+    "frozenset": lambda t: frozenset([t]),
+    "nested": lambda t: {"a": [(Pair([t], {"b": deque([t])}),)]},
+}
+
+
+def tensors_in(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, Iterable) else ()
+    return [tensor for item in items if not isinstance(item, str) for tensor in tensors_in(item)]
+
+
+@pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
+def test_containers_are_copied_with_all_that_is_in_them(container):
+    value = container(torch.zeros(3))
+    copied = state.Copier(share=True, detach=True).copy(value)
+    assert type(copied) is type(value)
+    assert copied is not value
+    assert len(copied) == len(value)
+    assert getattr(copied, "maxlen", None) == getattr(value, "maxlen", None)
+    assert getattr(copied, "default_factory", None) == getattr(value, "default_factory", None)
+    mine, true = tensors_in(copied), tensors_in(value)
+    assert len(mine) == len(true)
+    assert all(one is not other and torch.equal(one, other) for one, other in zip(mine, true, strict=True))
+    assert len(set(map(id, mine))) == len(set(map(id, true)))  # the same tensor twice is one in the copy too
+
+
+@pytest.mark.parametrize("value", [Tracker([1]), (1, (2,).__len__), nn.Identity(), nn.Parameter(torch.ones(2)), 1, "a"])
+def test_what_is_no_container_of_pythons_own_stands_for_itself(value):
+    copied = state.Copier(share=True, detach=True).copy(value)
+    assert copied is value or copied == value
+
+
+def test_a_container_may_have_itself_in_it():
+    value = [torch.zeros(3)]
+    value.append(value)
+    copied = state.Copier(share=True, detach=True).copy(value)
+    assert copied[1] is copied is not value
+
+
+def test_modules_in_containers_are_gathered():
+    copier, layer = state.Copier(share=True, detach=True), nn.Linear(1, 1)
+    assert copier.copy({"a": [(layer,)]})["a"][0][0] is layer
+    assert copier.modules == [layer]
+
+
+def test_views_of_one_tensor_are_views_of_one_copy():
+    base = torch.arange(6.0).reshape(2, 3)  # a view too
+    row, copied, column = state.Copier(share=True, detach=True).copy([base[1], base, base[:, 1]])
+    copied += 1
+    assert torch.equal(row, base[1] + 1)
+    assert torch.equal(column, base[:, 1] + 1)
+    row += 1
+    assert torch.equal(copied[1], base[1] + 2)
+    dense = torch.arange(6.0).reshape(2, 3).t().clone(memory_format=torch.preserve_format)
+    copied, row = state.Copier(share=True, detach=True).copy([dense, dense[1]])
+    assert torch.equal(copied, dense)
+    copied += 1
+    assert torch.equal(row, dense[1] + 1)
+    wide = torch.ones(1, 3).expand(2, 3).clone(memory_format=torch.preserve_format)
+    assert torch.equal(state.Copier(share=True, detach=True).copy([wide[1]])[0], wide[1])
+
+
+def test_a_view_of_something_much_larger_is_copied_alone_unless_that_is_state_too():
+    base = torch.zeros(state._LARGE)
+    copier = state.Copier(share=True, detach=True)
+    assert copier.copy(base[3:4])._base is None
+    copied, view = state.Copier(share=True, detach=True).copy([base, base[3:4]])
+    assert view._base is copied
+
+
+def test_tensors_in_a_graph_are_copied_out_of_it_or_stand_for_themselves():
+    leaf = torch.ones(2, requires_grad=True)
+    inner = leaf * 2
+    copied = state.Copier(share=True, detach=True).copy([leaf, inner])
+    assert copied[0] is leaf
+    assert copied[1].requires_grad
+    assert not copied[1].is_leaf
+    assert torch.equal(copied[1], inner)
+    assert torch.autograd.grad(copied[1].sum(), leaf, allow_unused=True) == (None,)
+    assert state.Copier(share=True, detach=False).copy(inner) is inner
+
+
+def test_put_takes_away_what_is_new():
+    layer = nn.Linear(1, 1)
+    before = vars(layer).copy()
+    layer.new, layer.training = 1, False
+    state.put(layer, before)
+    assert vars(layer) == before
+
+
+# What it leaves behind: nothing.
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_nothing_stays_on_the_model_and_no_hook_stays_anywhere(ckpt):
+    net = net_of("running normalizer")
+    before = {name: (list(vars(module)), module._buffers) for name, module in net.named_modules()}
+    buffers = list(net.buffers())
+    recipes.failing_forward(net, batches(1, 4, 3, 4, 4)[0], ckpt)
+    recipes.failing_recomputation(net, batches(1, 4, 3, 4, 4)[0], ckpt)
+    after = {name: (list(vars(module)), module._buffers) for name, module in net.named_modules()}
+    assert all(after[name][0] == names and after[name][1] is held for name, (names, held) in before.items())
+    assert all(mine is old for mine, old in zip(net.buffers(), buffers, strict=True))
+    assert not torchs_module._global_forward_pre_hooks
+
+
+def test_an_error_elsewhere_in_backward_leaves_the_model_as_the_forward_left_it():
+    net = net_of("step counter")
+
+    def fails(_):
+        raise StoppedError
+
+    middle = by_context(net.a, torch.rand(4, 3, 4, 4, requires_grad=True))
+    middle.register_hook(fails)
+    before = picture(net)
+    loss = by_context(net.b, middle).sum()
+    before = picture(net)
+    with pytest.raises(StoppedError):
+        loss.backward()
+    assert picture(net) == before
+
+
+def test_a_checkpoint_keeps_its_copies_only_as_long_as_its_graph_lives():
+    layer = Normalizer()
+    regions = weakref.WeakSet()
+
+    class Noted(preserving._Region):
+        def __init__(self, *args):
+            super().__init__(*args)
+            regions.add(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preserving, "_Region", Noted)
+        losses = [by_context(layer, torch.rand(2, 3, 2, 2, requires_grad=True)).sum() for _ in range(3)]
+        assert len(regions) == 3
+        losses.pop()
+        losses.pop().backward()
+        gc.collect()
+        assert len(regions) == 1
+
+
+def test_values_in_graphs_do_not_keep_the_graphs_of_former_batches():
+    net = net_of("a value in the graph")
+    graphs = []
+    for x in batches(4, 4, 3, 4, 4):
+        recipes.one(net, x, by_context)
+        graphs.append(weakref.ref(net.a[1].penalty))
+    gc.collect()
+    assert sum(graph() is not None for graph in graphs) == 1
+
+
+def test_evaluation_mode_is_left_alone():
+    layer = Steps().eval()
+    region = preserving._Region()
+    with region.forward(layer):
+        layer(torch.rand(1))
+    assert not region.state
+
+
+def test_the_replay_runs_in_the_mode_of_its_forward():
+    net = net_of("running normalizer")
+    truth = copy.deepcopy(net)
+    for each, ckpt in ((net, by_context), (truth, plainly)):
+        loss = ckpt(each, torch.ones(4, 3, 4, 4).cumsum(0).requires_grad_()).sum()
+        each.eval()
+        loss.backward()
+    assert same_gradients(net, truth)
+
+
+# What a function reaches without calling it as a module.
+
+
+class Root(nn.Module):
+    """Moves a number of its own, and a child's statistics, in a method that is not its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.child, self.steps = nn.Linear(3, 3), Normalizer(), 0
+
+    def method(self, x):
+        self.steps += 1
+        self.child.mean += 1
+        return (self.linear(x) * self.steps + self.child.mean).tanh()
+
+    def count(self, x):
+        self.steps += 1
+        return (self.linear(x) * self.steps).tanh()
+
+    def step(self, x, ckpt, how):
+        ckpt(how(self), x).sum().backward()
+
+
+REACHED = {
+    "bound method": lambda root: root.method,
+    "partial of a bound method": lambda root: functools.partial(root.method),
+    "lambda of a bound method": lambda root: (lambda method: lambda x: method(x))(root.method),
+}
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("how", REACHED.values(), ids=REACHED)
+def test_a_method_may_move_its_module_and_the_modules_below_it(how, ckpt):
+    torch.manual_seed(0)
+    root = Root()
+    truth, wrong = copy.deepcopy(root), copy.deepcopy(root)
+    for each, by in ((root, ckpt), (truth, plainly), (wrong, non_reentrant)):
+        each.step(torch.ones(2, 3, requires_grad=True), by, how)
+    assert picture(root) == picture(truth)
+    assert same_gradients(root, truth)
+    assert not same_gradients(wrong, truth)
+
+
+COUNTED = {
+    "closure": lambda root: lambda x: root.count(x),
+    "default": lambda root: lambda x, root=root: root.count(x),
+    "function in a closure": lambda root: (lambda inner: lambda x: inner(x))(lambda x: root.count(x)),
+    "argument": lambda root: functools.partial(lambda known, x: known.count(x), root),
+}
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("how", COUNTED.values(), ids=COUNTED)
+def test_a_function_may_move_what_the_modules_that_it_knows_have_themselves(how, ckpt):
+    torch.manual_seed(0)
+    root = Root()
+    truth, wrong = copy.deepcopy(root), copy.deepcopy(root)
+    for each, by in ((root, ckpt), (truth, plainly), (wrong, non_reentrant)):
+        each.step(torch.ones(2, 3, requires_grad=True), by, how)
+    assert root.steps == truth.steps == 1
+    assert same_gradients(root, truth)
+    assert not same_gradients(wrong, truth)
+
+
+# Blocks of torch's own modules.
+
+
+class Reader(nn.Module):
+    """Reads the statistics of another layer by a name that its code does not have."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x).tanh() * (1 + next(self.norm.buffers()).clone())
+
+
+class BlockOfAUser(nn.Sequential):
+    pass
+
+
+def hooked(block):
+    block[0].register_forward_hook(lambda *_: None)
+    return block
+
+
+def patched(block):
+    block[0].forward = block[0].forward
+    return block
+
+
+BLOCKS = {
+    "torch's own": (lambda: nn.Sequential(nn.BatchNorm1d(3)), False),
+    "a norm alone": (lambda: nn.BatchNorm1d(3), False),
+    "a class of a user's": (lambda: BlockOfAUser(nn.BatchNorm1d(3)), True),
+    "a class of a user's below": (lambda: nn.Sequential(BlockOfAUser(nn.BatchNorm1d(3))), True),
+    "a hook": (lambda: hooked(nn.Sequential(nn.BatchNorm1d(3))), True),
+    "a hook before": (lambda: nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(3, 3)), nn.BatchNorm1d(3)), True),
+    "a parametrization": (lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(3, 3))), True),
+    "another forward": (lambda: patched(nn.Sequential(nn.BatchNorm1d(3))), True),
+}
+
+
+@pytest.mark.parametrize(("block", "copies"), BLOCKS.values(), ids=BLOCKS)
+def test_buffers_are_copied_in_the_forward_if_anything_but_torchs_own_modules_is_there(block, copies):
+    block = block()
+    region = preserving._Region()
+    with region.forward(block):
+        pass
+    own = {id(buffer) for buffer in block.buffers()}
+    kept = {id(buffer) for _, copied in region.state.values() for buffer in copied["_buffers"].values()}
+    assert len(kept) == len(own) > 0
+    assert kept.isdisjoint(own) == copies
+    assert (kept == own) == (not copies)
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_whoever_reads_the_statistics_of_a_norm_layer_reads_what_the_forward_read(ckpt):
+    reader = Reader(nn.BatchNorm1d(3))
+    truth, wrong = copy.deepcopy(reader), copy.deepcopy(reader)
+    gradients = []
+    for each, by in ((truth, plainly), (reader, ckpt), (wrong, non_reentrant)):
+        x = torch.arange(12.0).reshape(4, 3).requires_grad_()
+        by(each, x).square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[0], gradients[2])
+    assert picture(reader) == picture(truth)
+
+
+# Large tensors that stand still.
+
+
+class Masked(Normalizer):
+    """Has a large table, and moves it when it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(128, 128))
+        self.moves = None
+
+    def forward(self, x):
+        if self.moves is not None:
+            self.moves(self)
+        return super().forward(x) * (1 + self.table[0, 0])
+
+
+def visibly(layer):
+    layer.table.add_(1)
+
+
+def unseen(layer):
+    layer.table.data.add_(1)
+
+
+def replacing(layer):
+    layer.table = layer.table + 1
+
+
+def in_other_memory(layer):
+    layer.table.data = layer.table.data + 1
+
+
+def copy_of_table(layer):
+    region = preserving._Region()
+    with region.forward(layer):
+        pass
+    return region.state[layer][1]["_buffers"]["table"]
+
+
+def same_as_plainly(layer, ckpt=by_context):
+    """Run a step with a layer and with its twin, and tell whether state and gradients are equal."""
+    twin = copy.deepcopy(layer)
+    x, y = (torch.ones(2, 3, 2, 2).cumsum(0).requires_grad_() for _ in range(2))
+    ckpt(layer, x).square().sum().backward()
+    twin(y).square().sum().backward()
+    return torch.equal(x.grad, y.grad) and picture(layer) == picture(twin)
+
+
+def test_a_large_tensor_that_stands_still_is_copied_once():
+    layer = Masked()
+    assert layer.table.nbytes > state._LARGE
+    copies = [copy_of_table(layer) for _ in range(3 * state._COMPARED)]
+    assert len(set(map(id, copies))) == 1
+    assert copies[0] is not layer.table
+    assert copy_of_table(copy.deepcopy(layer)) is not copies[0]
+
+
+def test_the_copy_of_a_large_tensor_goes_with_the_tensor():
+    layer = Masked()
+    copied = weakref.ref(copy_of_table(layer))
+    gc.collect()
+    assert copied() is not None
+    del layer
+    gc.collect()
+    assert copied() is None
+
+
+def test_a_large_tensor_is_compared_with_its_copy_ever_more_rarely(monkeypatch):
+    compared, asked = [], 0
+    monkeypatch.setattr(torch, "equal", lambda *_: compared.append(asked) or True)
+    layer = Masked()
+    for asked in range(300):  # noqa: B007
+        copy_of_table(layer)
+    assert compared == [*range(1, 65), 128, 256]
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("still", [0, 3, 70])
+@pytest.mark.parametrize("moves", [visibly, replacing])
+def test_a_large_tensor_may_move_at_any_time_where_autograd_sees_it(moves, still, ckpt):
+    layer = Masked()
+    for _ in range(still):
+        assert same_as_plainly(layer, ckpt)
+    layer.moves = moves
+    for _ in range(3):
+        assert same_as_plainly(layer, ckpt)
+    layer.moves = None
+    assert same_as_plainly(layer, ckpt)
+    assert not same_as_plainly(layer, non_reentrant)
+
+
+@pytest.mark.parametrize("moves", [unseen, in_other_memory])
+def test_a_large_tensor_may_move_unseen_in_the_first_checkpoints(moves):
+    layer = Masked()
+    for each in (None, moves, moves, None, None, moves):
+        layer.moves = each
+        assert same_as_plainly(layer)
+
+
+def test_a_large_tensor_that_moves_unseen_after_all_is_found_later_and_warned_of():
+    layer = Masked()
+    while state._shared.get(layer.table, (0, 0, 0))[2] != 2 * state._COMPARED - 1:
+        copy_of_table(layer)
+    layer.table.data.add_(1)
+    assert not same_as_plainly(layer)
+    with pytest.warns(UserWarning, match=r"a torch.float64 of shape \(128, 128\) .* stood still in 64 checkpoints"):
+        assert same_as_plainly(layer)
+    layer.moves = unseen
+    for _ in range(3):
+        assert same_as_plainly(layer)
+
+
+def test_a_replay_does_not_write_to_the_copy_that_all_share():
+    layer = Masked()
+    x = torch.ones(2, 3, 2, 2).cumsum(0).requires_grad_()
+    loss = by_context(layer, x).sum()
+    copied = copy_of_table(layer)
+    layer.moves = visibly  # in the replay alone: what it does not know from its forward, it has not got
+    loss.backward()
+    assert copied.eq(0).all()
+    assert layer.table.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        torch.zeros(128, 128, device="meta"),
+        torch.zeros(128, 128).to_sparse(),
+        nn.Parameter(torch.zeros(128, 128), requires_grad=False),
+    ],
+    ids=["meta", "sparse", "parameter"],
+)
+def test_a_large_tensor_of_another_sort_is_copied_or_stands_for_itself(table):
+    layer = Masked()
+    layer.table, layer.other = None, [table]
+    for _ in range(2):
+        region = preserving._Region()
+        with region.forward(layer):
+            pass
+        copied = region.state[layer][1]["other"][0]
+        assert copied.shape == table.shape
+        assert (copied is table) == isinstance(table, nn.Parameter)
+
+
+def test_a_large_tensor_made_in_inference_mode_is_copied():
+    with torch.inference_mode():
+        table = torch.zeros(128, 128)
+    copier = state.Copier(share=True, detach=True)
+    assert copier.copy(table) is not table
+
+
+# Where else it goes.
+
+
+def test_the_drop_in_has_torchs_signature_and_hands_its_keywords_on():
+    ours = inspect.signature(momentum_fix.checkpoint).parameters
+    assert list(ours) == ["function", "args", "kwargs"]
+    with pytest.raises(ValueError, match="determinism_check"):
+        drop_in(nn.Linear(1, 1), torch.rand(1, requires_grad=True), determinism_check="unheard of")
+    net = net_of("step counter")
+    x = batches(1, 4, 3, 4, 4)[0].requires_grad_()
+    known = inspect.signature(torch.utils.checkpoint.checkpoint).parameters.keys() & {"early_stop"}  # since torch 2.9
+    drop_in(net, x, debug=True, preserve_rng_state=False, **dict.fromkeys(known, False)).sum().backward()
+    with torch.no_grad():
+        drop_in(net, x)
+    assert net.a[1].steps == 2
+
+
+def selective(policy):
+    def decide(_, operation, *args, **kwargs):
+        chosen = operation in (torch.ops.aten.tanh.default, torch.ops.aten.convolution.default)
+        return policy if chosen or operation is torch.ops.aten.clone.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return functools.partial(create_selective_checkpoint_contexts, decide)
+
+
+@pytest.mark.parametrize("kind", [*READ, "BatchNorm"])
+def test_the_drop_in_composes_with_selective_checkpointing(kind):
+    def step(net, x, ckpt):
+        chosen = {} if ckpt is plainly else {"context_fn": selective(CheckpointPolicy.MUST_SAVE)}
+        ckpt(net, x.requires_grad_(), **chosen).sum().backward()
+
+    truth, net = run(kind, step, plainly), run(kind, step, drop_in)
+    assert picture(net) == picture(truth)
+    assert same_gradients(net, truth)
+
+
+WRAPPED = {
+    "context_fn": {"checkpoint_impl": CheckpointImpl.NO_REENTRANT, "context_fn": preserve_state},
+    "checkpoint_fn": {"checkpoint_impl": CheckpointImpl.NO_REENTRANT, "checkpoint_fn": drop_in},
+    "checkpoint_fn, reentrant": {"checkpoint_impl": CheckpointImpl.REENTRANT, "checkpoint_fn": drop_in_reentrant},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl.NO_REENTRANT")
+@pytest.mark.parametrize("how", [*WRAPPED, "nothing"])
+def test_torchs_wrapper_takes_either(how):
+    def wrapped(net, x, _):
+        net(x.requires_grad_()).sum().backward()
+
+    net = net_of("running normalizer")
+    options = WRAPPED.get(how, {"checkpoint_impl": CheckpointImpl.NO_REENTRANT})
+    wrap = functools.partial(checkpoint_wrapper, **options)
+    apply_activation_checkpointing(net, checkpoint_wrapper_fn=wrap, check_fn=lambda m: isinstance(m, nn.Sequential))
+    train(net, wrapped, batches(3, 4, 3, 4, 4), plainly)
+    truth = run("running normalizer", recipes.one, plainly)
+    assert same_gradients(net, truth) == (how != "nothing")
+
+
+@pytest.mark.parametrize("reentrancy", [False, True])
+def test_checkpoint_sequential_takes_no_context_but_can_be_given_the_drop_in(monkeypatch, reentrancy):
+    def segments(net, x, ckpt):
+        layers = [*net.a, *net.b, *net.c]
+        checkpoint_sequential(layers, 3, x.requires_grad_(), use_reentrant=reentrancy).sum().backward()
+
+    truth = run("running normalizer", recipes.one, plainly)
+    assert not same_gradients(run("running normalizer", segments, plainly), truth)
+    with pytest.raises(ValueError, match="Unexpected keyword arguments: context_fn"):
+        checkpoint_sequential([nn.Linear(1, 1)], 1, torch.rand(1), use_reentrant=False, context_fn=preserve_state)
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", momentum_fix.checkpoint)
+    assert same_gradients(run("running normalizer", segments, plainly), truth)
+
+
+def test_threads_do_not_see_each_others_modules():
+    inside, outside = threading.Event(), threading.Event()
+    layer, other = Steps(), Steps()
+    region = preserving._Region()
+
+    def elsewhere():
+        inside.wait(10)
+        other(torch.rand(1))
+        outside.set()
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    with region.forward(lambda: None):
+        inside.set()
+        assert outside.wait(10)
+        layer(torch.rand(1))
+    thread.join()
+    assert list(region.state) == [layer]
+
+
+# Compiled code.
+
+
+@pytest.fixture
+def _fresh_compiler():
+    torch.compiler.reset()
+    compiler_counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def compiled_module(net):
+    return torch.compile(net, backend="aot_eager")
+
+
+def module_compiled_in_place(net):
+    net.compile(backend="aot_eager")
+    return net
+
+
+def compiled_function(net):
+    return torch.compile(lambda x: net.c(net.b(net.a(x))), backend="aot_eager")
+
+
+def lambda_of_compiled_modules(net):
+    first, *rest = (torch.compile(part, backend="aot_eager") for part in (net.a, net.b, net.c))
+    return lambda x: rest[1](rest[0](first(x)))
+
+
+def lambda_of_parts_compiled_in_place(net):
+    for part in (net.a, net.b, net.c):
+        part.compile(backend="aot_eager")
+    return lambda x: net.c(net.b(net.a(x)))
+
+
+COMPILED = [
+    compiled_module,
+    module_compiled_in_place,
+    compiled_function,
+    lambda_of_compiled_modules,
+    lambda_of_parts_compiled_in_place,
+]
+
+
+def compiled_step(prepare):
+    known = []
+
+    def step(net, x, ckpt):
+        known[:] = known or [prepare(net)]
+        ckpt(known[0], x.requires_grad_()).sum().backward()
+        graphs.append(compiler_counters["stats"]["unique_graphs"])
+
+    graphs = step.graphs = []
+    return step
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks")
+@pytest.mark.parametrize("prepare", COMPILED, ids=lambda prepare: prepare.__name__)
+@pytest.mark.parametrize("kind", ["running normalizer", "a buffer that is replaced", "BatchNorm"])
+def test_compiled_modules_and_functions_inside_are_exact_and_are_not_compiled_again(kind, prepare):
+    truth = run(kind, recipes.one, plainly, count=4)
+    for ckpt in EXACT.values():
+        torch.compiler.reset()
+        net = run(kind, step := compiled_step(prepare), ckpt, count=4)
+        assert same_gradients(net, truth)
+        assert len(set(step.graphs)) == 1
+        compiler_counters.clear()
+    torch.compiler.reset()
+    assert same_gradients(run(kind, compiled_step(prepare), non_reentrant, count=4), truth) == (kind not in READ)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("ckpt", [drop_in, drop_in_reentrant])
+@pytest.mark.parametrize("kind", READ)
+def test_a_model_compiled_together_with_the_drop_in_is_exact(kind, ckpt):
+    def prepare(net):
+        return torch.compile(lambda x: ckpt(net, x) * 1, backend="aot_eager")
+
+    truth = run(kind, recipes.one, plainly)
+    net = run(kind, compiled_step(prepare), lambda function, x: function(x))
+    assert picture(net) == picture(truth)
+    assert same_gradients(net, truth)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_model_compiled_together_with_a_context_is_refused():
+    net = net_of("running normalizer")
+    compiled = torch.compile(lambda x: by_context(net, x), backend="aot_eager")
+    # torch 2.8 refuses before this package is asked
+    with pytest.raises(Exception, match=r"use momentum_fix.checkpoint|generate a tuple of two `TorchDispatchMode`s"):
+        compiled(torch.rand(4, 3, 4, 4, requires_grad=True))
+
+
+# Two ranks.
+
+
+def _ranks(rank, folder):
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for wrap in ("DDP", "FSDP2"):
+        for kind in ("running normalizer", "spectral norm, parametrization", "step counter", "BatchNorm"):
+            found = []
+            for ckpt in (plainly, by_context, drop_in, non_reentrant):
+                net = WRAPPERS[wrap](net_of(kind))
+                data = batches(3, 4, 3, 4, 4, seed=1 + rank)
+                train(net, recipes.inside_the_model, data, ckpt)
+                local = [getattr(grad, "_local_tensor", grad) for grad in gradients(net)]
+                found.append((local, [buffer.clone() for buffer in net.buffers()]))
+            truth, *exact, plain = found
+            same = [
+                all(
+                    torch.equal(mine, true)
+                    for each in (0, 1)
+                    for mine, true in zip(one[each], truth[each], strict=True)
+                )
+                for one in (*exact, plain)
+            ]
+            assert same == [True, True, False], (wrap, kind, same)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_of_ddp_and_of_fsdp2_are_exact(tmp_path):
+    mp.spawn(_ranks, args=(tmp_path,), nprocs=2)
