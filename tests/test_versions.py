@@ -91,11 +91,12 @@ def test_skipped(): pass
 def test_what_comes_of_tests_is_counted_and_each_is_counted_once(tmp_path):
     (tmp_path / "test_some.py").write_text(SOME_TESTS)
     (tmp_path / "test_unreadable.py").write_text("import nothing_of_this_name")
+    (tmp_path / "test_elsewhere.py").write_text("import pytest\npytest.skip('all of it', allow_module_level=True)")
     options = f"['--continue-on-collection-errors', '--rootdir={tmp_path}', '{tmp_path}']"
     code = f"import json, versions as v; v.SUITES['core'] = lambda: {options}; print('\\n' + json.dumps(v.run('core')))"
     done = subprocess.run([sys.executable, "-c", code], cwd=versions.TESTS, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert [found[outcome] for outcome in ("passed", "failed", "skipped")] == [1, 3, 1]
+    assert [found[outcome] for outcome in ("passed", "failed", "skipped")] == [1, 3, 2]
     assert {name.rpartition(":")[2] for name in found["failing"]} == {
         "test_bad",
         "test_broken_afterwards",

@@ -83,8 +83,8 @@ class Outcomes:
         self.of: dict[str, str] = {}
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed:
-            self.of[report.nodeid] = "failed"
+        if not report.passed:
+            self.of[report.nodeid] = report.outcome
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
