@@ -1,7 +1,7 @@
 """Models of torchvision and timm with their own checkpointing on, beside their twins without: docs/zoo.md.
 
 `make zoo` runs this with the newest torch, beside which both libraries load, and writes benchmarks/zoo.json;
-`python benchmarks/zoo.py --page` writes the page anew, every number of it from there.
+`python benchmarks/zoo.py --page` writes the page anew, every number of it from there, and its sentence into the README.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import re
 import sys
 import textwrap
 from collections import Counter
@@ -28,6 +29,8 @@ from twins import counters, deviation  # noqa: E402
 
 DATA = ROOT / "benchmarks" / "zoo.json"
 DOCUMENT = ROOT / "docs" / "zoo.md"
+README = ROOT / "README.md"
+QUOTED = re.compile(r"(<!-- zoo -->\n).*?(<!-- /zoo -->)", re.DOTALL)
 STEPS, SHAPE = 3, (4, 3, 64, 64)
 RIGHT = 1e-10  # relative, in float64
 MODELS = {
@@ -175,6 +178,11 @@ def sentence(data: dict[str, Any]) -> str:
     )
 
 
+def quoting(text: str, data: dict[str, Any]) -> str:
+    """Put the sentence into a document, between the comments that mark its place, if it has any."""
+    return QUOTED.sub(lambda found: f"{found[1]}{wrapped(sentence(data))}\n{found[2]}", text)
+
+
 def table(data: dict[str, Any]) -> list[str]:
     columns = ["model", "library", "layers with k = " + ", ".join(ks(data)), *METHODS]
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
@@ -228,3 +236,4 @@ if __name__ == "__main__":
         torch.set_default_dtype(torch.float64)
         DATA.write_text(json.dumps(everything(), indent=1) + "\n", encoding="utf-8")
     DOCUMENT.write_text(page(load()), encoding="utf-8")
+    README.write_text(quoting(README.read_text(encoding="utf-8"), load()), encoding="utf-8")

@@ -77,6 +77,13 @@ def test_other_data_make_another_page_and_another_sentence():
     assert [a - b for a, b in zip(*numbers, strict=True)] == [0, 0, 0, 1, 0]
 
 
+def test_a_document_that_quotes_the_sentence_quotes_these_data():
+    readme = zoo.README.read_text(encoding="utf-8")
+    assert zoo.quoting(readme, zoo.load()) == readme
+    quoted = zoo.quoting("before\n<!-- zoo -->\nold\n<!-- /zoo -->\nafter\n", zoo.load())
+    assert " ".join(quoted.split()) == f"before <!-- zoo --> {zoo.sentence(zoo.load())} <!-- /zoo --> after"
+
+
 def test_the_models_are_those_of_the_data_and_each_has_a_layer_that_is_recomputed():
     data = zoo.load()
     listed = [(library, name) for library, names in zoo.MODELS.items() for name in names]
