@@ -25,6 +25,7 @@ ROOT = TESTS.parent
 DATA = TESTS / "versions.json"
 DOCUMENT = ROOT / "docs" / "versions.md"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]  # those that torch has packages for
 Run = dict[str, Any]
 
 # Failures that are not this package's: what the test is called, and what is known about it.
@@ -164,11 +165,12 @@ def failures(runs: list[Run]) -> str:
 def page(runs: list[Run]) -> str:
     """Write docs/versions.md."""
     suites = {name: [run for run in runs if run["suite"] == name] for name in SUITES}
+    untried = [version for version in PYTHONS if version not in tested(runs, "python")]
     parts = [
         "# Versions",
         f"""The core's tests pass with torch {listed(tested(runs, "torch"))}, and with Python
-        {listed(tested(runs, "python"))}. All ran on Linux, on a CPU. Nothing else was tried, Python 3.14 and other
-        systems included; older versions are known to fail ([limits](limits.md)).""",
+        {listed(tested(runs, "python"))}. All ran on Linux, on a CPU. Not tried: other systems, torch versions between
+        these, Python {listed(untried)}. Older torch is known to fail ([limits](limits.md)).""",
         f"""The core's tests are those that need no library but {listed(sorted(libraries("core")))}, and the examples in
         the docstrings. `make compat TORCH=2.9.1` runs them with that torch in an environment of its own
         (`PYTHON=python3.12` for another Python) and notes what came of it in [the data](../tests/versions.json) that
