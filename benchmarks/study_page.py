@@ -1,6 +1,6 @@
 """What the study found: docs/study.md and its figures, every number of it from benchmarks/study.json.
 
-`python benchmarks/study_page.py` writes them anew, and the answer in two sentences into README and paper.
+`python benchmarks/study_page.py` writes them anew, and the answer in a few sentences into README and paper.
 """
 
 from __future__ import annotations
@@ -503,16 +503,36 @@ def told(effect: Effect) -> str:
     return f"{d.mean:+.1f} points ({d.low:+.1f} to {d.high:+.1f}; {place})"
 
 
-def sentences(data: dict) -> list[str]:
-    """Give the answer in two sentences, as README, paper and page say it."""
-    everything = effects(data)
+def rises(data: dict, few: int = 2) -> tuple[int, dict[tuple[int, str], Difference]]:
+    """Give the largest batch size, and by batch size and k what is added to the loss with an annealed rate, in %."""
     annealed = list(cells(data, schedule="annealed", order="shuffled"))
-    few, many = 2, max(condition.batch for condition, _ in annealed)
-    rise = {
-        (batch, name): percent([cell for condition, cell in annealed if condition.batch == batch], name).text(1)
+    many = max(condition.batch for condition, _ in annealed)
+    return many, {
+        (batch, name): percent([cell for condition, cell in annealed if condition.batch == batch], name)
         for batch in (few, many)
         for name in ("k = 2", "k = 5")
     }
+
+
+def brief(data: dict) -> str:
+    """Give the answer as README's first screen has it."""
+    many, rise = rises(data)
+    mean = {key: f"{difference.mean:+.1f} %" for key, difference in rise.items()}
+    return (
+        f"That depends on the batch size. In small tasks, uncorrected passes changed the evaluation loss by "
+        f"{mean[2, 'k = 2']} (two passes per batch) and {mean[2, 'k = 5']} (five) at batch size 2, and by "
+        f"{mean[many, 'k = 2']} and {mean[many, 'k = 5']} at batch size {many}. The final error changed by "
+        f"{median(effects(data)):+.2f} points in the median of {len(effects(data))} comparisons."
+    )
+
+
+def sentences(data: dict) -> list[str]:
+    """Give the answer in two sentences, as paper and page say it."""
+    everything = effects(data)
+    annealed = list(cells(data, schedule="annealed", order="shuffled"))
+    few = 2
+    many, differences = rises(data, few)
+    rise = {key: difference.text(1) for key, difference in differences.items()}
     tests = primary(data)
     held = [test for test in tests if test.p < LEVEL]
     worse = sum(test.difference.mean > 0 for test in held)
@@ -531,13 +551,13 @@ def sentences(data: dict) -> list[str]:
     ]
 
 
-QUOTED = re.compile(r"(<!-- study -->\n).*?(<!-- /study -->)", re.DOTALL)
-
-
 def quoting(text: str, data: dict) -> str:
     """Put the answer into a document, between the comments that mark its place."""
-    answer = "\n".join(textwrap.wrap(" ".join(sentences(data)), 110, break_on_hyphens=False))
-    return QUOTED.sub(lambda found: f"{found[1]}{answer}\n{found[2]}", text)
+    for mark, answer in (("study", " ".join(sentences(data))), ("study in brief", brief(data))):
+        quoted = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
+        lines = "\n".join(textwrap.wrap(answer, 110, break_on_hyphens=False))
+        text = quoted.sub(lambda found, lines=lines: f"{found[1]}{lines}\n{found[2]}", text)
+    return text
 
 
 def page(data: dict) -> str:

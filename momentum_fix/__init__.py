@@ -1,6 +1,8 @@
 """BatchNorm's running statistics as if activation checkpointing did not exist.
 
     update_once(model)                 the exact way: statistics move on the forward pass, never on a recomputation
+    checkpoint(function, *args)        torch's checkpoint, exact also for modules that read what they change
+    preserve_state                     the same as a context_fn: checkpoint(..., context_fn=preserve_state)
     with calibrate(model) as report:   around one training step: counts each layer's passes, sets its momentum
     correct(model, passes=2)           sets the corrected momentum, if you know the passes
     norm_layer("BatchNorm2d")          a norm layer with the corrected momentum, for a model config

@@ -75,7 +75,6 @@ def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManag
     return region.forward(*_checkpointed()), region
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Do what `torch.utils.checkpoint.checkpoint` does, but replay from the state that the forward started from.
 
@@ -110,6 +109,11 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     Source: as `preserve_state`.
     """
+    return _outside_of_compiled_code(function, *args, **kwargs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside_of_compiled_code(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return torchs_checkpoint(function, *args, **kwargs)
     region = _Region()

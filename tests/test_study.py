@@ -248,7 +248,8 @@ def test_the_page_opens_with_the_answer():
 @pytest.mark.parametrize("document", study_page.QUOTES, ids=lambda path: path.name)
 def test_readme_and_paper_say_the_answer_too(document):
     text = document.read_text(encoding="utf-8")
-    assert all(sentence in " ".join(text.split()) for sentence in study_page.sentences(DATA))
+    said = study_page.sentences(DATA) if document.name == "paper.md" else [study_page.brief(DATA)]
+    assert all(sentence in " ".join(text.split()) for sentence in said)
     assert study_page.quoting(text, DATA) == text
 
 

@@ -6,7 +6,6 @@ from fractions import Fraction
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import momentum_fix
 from momentum_fix import (
@@ -16,11 +15,13 @@ from momentum_fix import (
     applied,
     audit,
     calibrate,
+    checkpoint,
     correct,
     corrected_momentum,
     effective_momentum,
     norm_layer,
     plots,
+    preserve_state,
     restore,
     symbolic,
     update_once,
@@ -57,6 +58,11 @@ for row in report.rows:
     line: tuple[str, str, str] = row.name, row.layer_class, row.note
 
 restore(model)
+forward, recomputation = preserve_state()
+with forward, recomputation:
+    model.eval()
+model.train()
+
 handle: Handle = update_once(model)
 handle.remove()
 with update_once(model):
