@@ -1,3 +1,4 @@
+import logging
 import sys
 from importlib.util import find_spec
 
@@ -23,5 +24,7 @@ def _seeded_float64_and_nothing_compiled():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+    # A checkpoint with debug=True cuts this logger off; pytest then listens to it, and chokes on what older torch logs.
+    logging.getLogger("LoggingTensor").propagate = True
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

@@ -8,12 +8,16 @@ from conformance import METHODS, ROWS, Row, by_update_once, nothing, outcome
 from recipes import one
 from twins import non_reentrant, reentrant
 
+OLDER = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_each_method_does_with_this_way_of_recomputing_what_the_table_says(name):
-    assert table.row_outcomes(name) == table.asserted()[name]
+    found, asserted = table.row_outcomes(name), table.asserted()[name]
+    if OLDER and name.startswith("compiled with the checkpoint"):
+        del found["only in backward"], asserted["only in backward"]  # which Dynamo refuses to compile there
+    assert found == asserted
 
 
 def test_the_document_is_the_table():

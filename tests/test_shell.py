@@ -147,8 +147,12 @@ def test_ctrl_c_is_one_line_and_status_130_in_every_command(command, slow, capsy
 
 
 def test_a_signal_from_outside_ends_a_command_without_a_traceback():
+    def heeding():  # where the tests run in the background, a shell has them ignore this signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     run = [sys.executable, "-u", "-m", "momentum_fix", "prove"]
-    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(run, preexec_fn=heeding, **pipes) as process:
         assert process.stdout.readline().startswith("1. ")  # so it is at work
         process.send_signal(signal.SIGINT)
         process.stdout.read()

@@ -1,0 +1,199 @@
+"""Which versions of torch and Python the tests pass with: docs/versions.md, made of tests/versions.json.
+
+`make compat TORCH=2.9.1` runs the core's tests in an environment of its own and notes what came of it; `make zoo` does
+the same with the recipes for libraries that want the newest torch; `python tests/versions.py` writes the page anew.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+import sys
+import textwrap
+import tomllib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+DATA = TESTS / "versions.json"
+DOCUMENT = ROOT / "docs" / "versions.md"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]  # those that torch has packages for
+Run = dict[str, Any]
+
+# Failures that are not this package's: what the test is called, and what is known about it.
+EXPLAINED: dict[str, str] = {}
+OF_THE_CLONE = {"test_make.py", "test_package.py", "test_site.py", "test_versions.py"}  # the same with every torch
+
+
+# The suites.
+
+
+def libraries(extra: str) -> set[str]:
+    """Give what the package and one of its extras need, by name."""
+    found = set()
+    for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"][extra]:
+        name, extras = re.match(r"([\w-]+)(?:\[(.*)\])?", line).groups()
+        found |= {wanted for extra in extras.split(",") for wanted in libraries(extra)} if extras else {name}
+    return found
+
+
+def imports(file: Path) -> set[str]:
+    """Give what a test module imports at its head, by itself or by another module of the tests."""
+    found = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.partition(".")[0])
+    ours = {name for name in found if (TESTS / f"{name}.py").exists()}
+    return found - ours | {name for other in ours for name in imports(TESTS / f"{other}.py")}
+
+
+def core() -> list[str]:
+    """Give the package, for its doctests, and the test modules that need no library beyond the extra `core`."""
+    enough = libraries("core") | sys.stdlib_module_names | {"momentum_fix"}
+    files = [
+        file for file in sorted(TESTS.glob("test_*.py")) if file.name not in OF_THE_CLONE and imports(file) <= enough
+    ]
+    return ["momentum_fix", *(f"tests/{file.name}" for file in files)]
+
+
+def recipes() -> list[str]:
+    """Give the tests of what docs/configs.md and docs/trainers.md say about other libraries."""
+    return ["tests/test_configs.py", "tests/test_clients.py", "tests/test_trainers.py"]
+
+
+SUITES = {"core": core, "recipes": recipes}
+
+
+# Running one here.
+
+
+class Outcomes:
+    """A plugin of pytest that notes what comes of each test: passed, skipped or failed."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, str] = {}
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if not report.passed:
+            self.of[report.nodeid] = report.outcome
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.of[report.nodeid] = "failed"
+        elif report.skipped or report.when == "call":
+            self.of.setdefault(report.nodeid, report.outcome)
+
+
+def run(suite: str) -> Run:
+    """Run a suite with the Python and the torch that are here; give what came of it."""
+    import torch
+
+    outcomes = Outcomes()
+    pytest.main(["--quiet", *SUITES[suite]()], plugins=[outcomes])
+    counts = Counter(outcomes.of.values())
+    return {
+        "suite": suite,
+        "torch": torch.__version__.partition("+")[0],
+        "python": "{}.{}".format(*sys.version_info),
+        **{outcome: counts[outcome] for outcome in ("passed", "failed", "skipped")},
+        "failing": [name for name, outcome in outcomes.of.items() if outcome == "failed"],
+    }
+
+
+# The data and the page.
+
+
+def load(file: Path = DATA) -> list[Run]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def number(version: str) -> tuple[int, ...]:
+    """Give a version as something that can be compared."""
+    return tuple(map(int, version.split(".")))
+
+
+def key(run: Run) -> tuple[Any, ...]:
+    return run["suite"], number(run["torch"]), number(run["python"])
+
+
+def noted(runs: list[Run], new: Run) -> list[Run]:
+    """Put a run among the others, instead of an older one with the same versions."""
+    return sorted([*(run for run in runs if key(run) != key(new)), new], key=key)
+
+
+def tested(runs: list[Run], what: str) -> list[str]:
+    """Give the versions of torch or Python with which all of the core's tests pass, the oldest first."""
+    return sorted({run[what] for run in runs if run["suite"] == "core" and not unexplained(run)}, key=number)
+
+
+def unexplained(run: Run) -> list[str]:
+    return [name for name in run["failing"] if name not in EXPLAINED]
+
+
+def listed(words: Sequence[str]) -> str:
+    *first, last = words or ["none"]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def table(runs: list[Run]) -> list[str]:
+    return [
+        "| torch | Python | passed | failed | skipped |",
+        "| --- | --- | --- | --- | --- |",
+        *(f"| {r['torch']} | {r['python']} | {r['passed']} | {r['failed']} | {r['skipped']} |" for r in runs),
+    ]
+
+
+def failures(runs: list[Run]) -> str:
+    """Name the tests that failed, with what is known about them."""
+    return "\n".join(
+        f"- torch {run['torch']}, Python {run['python']}: `{name}` fails. {EXPLAINED.get(name, 'Not explained yet.')}"
+        for run in runs
+        for name in run["failing"]
+    )
+
+
+def page(runs: list[Run]) -> str:
+    """Write docs/versions.md."""
+    suites = {name: [run for run in runs if run["suite"] == name] for name in SUITES}
+    untried = [version for version in PYTHONS if version not in tested(runs, "python")]
+    parts = [
+        "# Versions",
+        f"""The core's tests pass with torch {listed(tested(runs, "torch"))}, and with Python
+        {listed(tested(runs, "python"))}. All ran on Linux, on a CPU. Not tried: other systems, torch versions between
+        these, Python {listed(untried)}. Older torch is known to fail ([limits](limits.md)).""",
+        f"""The core's tests are those that need no library but {listed(sorted(libraries("core")))}, and the examples in
+        the docstrings. `make compat TORCH=2.9.1` runs them with that torch in an environment of its own
+        (`PYTHON=python3.12` for another Python) and notes what came of it in [the data](../tests/versions.json) that
+        this page is made of. Skipped are tests that need a GPU or one of the libraries that the core does without.""",
+        "\n".join(table(suites["core"])),
+        failures(suites["core"]),
+        "## The recipes for other libraries",
+        """`make test` runs the recipes of [configs](configs.md) and [trainers](trainers.md) beside the pinned torch,
+        where torchvision, timm and segmentation-models-pytorch do not load and have stand-ins. `make zoo` runs them
+        with these libraries themselves. Skipped is detectron2, which is in no package index.""",
+        "\n".join(table(suites["recipes"])),
+        failures(suites["recipes"]),
+    ]
+    return "\n\n".join(part if part.startswith(("#", "|", "-")) else wrapped(part) for part in parts if part) + "\n"
+
+
+def wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(" ".join(text.split()), 118, break_on_hyphens=False))
+
+
+if __name__ == "__main__":
+    new = [run(suite) for suite in sys.argv[1:]]
+    runs = functools.reduce(noted, new, load())
+    DATA.write_text(json.dumps(runs, indent=1) + "\n", encoding="utf-8")
+    DOCUMENT.write_text(page(runs), encoding="utf-8")
+    sys.exit(any(unexplained(run) for run in new))
