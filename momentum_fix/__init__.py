@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics as if activation checkpointing did not exist.
+"""BatchNorm's running statistics, and all other state, as if activation checkpointing did not exist.
 
     with diagnose(model) as report:    around one training step: which state recomputation spoils, and what to use
     update_once(model)                 the exact way: statistics move on the forward pass, never on a recomputation
@@ -48,6 +48,7 @@ _HOMES = {
     "calibrate": "calibration",
     "Report": "calibration",
     "diagnose": "diagnosing",
+    "Diagnosis": "diagnosing",
     "Diagnosis": "diagnosing",
     "update_once": "once",
     "Handle": "once",
