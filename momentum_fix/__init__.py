@@ -49,7 +49,6 @@ _HOMES = {
     "Report": "calibration",
     "diagnose": "diagnosing",
     "Diagnosis": "diagnosing",
-    "Diagnosis": "diagnosing",
     "update_once": "once",
     "Handle": "once",
     "audit": "auditing",
