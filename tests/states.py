@@ -349,6 +349,7 @@ def picture(model, parameters=True):
         return picture(value) if isinstance(value, nn.Module) else value
 
     ignored = vars(nn.Module()).keys() | {"ckpt", "seen", "move", "forward", "_compiled_call_impl", "_is_torch_compile"}
+    ignored.add("_compile_kwargs")  # Lightning, once imported, notes it on what is compiled
     pictures = {}
     for name, module in model.named_modules():
         own = vars(module)
