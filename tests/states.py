@@ -350,6 +350,7 @@ def picture(model, parameters=True):
 
     ignored = vars(nn.Module()).keys() | {"ckpt", "seen", "move", "_compiled_call_impl", "_is_torch_compile"}
     ignored |= {"forward", "_momentum_fix_covering"}  # what update_once puts on
+    ignored.add("_compile_kwargs")  # Lightning, once imported, notes it on what is compiled
     pictures = {}
     for name, module in model.named_modules():
         own = vars(module)

@@ -334,6 +334,38 @@ def test_evaluation_mode_is_left_alone():
     assert not region.state
 
 
+def test_evaluation_mode_is_left_alone_in_a_block_of_torchs_own_modules_too():
+    block = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3).eval())
+    region = preserving._Region()
+    with region.forward(block):
+        pass
+    assert block[1] not in region.state
+
+
+def test_what_a_layer_had_when_it_was_first_entered_is_what_a_replay_sees():
+    known = Root()
+    region = preserving._Region()
+    with region.forward(lambda x: known.count(known(x))):  # known from the closure, then entered as a module
+        known.steps = 5
+        region.enter(known)
+    assert region.state[known][0]["steps"] == 0
+
+
+def test_the_modules_among_the_arguments_are_known():
+    torch.manual_seed(0)
+    root = Root()
+    truth = copy.deepcopy(root)
+
+    def function(x, known, among):
+        return among["it"][0].count(known.count(x))
+
+    for each, ckpt in ((root, by_context), (truth, plainly)):
+        x = torch.ones(2, 3, requires_grad=True)
+        ckpt(function, x, each, {"it": [each]}).sum().backward()
+    assert root.steps == truth.steps == 2
+    assert same_gradients(root, truth)
+
+
 def test_the_replay_runs_in_the_mode_of_its_forward():
     net = net_of("running normalizer")
     truth = copy.deepcopy(net)
@@ -644,9 +676,11 @@ def test_a_replay_does_not_write_to_the_copy_that_all_share():
     x = torch.ones(2, 3, 2, 2).cumsum(0).requires_grad_()
     loss = by_context(layer, x).sum()
     copied = copy_of_table(layer)
+    known = len(state._shared)
     layer.moves = visibly  # in the replay alone: what it does not know from its forward, it has not got
     loss.backward()
     assert copied.eq(0).all()
+    assert len(state._shared) == known
     assert layer.table.eq(0).all()
 
 
