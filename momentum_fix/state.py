@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_SKELETON = vars(nn.Module()).keys() - {"_buffers", "training"}
+_SKELETON = vars(nn.Module()).keys() - {"_buffers"}  # parameters, submodules, hooks, and whether it is in training
 _FIXED = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
 _FILLED = frozenset((list, deque, dict, OrderedDict, defaultdict, Counter))
 _LARGE = 1 << 16  # bytes; what is not larger is copied without asking whether it ever moves

@@ -233,8 +233,10 @@ def test_views_of_one_tensor_are_views_of_one_copy():
     assert torch.equal(copied, dense)
     copied += 1
     assert torch.equal(row, dense[1] + 1)
-    wide = torch.ones(1, 3).expand(2, 3).clone(memory_format=torch.preserve_format)
-    assert torch.equal(state.Copier(share=True, detach=True).copy([wide[1]])[0], wide[1])
+    gaps = torch.empty_strided((2, 3), (6, 1)).copy_(base)  # its copy has none
+    copied, row = state.Copier(share=True, detach=True).copy([gaps, gaps[1]])
+    assert torch.equal(copied, gaps)
+    assert torch.equal(row, gaps[1])
 
 
 def test_a_view_of_something_much_larger_is_copied_alone_unless_that_is_state_too():
@@ -243,6 +245,9 @@ def test_a_view_of_something_much_larger_is_copied_alone_unless_that_is_state_to
     assert copier.copy(base[3:4])._base is None
     copied, view = state.Copier(share=True, detach=True).copy([base, base[3:4]])
     assert view._base is copied
+    reshaped = base.reshape(2, -1)
+    copied, row = state.Copier(share=True, detach=True).copy([reshaped, reshaped[1]])
+    assert copied._base is row._base is not base
 
 
 def test_tensors_in_a_graph_are_copied_out_of_it_or_stand_for_themselves():
@@ -658,6 +663,14 @@ def test_a_large_tensor_may_move_unseen_in_the_first_checkpoints(moves):
         assert same_as_plainly(layer)
 
 
+def test_a_large_tensor_may_become_one_of_another_type():
+    layer = Masked()
+    for dtype in (torch.float32, torch.float64):
+        copy_of_table(layer)
+        layer.table.data = layer.table.data.to(dtype)
+        assert copy_of_table(layer).dtype == dtype
+
+
 def test_a_large_tensor_that_moves_unseen_after_all_is_found_later_and_warned_of():
     layer = Masked()
     while state._shared.get(layer.table, (0, 0, 0))[2] != 2 * state._COMPARED - 1:
@@ -727,6 +740,12 @@ def test_the_drop_in_has_torchs_signature_and_hands_its_keywords_on():
     with torch.no_grad():
         drop_in(net, x)
     assert net.a[1].steps == 2
+
+
+def test_without_gradients_the_drop_in_keeps_nothing(monkeypatch):
+    monkeypatch.setattr(preserving, "_Region", None)
+    with torch.no_grad():
+        assert drop_in(Steps(), torch.ones(1)) == 1
 
 
 def selective(policy):
