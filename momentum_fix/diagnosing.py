@@ -205,7 +205,8 @@ def _diagnosing(model: nn.Module) -> Iterator[Diagnosis]:
     watch.look(watch.names)
     report.update({finding.name: finding for finding in watch.findings(model)})
     harmful = [finding.read for finding in report.values() if finding.remedy]
-    report.complete, report.verdict = watch.backward, _CLEAN if watch.replayed else _NO_REPLAY
+    report.complete = watch.backward or bool(watch.replayed)
+    report.verdict = _CLEAN if watch.replayed else _NO_REPLAY
     for read in (False, None, True):
         if count := harmful.count(read):
             report.verdict = _VERDICTS[read].format(f"{count} piece{'s' * (count > 1)}")
@@ -332,7 +333,7 @@ class _Watch:
         try:
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 why = "not tried on several ranks: run the step in one process"
-            elif same(unchanged := outputs(), outputs()):
+            elif keys and same(unchanged := outputs(), outputs()):
                 found = reading(keys)
             else:
                 why = "the output varies by itself"

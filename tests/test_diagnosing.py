@@ -104,6 +104,15 @@ class Steps(nn.Module):
         return x / self.steps
 
 
+class InPlace(Steps):
+    """Writes to its input."""
+
+    def forward(self, x):
+        self.steps += 1
+        x *= self.steps
+        return x + 1
+
+
 class Charge(nn.Module):
     """Has no state before its first batch, and then a plain tensor."""
 
@@ -241,6 +250,7 @@ READ = {  # and what of it is read
     Codebook: ["codes"],
     Observer: ["high"],
     Steps: ["steps"],
+    InPlace: ["steps"],
     Charge: ["charge"],
     Scaled: ["kept"],
     MovesItsChild: ["child.mean"],
@@ -457,8 +467,9 @@ class MovesInAMethod(nn.Module):
 def test_what_a_method_moves_outside_of_a_call_is_found_and_who_reads_it_is_not_known(whole, after):
     net = MovesInAMethod(ENGINES["reentrant"], after)
     with diagnose(net) as report:
-        y = net(torch.rand(2, 3)) if whole else net.ckpt(net.part, net.a(torch.rand(2, 3)))
-        y.sum().backward()
+        for _ in range(2):
+            y = net(torch.rand(2, 3)) if whole else net.ckpt(net.part, net.a(torch.rand(2, 3)))
+            y.sum().backward()
     assert list(report) == ["steps"]
     assert report["steps"].read is None
     assert report["steps"].times == (None if after and not whole else 2)
@@ -576,10 +587,11 @@ class PastItsChild(nn.Module):
         return self.child.forward(x)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("kind", [Unseen, PastItsChild])
 @pytest.mark.parametrize("step", [by.one, by.siamese, by.accumulating(by.one)])
-def test_a_replay_that_starts_where_its_forward_did_and_is_put_back_is_ok(step, kind):
-    net = net_of(kind)
+def test_a_replay_that_starts_where_its_forward_did_and_is_put_back_is_ok(step, kind, frozen):
+    net = net_of(kind).requires_grad_(not frozen)
 
     def restoring(function, x):
         contexts = warnings.catch_warnings(), Restores(net)
@@ -900,11 +912,24 @@ def test_early_stop_within_the_module_that_reads_does_not_hide_it():
 
 
 def test_inputs_are_those_from_before_the_modules_own_hooks():
-    net = nn.Sequential(Steps(), by.Kink())
+    net = nn.Sequential(Load(), by.Kink())
     net.register_forward_pre_hook(lambda _, inputs: (inputs[0]["x"],))
     with diagnose(net) as report:
-        non_reentrant(net, {"x": torch.rand(3, requires_grad=True)}).sum().backward()
-    assert [finding.note for finding in report.values()] == [""]
+        non_reentrant(net, {"x": torch.rand(4, 3, 1, 1, requires_grad=True)}).sum().backward()
+    assert {name: finding.note for name, finding in report.items()} == {"0.load": ""}
+
+
+def test_a_module_that_warns_is_not_heard_more_often():
+    class Warns(Steps):
+        def forward(self, x):
+            warnings.warn("again", stacklevel=1)
+            return super().forward(x)
+
+    net = nn.Sequential(Warns(), by.Kink())
+    with warnings.catch_warnings(record=True) as heard, diagnose(net):
+        warnings.simplefilter("always")
+        non_reentrant(net, torch.rand(3, requires_grad=True)).sum().backward()
+    assert [str(each.message) for each in heard] == ["again"] * 2  # the forward pass, the replay
 
 
 def test_many_modules_and_checkpoints_take_seconds():
