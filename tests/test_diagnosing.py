@@ -919,6 +919,14 @@ def test_inputs_are_those_from_before_the_modules_own_hooks():
     assert {name: finding.note for name, finding in report.items()} == {"0.load": ""}
 
 
+def test_a_module_that_writes_to_its_input_runs_again_on_what_it_was_given():
+    net = nn.Sequential(InPlace(), by.Kink())
+    with diagnose(net) as report:
+        x = torch.rand(3, requires_grad=True)
+        non_reentrant(lambda y: net(y.clone()), x).sum().backward()
+    assert {(finding.read, finding.note) for finding in report.values()} == {(True, "")}
+
+
 def test_a_module_that_warns_is_not_heard_more_often():
     class Warns(Steps):
         def forward(self, x):
