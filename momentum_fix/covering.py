@@ -153,7 +153,7 @@ def refuse_foreign_forward(layer: nn.Module, name: str) -> None:
     """Raise if something else has given the layer a forward of its own."""
     if has_foreign_forward(layer):
         raise ValueError(
-            f"{the(name)} has a forward of its own, {layer.forward!r}, put there by something else: take that off "
+            f"{the(name)} has a forward of its own, {layer.forward!r}, put there by something else: remove that "
             "first, and put it back afterwards"
         )
 

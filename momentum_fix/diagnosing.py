@@ -78,7 +78,7 @@ def same(one: Any, other: Any) -> bool:
 _HEADER = ("state", "class", "times", "read", "use", "note")
 _VERDICTS = {  # by whether outputs read it
     True: "Gradients are wrong: outputs read state that has moved before the recomputation ({}).",
-    None: "Gradients may be wrong: it could not be found out whether outputs read state that moves ({}).",
+    None: "Gradients may be wrong: could not find out whether outputs read the state that moves ({}).",
     False: "Gradients are right, but recomputation moves state again ({}).",
 }
 _CLEAN = "Clean: recomputation leaves the state of this model as it should be."
@@ -94,7 +94,7 @@ class Finding:
     module_class: str
     times: int | Fraction | None  # how often it moves for one batch; None where that is not known
     read: bool | None  # whether outputs are others for it; None where that could not be found out
-    remedy: str  # what to use; "" where nothing is to be done
+    remedy: str  # what to use; "" where nothing has to be done
     note: str
 
     @property
@@ -116,7 +116,7 @@ class Diagnosis(dict[str, Finding]):
 
     @property
     def ok(self) -> bool:
-        """Whether everything could be seen, and nothing needs mending."""
+        """Whether everything could be seen, and nothing needs fixing."""
         return self.complete and not any(finding.remedy for finding in self.values())
 
     def __repr__(self) -> str:
@@ -131,39 +131,39 @@ class Diagnosis(dict[str, Finding]):
 
 
 def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
-    """Tell which state of a model recomputation spoils, whether gradients are wrong for it, and what to use.
+    """Tell which state of a model recomputation moves, whether that makes gradients wrong, and what to use.
 
     Put one ordinary training step inside the block, backward pass included. State is what a training-mode forward
     changes on a module: buffers, and plain attributes (tensors, numbers, strings; lists, tuples, dictionaries, sets and
-    deques of them). The report names each piece that a replay, a forward that runs inside the backward pass, has
-    moved, and how often it moves for one batch. The model and the results of the step stay as they are without this, to
-    the bit, random numbers included.
+    deques of them). The report names each piece that a replay (a forward that runs inside the backward pass) moved,
+    and how often it moves per batch. The model and the results of the step are the same as without this, bit for bit,
+    including random numbers.
 
-    Whether outputs read a piece of state is found by experiment: wherever a replay starts from other state than its
-    forward pass did, its module runs again, on copies of state, parameters and inputs, with either state, and the
-    outputs are compared. "yes" is certain. "no" is certain for this step only: state that is read now and then, and
-    what a fresh model does once in its first step, needs several steps in the block. Only what modules give is
-    compared: what a checkpointed function itself reads of a module is not seen.
+    To find out whether outputs read a piece of state, `diagnose` tries it. Wherever a replay starts from different
+    state than its forward pass did, it runs the module again with each of the two states, on copies of state,
+    parameters and inputs, and compares the outputs. "yes" is certain. "no" is certain for this step only: state that
+    is read only now and then, or that a fresh model sets up in its first step, needs several steps in the block. Only
+    the outputs of modules are compared: what a checkpointed function itself reads from a module is not seen.
 
-    Use `preserve_state` where outputs read it. Where they do not, gradients are right: `update_once`, or
-    `calibrate`, makes the running statistics of norm layers right, and `preserve_state` any state. A momentum that is
-    corrected for just so many passes needs nothing.
+    If outputs read the state, use `preserve_state`. If they do not, gradients are right: `update_once` or `calibrate`
+    makes the running statistics of norm layers right, and `preserve_state` works for any state. A momentum that is
+    corrected for exactly this number of passes needs nothing.
 
-    Not for: compiled code and TorchScript, of which the report says that it could not look inside; what is inside of
-    other objects than those above; modules that are not in the model or in a list on it. Modules are run again with all
-    their hooks: what a forward or a hook changes elsewhere (a file, a list of your own) is changed more often in the
-    block. What you change between forward and backward counts as a replay's doing. On several ranks nothing is
-    run again. Do not put `calibrate` around the same step, and copy the model before or after the block.
+    Not for: compiled code and TorchScript (the report says that it could not look inside); state inside objects other
+    than those above; modules that are neither in the model nor in a list on it. Modules run again with all their
+    hooks, so what a forward or a hook changes elsewhere (a file, a list) changes more often in the block. What you
+    change between forward and backward is attributed to a replay. On several ranks nothing runs again. Do not put
+    `calibrate` around the same step, and copy the model before or after the block.
 
     Args:
         model: any module; all modules below it are watched.
 
     Returns:
-        A context manager that gives a `Diagnosis`, filled on leaving the block. Its `ok` is True if nothing is to be
-        mended and nothing was hidden; without a backward pass in the block it is False.
+        A context manager that gives a `Diagnosis`, which is filled when the block ends. Its `ok` is True if nothing
+        needs fixing and nothing was hidden; without a backward pass in the block it is False.
 
     Raises:
-        TypeError: model is no module, or is TorchScript.
+        TypeError: model is not a module, or is TorchScript.
 
     Example:
         >>> from torch.utils.checkpoint import checkpoint
@@ -336,7 +336,7 @@ class _Watch:
             elif keys and same(unchanged := outputs(), outputs()):
                 found = reading(keys)
             else:
-                why = "the output varies by itself"
+                why = "the output varies on its own"
         except Exception as error:
             why = f"the module does not run again ({type(error).__name__}: {error})"
         finally:
@@ -378,7 +378,7 @@ class _Watch:
                 elif unread and attribute in module._buffers and tracks(module):
                     remedy, note = _of_norms(module, most)
                 elif read is None:
-                    note = note or "moved in no call of its module, so not tried"
+                    note = note or "did not move in a call of its module, so not tried"
                 yield row(attribute, times=times, read=read, remedy=remedy, note=note)
 
 
@@ -404,7 +404,7 @@ def _of_norms(layer: Any, times: Fraction) -> tuple[str, str]:
     right = plain is None if plain is layer.momentum else isclose(corrected_momentum(plain, int(times)), layer.momentum)
     if right and times == int(times):
         return "", "its momentum makes up for it"
-    return "update_once", "" if plain is layer.momentum else "its momentum is corrected for another number"
+    return "update_once", "" if plain is layer.momentum else "its momentum is corrected for another number of passes"
 
 
 def _differing(origin: States, start: States) -> list[tuple[nn.Module, str]]:

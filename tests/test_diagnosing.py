@@ -475,7 +475,7 @@ def test_what_a_method_moves_outside_of_a_call_is_found_and_who_reads_it_is_not_
     assert report["steps"].times == (None if after and not whole else 2)
     assert report["steps"].remedy == "preserve_state"
     assert report.verdict == (
-        "Gradients may be wrong: it could not be found out whether outputs read state that moves (1 piece)."
+        "Gradients may be wrong: could not find out whether outputs read the state that moves (1 piece)."
     )
 
 
@@ -541,7 +541,7 @@ def test_what_is_moved_and_put_back_within_a_replay_has_not_moved():
     assert len(diagnosed(plain)) == 12
 
 
-@pytest.mark.parametrize(("passes", "note"), [(2, "its momentum makes up for it"), (3, "another number")])
+@pytest.mark.parametrize(("passes", "note"), [(2, "its momentum makes up for it"), (3, "another number of passes")])
 def test_a_corrected_momentum_is_ok_if_it_is_corrected_for_that_number(passes, note):
     report = diagnosed(correct(Net(), passes))
     assert report.ok is (passes == 2)
@@ -612,7 +612,7 @@ def test_an_output_that_varies_by_itself_cannot_be_judged():
 
     varying = []
     report = diagnosed(net_of(Varies))
-    assert {(each.read, each.note) for each in report.values()} == {(None, "the output varies by itself")}
+    assert {(each.read, each.note) for each in report.values()} == {(None, "the output varies on its own")}
     assert not report.ok
 
 

@@ -304,7 +304,7 @@ def test_a_momentum_that_is_corrected_after_update_once_is_warned_of_at_the_firs
     net = nn.Sequential(block(), nn.Tanh())
     update_once(net)
     net[0][1].momentum = 1 - 0.9**0.5  # as pytorch-pfn-extras does on the first call of its checkpoint
-    with pytest.warns(UserWarning, match=r"layer '0\.1' has got a corrected momentum .*0\.0513167 for 0\.1") as caught:
+    with pytest.warns(UserWarning, match=r"layer '0\.1' got a corrected momentum .*0\.0513167 for 0\.1") as caught:
         train(net, one, data(3), non_reentrant)
     assert len(caught) == 1
 

@@ -677,7 +677,7 @@ def test_a_large_tensor_that_moves_unseen_after_all_is_found_later_and_warned_of
         copy_of_table(layer)
     layer.table.data.add_(1)
     assert not same_as_plainly(layer)
-    with pytest.warns(UserWarning, match=r"a torch.float64 of shape \(128, 128\) .* stood still in 64 checkpoints"):
+    with pytest.warns(UserWarning, match=r"a torch.float64 tensor of shape \(128, 128\) .* not changed in 64"):
         assert same_as_plainly(layer)
     layer.moves = unseen
     for _ in range(3):
