@@ -247,7 +247,8 @@ def test_a_view_of_something_much_larger_is_copied_alone_unless_that_is_state_to
     assert view._base is copied
     reshaped = base.reshape(2, -1)
     copied, row = state.Copier(share=True, detach=True).copy([reshaped, reshaped[1]])
-    assert copied._base is row._base is not base
+    assert copied._base is row._base is not None
+    assert copied._base is not base
 
 
 def test_tensors_in_a_graph_are_copied_out_of_it_or_stand_for_themselves():
@@ -665,8 +666,9 @@ def test_a_large_tensor_may_move_unseen_in_the_first_checkpoints(moves):
 
 def test_a_large_tensor_may_become_one_of_another_type():
     layer = Masked()
-    for dtype in (torch.float32, torch.float64):
-        copy_of_table(layer)
+    for dtype in (torch.int64, torch.float64):
+        for _ in range(state._COMPARED + 3):  # no longer compared each time
+            copy_of_table(layer)
         layer.table.data = layer.table.data.to(dtype)
         assert copy_of_table(layer).dtype == dtype
 
