@@ -12,7 +12,7 @@ help:
 	@echo "make lint   formatting, lint and types"
 	@echo "make paper  compute the paper's numbers, draw its figures, build build/paper.html"
 	@echo "make docs   build the site, build/docs/index.html (half a minute)"
-	@echo "make documents  compute what is generated: docs/conformance.md, docs/study.md, the notebook, the paper (some minutes)"
+	@echo "make documents  compute what is generated: docs/conformance.md, docs/states.md, docs/study.md, the notebook, the paper (some minutes)"
 	@echo "make package  build wheel and sdist into dist, and check them"
 	@echo "make compat TORCH=2.9.1  run the core's tests with this torch and note it in docs/versions.md (gigabytes)"
 	@echo "make zoo    run models of torchvision and timm, and the recipes for them, with the newest torch (gigabytes)"
@@ -48,6 +48,7 @@ docs: .venv/with-docs
 
 documents: .venv/with-dev
 	$(BIN)/python tests/conformance.py
+	$(BIN)/python tests/states.py
 	$(BIN)/python notebooks/execute.py
 	$(BIN)/python benchmarks/study_page.py
 	$(BIN)/python benchmarks/zoo.py --page

@@ -7,6 +7,7 @@ written, and every number in it is one of `numbers()`.
 import math
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pypandoc
@@ -16,7 +17,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from momentum_fix import corrected_momentum, effective_momentum, plots, symbolic
+from momentum_fix import corrected_momentum, effective_momentum, plots, preserve_state, symbolic
 from momentum_fix.weights import batch_weights
 
 ROOT = Path(__file__).parent
@@ -127,6 +128,36 @@ def shares():
     return results
 
 
+class Distance(nn.Module):
+    """The smallest module whose output reads the state that it moves: the distance of a batch to its running value."""
+
+    def __init__(self, momentum=0.1):
+        super().__init__()
+        self.weight, self.momentum = nn.Parameter(torch.ones(())), momentum
+        self.register_buffer("running", torch.zeros(()))
+
+    def forward(self, batch):
+        self.running = torch.lerp(self.running, batch, self.momentum)
+        return self.weight * (batch - self.running)
+
+
+def gradients():
+    """Measure the gradient of a module that reads its state, in four ways to run it."""
+
+    def gradient(run, momentum=0.1):
+        module = Distance(momentum)
+        (run(module, torch.ones(())).square() / 2).backward()
+        return f"{module.weight.grad.item():.3f}"
+
+    plain = partial(checkpoint, use_reentrant=False)
+    return {
+        "reads": gradient(lambda module, batch: module(batch)),
+        "reads_replayed": gradient(plain),
+        "reads_corrected": gradient(plain, corrected_momentum(0.1, 2)),
+        "reads_preserved": gradient(partial(plain, context_fn=preserve_state)),
+    }
+
+
 class Replayed(nn.Module):
     """A block under a checkpoint, as a pipeline's stage has to be a module."""
 
@@ -159,7 +190,7 @@ def numbers():
     kind = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        results = {name: str(count) for name, count in counts().items()} | measured() | shares()
+        results = {name: str(count) for name, count in counts().items()} | measured() | shares() | gradients()
     finally:
         torch.set_default_dtype(kind)
     theorems = symbolic.theorems()

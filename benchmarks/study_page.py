@@ -519,10 +519,10 @@ def brief(data: dict) -> str:
     many, rise = rises(data)
     mean = {key: f"{difference.mean:+.1f} %" for key, difference in rise.items()}
     return (
-        f"That depends on the batch size. In small tasks, uncorrected passes changed the evaluation loss by "
+        f"That depends on the batch size. In small tasks, the uncorrected extra updates changed the evaluation loss by "
         f"{mean[2, 'k = 2']} (two passes per batch) and {mean[2, 'k = 5']} (five) at batch size 2, and by "
-        f"{mean[many, 'k = 2']} and {mean[many, 'k = 5']} at batch size {many}. The final error changed by "
-        f"{median(effects(data)):+.2f} points in the median of {len(effects(data))} comparisons."
+        f"{mean[many, 'k = 2']} and {mean[many, 'k = 5']} at batch size {many}. The median change in the final error "
+        f"over {len(effects(data))} comparisons was {median(effects(data)):+.2f} points."
     )
 
 

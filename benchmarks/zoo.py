@@ -171,8 +171,8 @@ def right(data: dict[str, Any], method: str) -> int:
 def sentence(data: dict[str, Any]) -> str:
     """Say what came of it."""
     return (
-        f"Of {len(data['models'])} models of torchvision and timm with their own checkpointing on, "
-        f"{right(data, 'nothing')} keep the right running statistics by themselves, {right(data, 'the root')} with the "
+        f"Of {len(data['models'])} torchvision and timm models with their built-in checkpointing turned on, "
+        f"{right(data, 'nothing')} keep the right running statistics on their own, {right(data, 'the root')} with the "
         f"textbook momentum in every layer (`passes=2`), {right(data, '`calibrate`')} with `calibrate` and "
         f"{right(data, '`update_once`')} with `update_once`."
     )

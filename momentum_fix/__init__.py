@@ -1,5 +1,6 @@
-"""BatchNorm's running statistics as if activation checkpointing did not exist.
+"""BatchNorm's running statistics, and all other state, as if activation checkpointing did not exist.
 
+    with diagnose(model) as report:    around one training step: which state recomputation moves, and what to use
     update_once(model)                 the exact way: statistics move on the forward pass, never on a recomputation
     checkpoint(function, *args)        torch's checkpoint, exact also for modules that read what they change
     preserve_state                     the same as a context_fn: checkpoint(..., context_fn=preserve_state)
@@ -8,10 +9,10 @@
     norm_layer("BatchNorm2d")          a norm layer with the corrected momentum, for a model config
     corrected_momentum(0.1, passes=2)  the number alone; effective_momentum is its inverse
     audit(source)                      which layers of a model or a saved file were updated more than once per step
-    applied(model), restore(model)     what is on a model; take it off again
+    applied(model), restore(model)     what this package has changed on a model; undo it
 
 `momentum_fix.symbolic` has the theorems and their proofs, `momentum_fix.plots` the curves. Importing the package loads
-neither torch nor SymPy nor Matplotlib; each name brings what it needs on its first use.
+neither torch nor SymPy nor Matplotlib; each name loads what it needs on its first use.
 """
 
 from importlib import import_module as _import_module
@@ -28,6 +29,8 @@ if _TYPE_CHECKING:
     from momentum_fix.correction import applied as applied
     from momentum_fix.correction import correct as correct
     from momentum_fix.correction import restore as restore
+    from momentum_fix.diagnosing import Diagnosis as Diagnosis
+    from momentum_fix.diagnosing import diagnose as diagnose
     from momentum_fix.factory import norm_layer as norm_layer
     from momentum_fix.once import Handle as Handle
     from momentum_fix.once import update_once as update_once
@@ -44,6 +47,8 @@ _HOMES = {
     "restore": "correction",
     "calibrate": "calibration",
     "Report": "calibration",
+    "diagnose": "diagnosing",
+    "Diagnosis": "diagnosing",
     "update_once": "once",
     "Handle": "once",
     "audit": "auditing",

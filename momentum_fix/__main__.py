@@ -145,12 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=plot)
 
     command = commands.add_parser(
-        "audit", help="find recomputed layers in saved files (status 1 if there are, 2 if a file is unreadable)"
+        "audit", help="find recomputed layers in saved files (status 1 if there are any, 2 if a file is unreadable)"
     )
     command.add_argument("file", nargs="+", type=Path, help="a checkpoint, a sharded index, or a directory of them")
-    command.add_argument(
-        "--steps", type=int, help="batches trained on (default: the count of the layer with the least)"
-    )
+    command.add_argument("--steps", type=int, help="batches trained on (default: the lowest count of any layer)")
     command.add_argument("--momentum", type=float, default=0.1, help="the model's momentum (default: %(default)s)")
     command.add_argument("--json", action="store_true", help="print JSON, for a program to read")
     command.set_defaults(run=audit)

@@ -1,4 +1,4 @@
-"""The tell-tale in every checkpoint ever saved: recomputed layers have counted more batches than there were steps."""
+"""What every saved checkpoint gives away: recomputed layers have counted more batches than there were steps."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class LayerAudit:
 
 @dataclass(frozen=True, repr=False)
 class Audit:
-    """What `audit` found: a row a layer, and an error a file that could not be read. Printed: a verdict and tables."""
+    """What `audit` found: a row per layer, an error per file that could not be read. Prints as a verdict and tables."""
 
     rows: tuple[LayerAudit, ...]
     errors: dict[str, str] = field(default_factory=dict)
@@ -105,7 +105,7 @@ class Audit:
         if inferred:
             return (
                 f"Nothing found: none of {len(counted)} layers has counted more batches than another. If all were "
-                "recomputed alike, only the number of steps can tell: give it."
+                "recomputed equally often, only the number of steps can tell: pass `steps`."
             )
         return f"Clean: none of {len(counted)} layers was updated more than once per step."
 
@@ -123,23 +123,24 @@ def audit(
     that took part in every step. Not for: layers that do not count (InstanceNorm), counters that were copied
     or averaged (a moving average of the weights), or several batches per step, unless `steps` counts batches.
 
-    Files are read as data: nothing in them is executed, and of their tensors only the counters are read, so that
-    torch need not even be imported.
+    Files are read as data: nothing in them is executed, and only the counters are read from their tensors, so
+    torch does not even have to be imported.
 
     Args:
-        source: a model; a state dict, or a checkpoint that holds some, however deep; a file (.pt, .pth, .bin,
-            .ckpt, .safetensors), a sharded index (.index.json), or a directory of these.
-        steps: batches trained on. None takes the layer that counted least, in each state dict, for one that was
-            never recomputed; an inference, and marked so.
-        momentum: the momentum that the model was built with; 0 to 1, or None. Of a model its layers' own is used.
+        source: a model; a state dict, or a checkpoint that holds state dicts at any depth; a file (.pt, .pth,
+            .bin, .ckpt, .safetensors), a sharded index (.index.json), or a directory of these.
+        steps: batches trained on. With None, the layer with the lowest count in each state dict is assumed to
+            have never been recomputed; this is an inference, and marked as one.
+        momentum: the momentum that the model was built with; 0 to 1, or None. For a model, its layers' own
+            momentum is used instead.
 
     Returns:
-        An `Audit`. A file of a directory that cannot be read is listed in its `errors`; the others are read.
+        An `Audit`. If a file in a directory cannot be read, it is listed in `errors`; the others are still read.
 
     Raises:
         UnreadableError: (a ValueError) the file or directory cannot be read, or holds no checkpoint.
         ValueError: steps is below 1, or momentum is outside 0 to 1.
-        TypeError: steps is not an integer, momentum is no number, or source is none of the above.
+        TypeError: steps is not an integer, momentum is not a number, or source is none of the above.
 
     Example:
         >>> audit({"bn.num_batches_tracked": 100, "deep.num_batches_tracked": 300}).recomputed[0].passes

@@ -45,7 +45,7 @@ class Row:
 
 
 class Report(dict[str, int | Fraction]):
-    """What `calibrate` found: a dict from layer to passes, for `correct`; `rows`, one a layer; a table in print.
+    """What `calibrate` found: a dict from layer to passes, for `correct`; one of `rows` per layer; prints as a table.
 
     A layer whose passes are unknown has a row, but is not in the dict.
     """
@@ -54,7 +54,7 @@ class Report(dict[str, int | Fraction]):
 
     @property
     def passes(self) -> dict[str, Any]:
-        """The passes as a plain dict, to keep beside a state dict: integers, but for layers that were warned of."""
+        """The passes as a plain dict, to save with a state dict: integers, except for layers with a warning."""
         return dict(self)
 
     def __repr__(self) -> str:
@@ -68,41 +68,46 @@ class Report(dict[str, int | Fraction]):
 
 
 def calibrate(model: nn.Module) -> AbstractContextManager[Report]:
-    """Count each layer's passes in one training step, keep that step from spoiling anything, and set each momentum.
+    """Count each layer's passes in one training step, keep that step's statistics right, and set each momentum.
 
         m' = 1 - (1 - m)**(1 / k),  k = updates of the layer's running statistics per batch
 
     Put one ordinary training step inside the block: forward and backward, as many micro-batches as you like,
     the optimizer's step inside or after. An update outside a backward pass is a batch; an update inside one is
-    a replay. Within the block replays work on copies, as with `update_once`, so the step leaves the statistics
-    of a step without checkpointing, to the bit (with `momentum=None` they move again, for equal passes keep a
-    cumulative average right). On leaving the block each layer's momentum is corrected for its own k.
+    a replay. Within the block replays work on copies, as with `update_once`, so the statistics after the step
+    are the same as without checkpointing, bit for bit. (With `momentum=None` replays do move the statistics,
+    because equal passes keep a cumulative average right.) When the block ends, each layer's momentum is
+    corrected for its own k.
 
-    Exact for: layers whose k updates for one batch follow one another, with the same k in every step; then
-    running_mean and running_var stay those of the uncheckpointed run to rounding. Not for: passes of several
-    batches in turn (two forwards before one backward, a layer called twice), k that differs from batch to
-    batch, or replays of other data than the forward pass saw: there the old value decays as it should (k is
-    their mean), the shares of the batches differ, and a warning names the layers. Nor for a step that sets the
-    momentum itself (a schedule, SAM): a warning again. `num_batches_tracked` goes on counting passes after the
-    calibrated step. A training-mode forward that you run yourself inside a backward hook counts as a replay.
+    Exact for: layers whose k updates for one batch follow one another, with the same k in every step. Then
+    running_mean and running_var stay those of the uncheckpointed run, up to rounding. Not for: alternating
+    passes of several batches (two forwards before one backward, a layer called twice), k that differs from
+    batch to batch, or replays that see different data than the forward pass did. There the old value decays as
+    it should (k is the mean), but the shares of the batches differ, and a warning names the layers. Not for a
+    step that sets the momentum itself (a schedule, SAM); you get a warning there too. `num_batches_tracked`
+    still counts passes after the calibrated step. A training-mode forward that you run yourself inside a
+    backward hook counts as a replay.
+
+    Not for a class whose output reads its statistics. Its gradients are wrong, and need `checkpoint` or
+    `preserve_state`; `diagnose` tells you.
 
     Layers with one pass per batch, without running statistics, in evaluation mode or with `momentum=None` are
     left alone; a layer that did not run is reported and left alone. Calibrate again when the model, its
-    checkpointing or its compilation changes. Compiled code is compiled once more in the block. Momentum is not in a
-    state dict: keep `report.passes` and hand it to `correct` when you rebuild the model. Copy the model before or
-    after the block. In a distributed run every rank has to calibrate, and the same step: a layer that did not run on
-    one rank gets the passes that the others have counted.
+    checkpointing or its compilation changes. Compiled code is recompiled once in the block. Momentum is not in a
+    state dict: save `report.passes` and give it to `correct` when you rebuild the model. Copy the model before or
+    after the block. In a distributed run every rank has to calibrate the same step: a layer that did not run on
+    one rank gets the passes that the others counted.
 
     Args:
         model: any module; every layer below it that tracks running statistics is watched.
 
     Returns:
-        A context manager that gives a `Report`, filled on leaving the block.
+        A context manager that gives a `Report`, which is filled when the block ends.
 
     Raises:
         ValueError: a layer's momentum is outside 0 to 1, `update_once` covers the layer, or another block is
             calibrating it (on entry; the model is left as it was).
-        TypeError: model is no module, or a part of it with running statistics is TorchScript (likewise).
+        TypeError: model is not a module, or a part of it with running statistics is TorchScript (likewise).
 
     Warns:
         UserWarning: only the decay could be corrected, or passes could not be counted; no layer tracks running
@@ -132,6 +137,8 @@ class _Block(AbstractContextManager[Report]):
         self.steps = contextmanager(_calibrating)(model)
 
     def __enter__(self) -> Report:
+        if self.entered:
+            raise RuntimeError("this block of calibrate has run already: call calibrate(model) again for another one")
         self.entered = True
         return self.steps.__enter__()
 

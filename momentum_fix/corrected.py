@@ -27,6 +27,12 @@ def uncorrected(layer: Any) -> Any:
     return layer.momentum if by_hand is None else by_hand
 
 
+def is_corrected(layer: Any) -> bool:
+    """Tell whether a layer's momentum is a corrected one, whoever corrected it."""
+    plain, momentum = uncorrected(layer), layer.momentum
+    return plain is not momentum and bool(plain != momentum)
+
+
 def before(layer: Any) -> Any:
     """Give the momentum that a layer had before this package corrected it, or its momentum if it did not."""
     mark = _mark(layer)

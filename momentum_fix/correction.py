@@ -25,13 +25,13 @@ def correct(model: Model, passes: Passes | Mapping[str, Passes] = 2) -> Model:
 
         layer.momentum = 1 - (1 - layer.momentum)**(1 / passes)
 
-    Exact for: layers updated `passes` times in a row for each batch. Not for: passes of several batches in
-    turn; there only the decay is right. `calibrate` finds out the passes, layer by layer.
+    Exact for: layers updated `passes` times in a row for each batch. Not for: alternating passes of several
+    batches; there only the decay is right. `calibrate` counts the passes, layer by layer.
 
-    Correcting twice changes nothing; other `passes` start again from the uncorrected momentum; a momentum
-    that you have set since counts as the new uncorrected one. That a layer is corrected survives
-    `copy.deepcopy`, pickling and `convert_sync_batchnorm`. A layer that `norm_layer` has built counts as corrected,
-    and so does a root that was written by hand, `1 - 0.9 ** 0.5` for 0.1, if the uncorrected momentum has at most
+    Correcting twice changes nothing. Different `passes` start again from the uncorrected momentum. A momentum
+    that you have set since then counts as the new uncorrected one. A layer still counts as corrected after
+    `copy.deepcopy`, pickling and `convert_sync_batchnorm`. A layer built by `norm_layer` counts as corrected,
+    and so does a root written by hand, `1 - 0.9 ** 0.5` for 0.1, if the uncorrected momentum has at most
     four digits. A shared layer is corrected once. The layers stay plain torch layers with the same state dict.
     Momentum is not in a state dict: correct a rebuilt model again.
 
@@ -86,9 +86,9 @@ def correct(model: Model, passes: Passes | Mapping[str, Passes] = 2) -> Model:
 def restore(model: Model) -> Model:
     """Undo, in place, everything that this package has done to a model.
 
-    Each layer gets back the momentum that it had before `correct`, `calibrate` or `norm_layer`; one that you have set
-    since stays. What `update_once` has put on is taken off, unless something else has wrapped it since: take that off
-    first. Running statistics stay as they are.
+    Each layer gets back the momentum that it had before `correct`, `calibrate` or `norm_layer`, but keeps a momentum
+    that you have set since then. The forward that `update_once` installed is removed. If something else has wrapped it
+    since then, remove that first. Running statistics stay as they are.
 
     Args:
         model: any module, changed by this package or not.
@@ -97,8 +97,8 @@ def restore(model: Model) -> Model:
         `model` itself.
 
     Raises:
-        ValueError: something else has wrapped what `update_once` has put on a layer, or the model is being calibrated.
-            It is left as it was.
+        ValueError: something else has wrapped the forward that `update_once` installed on a layer, or the model is
+            being calibrated. The model is left as it was.
 
     Example:
         >>> restore(correct(nn.BatchNorm1d(4, momentum=0.3))).momentum
@@ -114,11 +114,11 @@ def restore(model: Model) -> Model:
 
 
 def applied(model: nn.Module) -> dict[str, str]:
-    """Tell what this package has done to a model: what `restore` would undo, by layer.
+    """List what this package has done to a model: what `restore` would undo, by layer.
 
     Returns:
         A few words for each layer that has a corrected momentum, is covered by `update_once` or is being calibrated;
-        empty for a model that is as it was built.
+        empty if this package has changed nothing.
 
     Example:
         >>> applied(correct(nn.Sequential(nn.BatchNorm1d(4))))
@@ -165,8 +165,8 @@ def _check_names(model: nn.Module, passes: Mapping[str, Passes], layer_names: li
             raise ValueError(f"the model has no module named {name!r}{hint}")
         if name not in covering:
             raise ValueError(
-                f"{name!r} is no layer with running statistics and has none below it; the layers that have are "
-                f"{', '.join(map(repr, layer_names)) or 'none in this model'}"
+                f"{name!r} is not a layer with running statistics and contains none; the layers with running "
+                f"statistics are {', '.join(map(repr, layer_names)) or 'none in this model'}"
             )
 
 

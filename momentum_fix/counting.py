@@ -17,12 +17,13 @@ from momentum_fix.replay import selective, unseen
 
 _EXACT = "; exact: `restore(model)`, then `update_once(model)`"
 NOT_CONSECUTIVE = "only the decay is right: the passes of a batch do not follow one another, or their number varies"
-OTHER_DATA = "only the decay is right: a replay saw other data than its forward pass (random numbers not preserved?)"
-SET_BY_STEP = "the step itself sets the momentum (a schedule, SAM), so that a corrected one does not last"
+OTHER_DATA = "only the decay is right: a replay saw different data than its forward pass (random state not preserved?)"
+SET_BY_STEP = "the step itself sets the momentum (a schedule, SAM), so a corrected one does not last"
 UNEQUAL = "not corrected: a cumulative average of batches with different numbers of passes"
 UNSEEN = "not corrected: its statistics moved, but its forward did not run (F.batch_norm on its buffers?)"
 NO_BACKWARD = "not corrected: no backward pass was seen in the block, so replays could not be counted"
 ONLY_BACKWARD = "left alone: updated only inside a backward pass, so its batches are not known"
+MAY_READ = "if its output reads its statistics, gradients are wrong: `diagnose(model)` tells you"
 CUMULATIVE = "left alone: equal passes do not change a cumulative average"
 EVALUATION = "left alone: in evaluation mode"
 IDLE = "left alone: did not run"
@@ -106,12 +107,17 @@ class Counted(Covering):
         if not backward_ran:
             return None, NO_BACKWARD
         if layer.momentum is None:
+            counter, moves = layer._buffers.get("num_batches_tracked"), count.updates
+            if has_values(counter) and counter - self.start["num_batches_tracked"] > moves:
+                return count.passes, UNEQUAL  # selective checkpointing replays the counter and not the statistics
             return count.passes, CUMULATIVE if isinstance(count.passes, int) else UNEQUAL
         if layer.momentum != self.momentum:
             return count.passes, SET_BY_STEP
         if len(set(count.heard)) > 1:
             return count.passes, NOT_CONSECUTIVE
-        return count.passes, OTHER_DATA if count.other_data else ""
+        if count.other_data:
+            return count.passes, OTHER_DATA
+        return count.passes, MAY_READ if count.passes > 1 and type(layer).forward not in ONLY_WRITES else ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Counted:
         """Let a copy of the model that is made in the block be cleaned up with the original."""
@@ -187,7 +193,7 @@ def _added(layer: NormLayer, before: Buffers) -> tuple[torch.Tensor | None, floa
 
     None where that cannot be told: for classes with a rule of their own, and momenta that leave nothing to see.
     """
-    now, m = layer._buffers, layer.momentum
+    now, m = layer._buffers, float(layer.momentum or 0)
     names = ("running_mean", "running_var")
     known = type(layer).forward in ONLY_WRITES and all(has_values(before.get(name)) for name in names)
     if not known or not m:

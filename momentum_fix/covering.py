@@ -15,6 +15,7 @@ from momentum_fix.layers import Buffers, NormLayer, the, tracks
 from momentum_fix.replay import replaying, selective, unseen
 
 _NEED_NO_COUNTER = (_BatchNorm.forward, _InstanceNorm.forward)  # SyncBatchNorm insists on num_batches_tracked
+_COVERING = "_momentum_fix_covering"  # on a layer: what covers it, to be found though something has wrapped its forward
 ONLY_WRITES = (*_NEED_NO_COUNTER, nn.SyncBatchNorm.forward)  # the output in training does not read the statistics
 
 
@@ -31,7 +32,7 @@ class Covering:
         # Whether a training-mode pass since the last replay has moved the statistics; None before there was one.
         # Something may switch tracking off in the forward pass, and count on the replay to move them.
         self.moves: bool | None = None
-        self.replays_began = self.is_off = False
+        self.replays_began = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer; in a replay, on other buffers than its own."""
@@ -46,6 +47,8 @@ class Covering:
         if self.moves is False and tracks(self.layer):
             return self.left_alone(*args, **kwargs)
         self.replays_began = vars(self.layer).get("track_running_stats", True)
+        if not self.replays_began:  # whoever switches tracking off keeps it off: nobody counts on the replay
+            self.moves = True
         return self.replayed(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +69,7 @@ class Covering:
         """
         layer, own = self.layer, self.layer._buffers
         only_writes = self.inner is None and type(layer).forward in _NEED_NO_COUNTER and not selective()
-        if not only_writes or own["running_mean"] is None or own["running_var"] is None:
+        if not only_writes or own.get("running_mean") is None or own.get("running_var") is None:
             with on_copies(layer):
                 return self.run(*args, **kwargs)
         if not layer.training:
@@ -106,8 +109,7 @@ class Covering:
 
     def take_off(self) -> None:
         """Give the layer back the forward that it had."""
-        self.is_off = True
-        if covering(self.layer) is self:
+        if self.layer.__dict__.pop(_COVERING, None) is not None:
             if self.inner is None:
                 del self.layer.forward
             else:
@@ -119,6 +121,7 @@ def cover(coverings: Sequence[Covering]) -> None:
     try:
         for each in coverings:
             each.layer.forward = each.forward
+            each.layer.__dict__[_COVERING] = each
     except Exception:
         for each in coverings:
             each.take_off()
@@ -127,7 +130,7 @@ def cover(coverings: Sequence[Covering]) -> None:
 
 def uncover(coverings: Iterable[Covering]) -> None:
     """Take each off its layer, or, if something else has wrapped a layer's forward since, none."""
-    coverings = [each for each in coverings if not each.is_off]
+    coverings = [each for each in coverings if covering(each.layer) is each]
     for each in coverings:
         refuse_foreign_forward(each.layer, each.name)
     for each in coverings:
@@ -136,8 +139,8 @@ def uncover(coverings: Iterable[Covering]) -> None:
 
 def covering(layer: nn.Module) -> Covering | None:
     """Give what covers the layer. A `copy.copy` shares the attribute of the original, but is not covered."""
-    each = getattr(vars(layer).get("forward"), "__self__", None)
-    return each if isinstance(each, Covering) and each.layer is layer else None
+    each: Covering | None = vars(layer).get(_COVERING)
+    return each if each is not None and each.layer is layer and "forward" in vars(layer) else None
 
 
 def has_foreign_forward(layer: nn.Module) -> bool:
@@ -150,7 +153,7 @@ def refuse_foreign_forward(layer: nn.Module, name: str) -> None:
     """Raise if something else has given the layer a forward of its own."""
     if has_foreign_forward(layer):
         raise ValueError(
-            f"{the(name)} has a forward of its own, {layer.forward!r}, put there by something else: take that off "
+            f"{the(name)} has a forward of its own, {layer.forward!r}, put there by something else: remove that "
             "first, and put it back afterwards"
         )
 

@@ -22,24 +22,24 @@ def norm_layer(
     passes: SupportsIndex = 2,
     **kwargs: Any,
 ) -> functools.partial[nn.Module]:
-    """Give a norm layer constructor with the corrected momentum, to hand to a model config.
+    """Return a norm layer constructor with the corrected momentum, for a model config.
 
         partial(norm, momentum=corrected_momentum(momentum, passes), **kwargs)
 
-    What comes back holds the plain class and keywords only, so that whatever takes a `norm_layer` takes it
-    as it is, and what it builds is an ordinary torch layer. `correct` and `calibrate` know such a layer's momentum
-    for a corrected one and start from the uncorrected one; `restore` puts that in.
+    The partial holds the plain class and keywords only, so you can use it wherever a model accepts a `norm_layer`,
+    and it builds ordinary torch layers. `correct` and `calibrate` recognize the momentum of such a layer as corrected
+    and start from the uncorrected one; `restore` sets the uncorrected one.
 
     Exact for: layers updated `passes` times in a row for each batch. Not for: a model whose layers differ in
-    passes (see `calibrate`), or passes of several batches in turn.
+    passes (see `calibrate`), or alternating passes of several batches.
 
     Args:
         norm: a class with a `momentum` argument, or the name of one in `torch.nn`: BatchNorm1d/2d/3d,
             SyncBatchNorm, LazyBatchNorm1d/2d/3d, InstanceNorm1d/2d/3d (these track statistics only with
-            `track_running_stats=True`), or a class of your own.
+            `track_running_stats=True`), or your own class.
         momentum: the uncorrected momentum, PyTorch's convention (weight of the new value); 0 to 1, or None.
         passes: updates per batch, an integer of at least 1.
-        **kwargs: further arguments of the layer, `eps=1e-3` for one.
+        **kwargs: further arguments of the layer, for example `eps=1e-3`.
 
     Returns:
         A `functools.partial` of the class, with keywords only. It pickles, deep-copies and prints.

@@ -17,15 +17,15 @@ def corrected_momentum(momentum: None, passes: SupportsIndex = 2) -> None: ...
 @overload
 def corrected_momentum(momentum: SupportsFloat, passes: SupportsIndex = 2) -> float: ...
 def corrected_momentum(momentum: SupportsFloat | None, passes: SupportsIndex = 2) -> float | None:
-    """Give the momentum for which `passes` equal updates amount to one update with `momentum`.
+    """Return the momentum for which `passes` equal updates amount to one update with `momentum`.
 
         m' = 1 - (1 - m)**(1 / passes)
 
     Exact for: a constant number of passes that follow one another (the forward pass and the recomputations
-    of one batch, before the next batch arrives). Not for: passes of several batches in turn; there the old
+    of one batch, before the next batch arrives). Not for: alternating passes of several batches; there the old
     value still decays as it should, but the new batches share the rest differently.
 
-    The result is the double nearest to the true value, on every platform, also where the expression above
+    The result is the double nearest to the true value, on every platform, even where the expression above
     loses all its digits (small m). It is nondecreasing in `momentum`; 0 and 1 are exact.
 
     Args:
@@ -36,8 +36,8 @@ def corrected_momentum(momentum: SupportsFloat | None, passes: SupportsIndex = 2
         passes: updates per batch, an integer of at least 1.
 
     Returns:
-        The corrected momentum, dimensionless, 0 to 1. None for None, as k equal updates per batch leave a
-        cumulative average as it is. `momentum` itself for one pass.
+        The corrected momentum, dimensionless, 0 to 1. None for None, because k equal updates per batch do not
+        change a cumulative average. `momentum` itself for one pass.
 
     Raises:
         ValueError: momentum is outside 0 to 1 or not a number, or passes is below 1.
@@ -60,13 +60,13 @@ def effective_momentum(momentum: None, passes: SupportsIndex = 2) -> None: ...
 @overload
 def effective_momentum(momentum: SupportsFloat, passes: SupportsIndex = 2) -> float: ...
 def effective_momentum(momentum: SupportsFloat | None, passes: SupportsIndex = 2) -> float | None:
-    """Give the momentum that `passes` equal updates with `momentum` amount to.
+    """Return the momentum that `passes` equal updates with `momentum` amount to.
 
         m_eff = 1 - (1 - m)**passes
 
-    The inverse of `corrected_momentum`, on the same conditions: what a model trained with uncorrected
-    checkpointing really used. The result is the double nearest to the true value; of two equally near ones,
-    the even one. Where 1 - m_eff falls below the resolution of a double it is 1, and the way back is lost.
+    This is the inverse of `corrected_momentum`, under the same conditions: the momentum that a model trained with
+    uncorrected checkpointing really used. The result is the double nearest to the true value; of two equally near
+    ones, the even one. If 1 - m_eff falls below the resolution of a double, the result is 1 and has no inverse.
 
     Args:
         momentum: PyTorch's convention, the weight of the NEW value; dimensionless, 0 to 1, or None.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from momentum_fix.corrected import uncorrected
+from momentum_fix.corrected import is_corrected, uncorrected
 from momentum_fix.covering import ONLY_WRITES, Covering, cover, covering, refuse_foreign_forward, uncover
 from momentum_fix.layers import named, the, tracked_layers, warn_of_none
 from momentum_fix.tables import number
@@ -17,11 +17,11 @@ class Once(Covering):
     """Covers a layer for `update_once`."""
 
     def begin(self) -> None:
-        if uncorrected(self.layer) != self.layer.momentum:
+        if is_corrected(self.layer):
             warnings.warn(
-                f"{the(self.name)} has got a corrected momentum since update_once ({_for_plain(self.layer)}; "
+                f"{the(self.name)} got a corrected momentum after update_once ({_for_plain(self.layer)}; "
                 "pytorch-pfn-extras' checkpoint sets one on its first call), which is wrong for statistics that move "
-                "once per batch. Use torch.utils.checkpoint instead, or restore(model) and rely on that",
+                "once per batch. Use torch.utils.checkpoint instead, or call restore(model) and rely on the correction",
                 stacklevel=2,
             )
 
@@ -29,29 +29,29 @@ class Once(Covering):
         warnings.warn(
             f"{the(self.name)} does not track statistics in the forward pass, but does in the backward pass, and "
             "update_once lets that update happen. With fairscale's checkpoint_wrapper, which works like this, use "
-            "torch.utils.checkpoint instead, or restore(model) and rely on the wrapper. If you switch tracking off for "
-            "an extra forward pass (virtual adversarial training), keep it off until its backward pass is done",
+            "torch.utils.checkpoint instead, or call restore(model) and rely on the wrapper. If you switch tracking "
+            "off for an extra forward pass (virtual adversarial training), keep it off until its backward pass is done",
             stacklevel=2,
         )
         return self.run(*args, **kwargs)
 
 
 class Handle:
-    """What `update_once` gives: `remove()`, or leaving a `with` block, undoes what that one call has done.
+    """What `update_once` returns: `remove()`, or the end of a `with` block, undoes what that one call has done.
 
-    It removes what its own call has added: after a second `update_once(model)`, which finds nothing to add, the
-    second handle removes nothing and the first one everything. Copy or pickle model and handle together,
-    `copy.deepcopy((model, handle))`, to have a handle of the copy. `restore(model)` needs no handle.
+    It removes only what its own call has added: after a second `update_once(model)`, which finds nothing to add, the
+    second handle removes nothing and the first one removes everything. To get a handle for a copy, copy or pickle
+    model and handle together: `copy.deepcopy((model, handle))`. `restore(model)` needs no handle.
     """
 
     def __init__(self, coverings: list[Covering]) -> None:
         self._coverings = coverings
 
     def remove(self) -> None:
-        """Let every pass move the running statistics again; a second time, do nothing.
+        """Let every pass move the running statistics again; a second call does nothing.
 
         Raises:
-            ValueError: something else has wrapped a layer's `forward` since; nothing is removed.
+            ValueError: something else has wrapped a layer's `forward` since then; nothing is removed.
         """
         uncover(self._coverings)
         self._coverings = []
@@ -67,41 +67,41 @@ class Handle:
 
 
 def update_once(model: nn.Module) -> Handle:
-    """Let a norm layer's running statistics move on a forward pass and never on a replay.
+    """Let the forward pass move a norm layer's running statistics, and never a replay.
 
-    A forward that runs while a backward pass is running is a replay: it works on copies of the layer's buffers, which
-    are dropped afterwards. `running_mean`, `running_var` and `num_batches_tracked` are then bit for bit those of the
-    run without checkpointing, under every checkpoint, in every order, however often a batch is recomputed, in
-    compiled code too. You need to know and calibrate nothing.
+    A forward that runs during a backward pass is a replay: it works on copies of the layer's buffers, which are
+    dropped afterwards. `running_mean`, `running_var` and `num_batches_tracked` are then the same as without
+    checkpointing, bit for bit, with any checkpoint, in any order, no matter how often a batch is recomputed, and in
+    compiled code too. You don't have to know the number of passes or calibrate anything.
 
-    Each layer keeps its class, its state dict and its momentum, and carries one more attribute: a `forward` of its
-    own. It survives `copy.deepcopy` and pickling of the whole model. A model built anew, and layers made anew by
-    `SyncBatchNorm.convert_sync_batchnorm` or fused for quantization, do not have it: call this afterwards, as often as
-    you like.
+    Each layer keeps its class, its state dict and its momentum. It gets its own `forward` as an attribute, and a
+    second attribute that remembers this. Both survive `copy.deepcopy` and pickling of the whole model. A rebuilt model
+    does not have them, nor do layers rebuilt by `SyncBatchNorm.convert_sync_batchnorm` or fused for quantization: call
+    `update_once` again afterwards, as often as you like.
 
-    Not for: a training-mode forward of a new batch that you run inside a backward hook, which is taken for a replay
+    Not for: a training-mode forward of a new batch that you run inside a backward hook, which counts as a replay
     (call `handle.remove()` before it and `update_once(model)` after it); the reverse, recomputing outside of a
-    backward pass by reading saved tensors from a graph by hand, which counts as a batch; a parent that calls
+    backward pass by reading saved tensors from a graph directly, which counts as a batch; a parent that calls
     `F.batch_norm` on the layer's buffers itself; `nn.DataParallel` with several devices and `copy.copy`, whose copies
     share the attribute (use DDP and `copy.deepcopy`); one layer in two threads at once; `torch.jit.script`.
 
-    Gradients are those of the run without checkpointing for torch's own layers, whose training-mode output does not
-    read the running statistics. A class whose output reads them (Batch Renormalization, say) gets wrong gradients from
-    any recomputation, with this function and without.
+    For torch's own layers, gradients are those of the run without checkpointing, because their training-mode output
+    does not read the running statistics. A class whose output reads them (Batch Renormalization, for example) gets
+    wrong gradients from any recomputation, with or without this function: use `checkpoint` or `preserve_state`.
 
     Args:
         model: any module; every layer below it that tracks running statistics is covered.
 
     Returns:
-        A `Handle`; `restore(model)` takes everything off too.
+        A `Handle`; `restore(model)` removes everything too.
 
     Raises:
-        ValueError: the momentum of a layer is corrected, which would now be wrong (`restore(model)` first), or a
-            layer has a `forward` of its own already. The model is left as it was.
-        TypeError: model is no module, or a part of it with running statistics is TorchScript.
+        ValueError: the momentum of a layer is corrected, which would now be wrong (call `restore(model)` first), or a
+            layer already has its own `forward`. The model is left as it was.
+        TypeError: model is not a module, or a part of it with running statistics is TorchScript.
 
     Warns:
-        UserWarning: no layer tracks running statistics; a layer's class has a forward of its own, whose output may
+        UserWarning: no layer tracks running statistics; a layer's class has its own forward, whose output may
             read them; or, in training, a layer is updated in the backward pass only.
 
     Example:
@@ -117,11 +117,11 @@ def update_once(model: nn.Module) -> Handle:
     """
     added: list[Covering] = []
     for layer, (name, *_) in (layers := tracked_layers(model)).items():
-        if uncorrected(layer) != layer.momentum:
+        if is_corrected(layer):
             raise ValueError(
                 f"{the(name)} has a corrected momentum ({_for_plain(layer)}), which is wrong for statistics that move "
-                "once per batch: call restore(model) first, or, where the root was written by hand, set the layer's "
-                f"momentum to {number(uncorrected(layer))}"
+                "once per batch: call restore(model) first, or, if it was corrected by hand, set the layer's momentum "
+                f"to {number(uncorrected(layer))}"
             )
         refuse_foreign_forward(layer, name)
         refuse_calibrated(layer, name)
@@ -133,8 +133,9 @@ def update_once(model: nn.Module) -> Handle:
     if own:
         warnings.warn(
             f"{named(own)}: the class has a forward of its own. Its statistics will move once per batch. But if its "
-            "output reads them in training, as that of torch's layers does not, every recomputation computes something "
-            "else than the forward pass did, and gradients are wrong. momentum_fix.checkpoint is exact there",
+            "output reads them in training (the output of torch's layers does not), every recomputation computes "
+            "something different from the forward pass, and gradients are wrong. diagnose(model) tells you whether it "
+            "does, and momentum_fix.checkpoint is exact there",
             stacklevel=2,
         )
     return Handle(added)
@@ -145,7 +146,7 @@ def refuse_covered(layer: nn.Module, name: str) -> None:
     if isinstance(covering(layer), Once):
         raise ValueError(
             f"{the(name)} moves its statistics once per batch, by update_once, so there is nothing to correct: "
-            "call restore(model), or remove() on the handle that update_once gave you, first"
+            "first call restore(model), or remove() on the handle from update_once"
         )
     refuse_calibrated(layer, name)
 

@@ -31,8 +31,8 @@ def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManag
     them. It is preserved for every module that is called under the checkpoint while it is in training mode, and for all
     modules below it. You don't name any of it, and nothing stays on the model.
 
-    Exact for: the state, the gradients and the values in the replay, which are bit for bit those of the run without
-    checkpointing, if the forward is deterministic. The order of forwards and backwards doesn't matter. Compiled modules
+    Exact for: the state, the gradients and the values in the replay, which are the same as without checkpointing, bit
+    for bit, if the forward is deterministic. The order of forwards and backwards doesn't matter. Compiled modules
     and functions inside the checkpoint are fine.
 
     Not for: state inside other objects (a tracker class of your own, a NumPy array, a `torch.Generator`); modules that
@@ -78,17 +78,17 @@ def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManag
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Do what `torch.utils.checkpoint.checkpoint` does, but replay from the state that the forward started from.
 
-    `preserve_state` says what that is good for. This one works with both engines (`use_reentrant=True` too), together
+    See `preserve_state` for when to use this. This one works with both engines (`use_reentrant=True` too), together
     with any `context_fn`, and in a model that is compiled as a whole: it breaks the graph, so compiled code ends before
-    it and goes on after it. Blocks that are compiled themselves stay compiled.
+    it and continues after it. Blocks that are compiled themselves stay compiled.
 
     Instead of `checkpoint_sequential(layers, segments, x)`, which has no `context_fn`, run each segment yourself:
 
         for segment in segments:
             x = checkpoint(segment, x, use_reentrant=False)
 
-    Exact for, Not for, Memory: as `preserve_state`. The reentrant engine may add up gradients in another order than the
-    run without checkpointing, with or without this package.
+    Exact for, Not for, Memory: as `preserve_state`. The reentrant engine may add up gradients in a different order than
+    the run without checkpointing, with or without this package.
 
     Args:
         function: anything that can be called.

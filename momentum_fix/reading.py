@@ -404,7 +404,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         weight_map: dict[str, str] = json.loads(text)["weight_map"]
         shards = {Path(file).name == file and file.endswith(_ENDINGS) for file in weight_map.values()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Refused("is no index of shards, for it has no readable weight_map") from error
+        raise Refused("is no index of shards: it has no readable weight_map") from error
     if False in shards:
         raise Refused(f"names shards outside its own directory, or that end in none of {', '.join(_ENDINGS)}")
     return weight_map

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_SKELETON = vars(nn.Module()).keys() - {"_buffers", "training"}
+_SKELETON = vars(nn.Module()).keys() - {"_buffers"}  # parameters, submodules, hooks, and whether it is in training
 _FIXED = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
 _FILLED = frozenset((list, deque, dict, OrderedDict, defaultdict, Counter))
 _LARGE = 1 << 16  # bytes; what is not larger is copied without asking whether it ever moves
@@ -122,9 +122,9 @@ def _shared_copy(tensor: torch.Tensor) -> torch.Tensor:
         still = torch.equal(copied, tensor)
         if not still and asked >= _COMPARED:
             warnings.warn(
-                f"a {tensor.dtype} of shape {tuple(tensor.shape)} on a module was written to where autograd does not "
-                f"see it (`.data`) after it had stood still in {_COMPARED} checkpoints: replays since then saw its old "
-                "values, so their gradients may be wrong; from now on they are right",
+                f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)} on a module was written to where autograd "
+                f"does not see it (`.data`), after it had not changed in {_COMPARED} checkpoints: replays since then "
+                "saw its old values, so their gradients may be wrong. From now on they are right",
                 stacklevel=2,
             )
     if not still:

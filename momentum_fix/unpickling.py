@@ -61,7 +61,7 @@ _DEEP = 10_000  # dictionaries in dictionaries
 _NAME = 400  # characters of the name of a class
 
 NO_MORE_THAN_OBJECTS = (
-    "holds objects, and no running statistics outside of them, or is no checkpoint; nothing in it was executed. "
+    "holds objects but no running statistics outside of them, or is not a checkpoint; nothing in it was executed. "
     "Save `model.state_dict()` and audit that"
 )
 TOO_MUCH = "holds more than any network's state dict. Save `model.state_dict()` and audit that"

@@ -29,7 +29,7 @@ import rivals
 import twins
 from momentum_fix import calibrate, correct, update_once
 from recipes import MIDWAY, Net
-from twins import non_reentrant, plainly, reentrant
+from twins import by_context, drop_in, drop_in_reentrant, non_reentrant, plainly, reentrant
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "conformance.md"
 STEPS = 2 * MIDWAY
@@ -168,6 +168,11 @@ def preparing(prepare):
 by_update_once = preparing(update_once)
 
 
+def replacing(ckpts):
+    """Give the method that trains as always, but with other checkpoint functions instead of these."""
+    return lambda net, row, data: go(net, row, data, ckpts.get(row.ckpt, row.ckpt))
+
+
 def around_the_region(net, row, data):
     for part in (data[:MIDWAY], data[MIDWAY:]):  # midway it may become another model
         net = go(net, row, part, rivals.around_the_region(net, row.ckpt))
@@ -220,6 +225,22 @@ METHODS = {
         },
     ),
     "`update_once`": Method(by_update_once, "exact", {"wrong": UNSEEN}),
+    "`preserve_state`": Method(
+        replacing({non_reentrant: by_context}),
+        "exact",
+        {
+            "wrong": ["*, reentrant", "checkpoint_sequential", "recomputation written by hand"],
+            "fails": ["with debug=True", "selective: *", "compiled with the checkpoint*"],
+        },
+    ),
+    "`checkpoint`": Method(
+        replacing({non_reentrant: drop_in, reentrant: drop_in_reentrant}),
+        "exact",
+        {
+            "wrong": ["checkpoint_sequential*", "recomputation written by hand"],
+            "fails": ["compiled with the checkpoint*"],
+        },
+    ),
     "flag, saved statistics": Method(preparing(rivals.flag), "exact", {"wrong": [*UNSEEN, "compiled block*"]}),
     "stand-in buffers": Method(preparing(rivals.stand_ins), "exact", {"wrong": [*UNSEEN, "compiled block*"]}),
     "only in backward": Method(
@@ -358,6 +379,12 @@ def document(table: Mapping[str, Mapping[str, str]]) -> str:
         *(f"- **{word}**: {meaning}" for word, meaning in OUTCOMES.items()),
         "",
         *grid("recomputed how", table),
+        "",
+        "`preserve_state` and `checkpoint` are put where the row calls torch's checkpoint. The reentrant engine and",
+        "`checkpoint_sequential` take no `context_fn`, and code that recomputes by hand has no checkpoint to replace.",
+        "torch accepts no `context_fn` with `debug=True`, and no second one with that of selective checkpointing. The",
+        "rows that are compiled with the checkpoint ask for one graph, which neither allows: for compiled code without",
+        "that demand, and for other state than running statistics, see [which state is preserved](states.md).",
         "",
         "The last four are what people write by hand, each as strong as we could make it (`tests/rivals.py`). Three of",
         "them are two hooks on each layer: in a backward pass, they save the statistics before the layer and copy them",

@@ -21,9 +21,14 @@ from torch.utils.checkpoint import (
     set_checkpoint_early_stop,
 )
 
-from twins import batches, non_reentrant, plainly, reentrant
+from momentum_fix import preserve_state
+from twins import batches, by_context, drop_in, non_reentrant, plainly, reentrant
 
 ENGINES = {"reentrant": reentrant, "non-reentrant": non_reentrant}
+WRAPPER_OPTIONS = {
+    by_context: {"context_fn": preserve_state},
+    drop_in: {"checkpoint_fn": drop_in},
+}  # of torch's wrapper
 MIDWAY = 3  # batches after which some runs change something
 
 
@@ -163,7 +168,8 @@ def sequential(use_reentrant):
 def wrapped(net, x, ckpt):
     x.requires_grad_()
     for part in (net.a, net.b, net.c):
-        x = part(x) if ckpt is plainly else checkpoint_wrapper(part, CheckpointImpl.NO_REENTRANT)(x)
+        options = WRAPPER_OPTIONS.get(ckpt, {})
+        x = part(x) if ckpt is plainly else checkpoint_wrapper(part, CheckpointImpl.NO_REENTRANT, **options)(x)
     x.sum().backward()
 
 

@@ -1,11 +1,26 @@
-"""Modules that change themselves in a training-mode forward: kinds of state, each as a layer of three channels."""
+"""Modules that change themselves during training, times what can be done about it: the one table of what is preserved.
 
+Each kind of state is a layer of three channels. `python tests/states.py` runs every cell and writes docs/states.md; the
+tests assert every cell.
+"""
+
+import functools
+import re
+import sys
+import warnings
 from collections import deque
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
 
+import recipes
+from conformance import grid
+from momentum_fix import preserving, update_once
+from twins import ROUNDING, batches, by_context, drop_in, drop_in_reentrant, non_reentrant, plainly, reentrant, train
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "states.md"
 CHANNELS = 3
 
 
@@ -321,7 +336,7 @@ UNHARMED = {"ActNorm": ActNorm}
 KINDS = {**READ, **ONLY_WRITTEN, **UNHARMED}
 
 
-def picture(model):
+def picture(model, parameters=True):
     """Give everything that the modules of a model have, in an order of its own, as plain Python values."""
 
     def plain(value):
@@ -333,13 +348,259 @@ def picture(model):
             return [plain(item) for item in value]
         return picture(value) if isinstance(value, nn.Module) else value
 
-    ignored = vars(nn.Module()).keys() | {"ckpt", "seen", "move", "comp", "_compiled_call_impl", "_is_torch_compile"}
+    ignored = vars(nn.Module()).keys() | {"ckpt", "seen", "move", "_compiled_call_impl", "_is_torch_compile"}
+    ignored |= {"forward", "_momentum_fix_covering"}  # what update_once puts on
+    ignored.add("_compile_kwargs")  # Lightning, once imported, notes it on what is compiled
     pictures = {}
     for name, module in model.named_modules():
         own = vars(module)
         pictures[name] = {
             "buffers": plain(own["_buffers"]),
-            "parameters": plain(own["_parameters"]),
+            "parameters": plain(own["_parameters"]) if parameters else [],
             "plain": {key: plain(value) for key, value in sorted(own.items()) if key not in ignored},
         }
     return pictures
+
+
+# The columns: what can be done about it.
+
+
+def unchanged(net):
+    return net
+
+
+TOOLS = {  # the checkpoint function, and what is done to the model before
+    "nothing": (non_reentrant, unchanged),
+    "nothing, reentrant": (reentrant, unchanged),
+    "`update_once`": (non_reentrant, update_once),
+    "`preserve_state`": (by_context, unchanged),
+    "`checkpoint`": (drop_in, unchanged),
+    "`checkpoint`, reentrant": (drop_in_reentrant, unchanged),
+}
+WAYS = [recipes.one, recipes.siamese, recipes.nested, recipes.two_backwards, recipes.accumulating(recipes.one)]
+COMPILED = {
+    "`checkpoint(torch.compile(block), x)`": lambda net, ckpt: functools.partial(ckpt, compiled(net)),
+    "after `block.compile()`": lambda net, ckpt: functools.partial(ckpt, compiled_in_place(net)),
+    "inside `torch.compile(model)`": lambda net, ckpt: compiled(lambda x: ckpt(net, x) * 1),
+}
+COMPILED_TOOLS = ("nothing", "`preserve_state`", "`checkpoint`")
+COMPILED_KINDS = ("Batch Renormalization", "a buffer that is replaced", "step counter", "BatchNorm")
+
+
+def compiled(function):
+    return torch.compile(function, backend="aot_eager")
+
+
+def compiled_in_place(net):
+    net.compile(backend="aot_eager")
+    return net
+
+
+def asserted():
+    """Give the first table that the tests assert: an outcome by kind of state and tool."""
+    table = {}
+    for kind in KINDS:
+        plain = "state and gradients" if kind in READ else "state" if kind in ONLY_WRITTEN else "exact"
+        reads = kind in ("Batch Renormalization", "a parent reads its child's")
+        once = "gradients" if reads else "exact" if "Norm" in kind else plain
+        summed = "equal" if kind.startswith("spectral norm") else "exact"
+        tools = (plain, plain, once, "exact", "exact", summed)
+        table[kind] = dict(zip(TOOLS, tools, strict=True))
+    return table
+
+
+def asserted_of_compiled():
+    """Give the second table that the tests assert: an outcome by kind of state, how it is compiled, and tool."""
+    both, columns = "state and gradients", [f"{how}: {tool}" for how in COMPILED for tool in COMPILED_TOOLS]
+    plainly_wrong = {  # where a replay of compiled code stops early, what it did to plain attributes is dropped
+        "Batch Renormalization": (both, both, both),
+        "a buffer that is replaced": ("gradients", both, both),
+        "step counter": ("gradients", both, both),
+        "BatchNorm": ("state", "state", "exact"),
+    }
+    return {
+        kind: dict.fromkeys(columns, "exact")
+        | dict(zip(columns[::3], plainly_wrong[kind], strict=True))
+        | ({columns[-2]: "refused"} if kind == "BatchNorm" else {})
+        for kind in COMPILED_KINDS
+    }
+
+
+OUTCOMES = {
+    "exact": "state and gradients are those of the run without checkpointing, bit for bit",
+    "equal": "the same, but some gradients are equal to rounding (float64, 1e-12): their sum has another order",
+    "state": "the state is wrong",
+    "gradients": "the gradients are wrong",
+    "refused": "an exception, of this package or of torch",
+}
+
+
+# Running a cell.
+
+
+def gradients(net):
+    return [parameter.grad for parameter in net.parameters()]
+
+
+def same_gradients(net, truth, tolerance=0.0):
+    pairs = list(zip(gradients(net), gradients(truth), strict=True))
+    return all(
+        (mine is None) == (true is None) and (mine is None or torch.allclose(mine, true, rtol=0, atol=tolerance))
+        for mine, true in pairs
+    )
+
+
+def net_of(kind, make=recipes.Net):
+    torch.manual_seed(0)
+    return make(lambda _: KINDS[kind]())
+
+
+def run(kind, way, ckpt, prepare=unchanged, count=3):
+    net = net_of(kind)
+    prepare(net)
+    return train(net, way, batches(count, 4, 3, 4, 4), ckpt)
+
+
+def wrong(net, truth):
+    """Tell what is wrong with a net after one step: later ones would mix up state and gradients."""
+    found = set()
+    if picture(net, parameters=False) != picture(truth, parameters=False):
+        found.add("state")
+    if not same_gradients(net, truth):
+        found.add("equal" if same_gradients(net, truth, ROUNDING) else "gradients")
+    return found
+
+
+def in_a_word(found):
+    return " and ".join(sorted(found - {"equal"}, reverse=True)) or ("equal" if found else "exact")
+
+
+def outcomes(kind):
+    """Run the cells of a kind of state; what is wrong in any of the ways to recompute is wrong in the cell."""
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        truths = [run(kind, way, plainly, count=1) for way in WAYS]
+        for tool, how in TOOLS.items():
+            pairs = zip(WAYS, truths, strict=True)
+            found[tool] = in_a_word(set().union(*(wrong(run(kind, way, *how, count=1), truth) for way, truth in pairs)))
+    return found
+
+
+def outcomes_of_compiled(kind):
+    """Run the cells of a kind of state with a block that is compiled, itself or with all around it."""
+    return {
+        f"{how}: {tool}": _outcome_of_compiled(kind, COMPILED[how], TOOLS[tool][0])
+        for how in COMPILED
+        for tool in COMPILED_TOOLS
+    }
+
+
+def _outcome_of_compiled(kind, how, ckpt):
+    truth, net = (net_of(kind, recipes.block) for _ in range(2))
+    x, y = (batches(1, 4, 3, 4, 4)[0].requires_grad_() for _ in range(2))
+    truth(x).sum().backward()
+    torch.compiler.reset()
+    try:
+        how(net, ckpt)(y).sum().backward()
+    except Exception as error:
+        if not re.search("use momentum_fix.checkpoint|generate a tuple of two `TorchDispatchMode`s", str(error)):
+            raise
+        return "refused"
+    finally:
+        torch.compiler.reset()
+    return in_a_word(wrong(net, truth))
+
+
+# What is kept.
+
+
+class Block(nn.Sequential):
+    """A class of a user's own: what it reads is not known."""
+
+
+class WithMask(Block):
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.register_buffer("mask", torch.ones(1024, 1024, dtype=torch.bool))
+
+
+BLOCKS = {
+    "torch's own modules alone: convolution, BatchNorm of 256 channels": nn.Sequential,
+    "the same in a class of a user's own": Block,
+    "that with a mask of 1024 by 1024": WithMask,
+}
+
+
+def kept(block):
+    """Give the bytes of the buffers of a block, of what each live checkpoint keeps of them, and of what all share."""
+    copies = []
+    for _ in range(2):
+        region = preserving._Region()
+        with region.forward(block):
+            pass
+        buffers = [each for _, copied in region.state.values() for each in copied["_buffers"].values()]
+        copies.append({each for each in buffers if all(each is not own for own in block.buffers())})
+    shared = copies[0] & copies[1]
+    return [sum(each.nbytes for each in tensors) for tensors in (block.buffers(), copies[1] - shared, shared)]
+
+
+def memory():
+    blocks = {name: make(nn.Conv2d(256, 256, 1), nn.BatchNorm2d(256)).float() for name, make in BLOCKS.items()}
+    return {name: kept(block) for name, block in blocks.items()}
+
+
+# The document.
+
+
+def document(table, of_compiled):
+    """Write the page: the tables, and what their words mean."""
+    lines = [
+        "# Which state is preserved",
+        "",
+        "Made by `python tests/states.py`; the tests assert every cell. Each is a training step in float64, beside the",
+        "same step without checkpointing, of three blocks with one layer of that kind each. A cell says what is wrong",
+        "in any of five ways to recompute: one checkpoint, siamese inputs, nested checkpoints, two backward passes",
+        "through one graph, and gradient accumulation.",
+        "",
+        *(f"- **{word}**: {meaning}" for word, meaning in OUTCOMES.items()),
+        "",
+        *grid("kind of state", table),
+        "",
+        "Where the output reads the state, plain checkpointing has wrong gradients, and keeping the state right, as",
+        "`update_once` does, is not enough: the recomputation has to see the state that its forward saw.",
+        "",
+        "## With `torch.compile`",
+        "",
+        "One block, the non-reentrant engine and the backend `aot_eager`. Where torch compiles a checkpoint together",
+        "with the model around it, it takes no `context_fn` like `preserve_state`. It refuses then; or it leaves the",
+        "checkpoint out of what it compiles, as it does if it cannot compile what the block does to its state.",
+        "`checkpoint` always stays outside.",
+        "",
+        *grid("kind of state", of_compiled),
+        "",
+        "## Memory",
+        "",
+        "What `preserve_state` and `checkpoint` keep of the state of a block, in bytes. A checkpoint lives from its",
+        "forward to its backward. A block of torch's own modules keeps nothing, as its output reads no state; a tensor",
+        "above 64 KiB that stands still is kept once for all.",
+        "",
+        "| block | its state | for each live checkpoint | for all checkpoints, for good |",
+        "| --- | --- | --- | --- |",
+        *(f"| {name} | " + " | ".join(f"{size:,}" for size in sizes) + " |" for name, sizes in memory().items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    warnings.simplefilter("ignore")
+    tables = []
+    for expected, measure in ((asserted(), outcomes), (asserted_of_compiled(), outcomes_of_compiled)):
+        tables.append({kind: measure(kind) for kind in expected})
+        for kind, cells in tables[-1].items():
+            otherwise = [f"{column} is {cell}" for column, cell in cells.items() if cell != expected[kind][column]]
+            print(f"{kind}: {', '.join(otherwise) or 'as asserted'}", file=sys.stderr)
+    DOCUMENT.write_text(document(*tables), encoding="utf-8")

@@ -231,6 +231,14 @@ def test_a_layer_that_loses_its_statistics_in_the_block_is_left_alone():
     assert model.a[1].momentum == 0.1
 
 
+def test_a_block_runs_once():
+    block = calibrate(nn.Sequential(nn.BatchNorm2d(3)))
+    with block:
+        pass
+    with pytest.raises(RuntimeError, match=r"has run already: call calibrate\(model\) again"), block:
+        pytest.fail("it must not be entered")
+
+
 def test_a_frozen_model_without_checkpoints_has_one_pass_a_batch():
     model = Net().requires_grad_(False)
     with warnings.catch_warnings(), calibrate(model) as report:

@@ -24,7 +24,7 @@ from momentum_fix import (
     restore,
     update_once,
 )
-from momentum_fix.corrected import corrected_by_hand, uncorrected
+from momentum_fix.corrected import corrected_by_hand, is_corrected, uncorrected
 from recipes import data, one, pickled, saved
 from twins import deviation, momenta, non_reentrant, plainly, train
 
@@ -193,6 +193,26 @@ def test_a_corrected_layer_that_no_longer_tracks_is_shown_and_restored():
     layer.track_running_stats = False
     assert applied(layer) == {"": "momentum 0.0513167, corrected from 0.1"}
     assert restore(layer).momentum == 0.1
+
+
+def test_restore_says_so_and_changes_nothing_where_something_has_wrapped_a_covered_forward():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    update_once(model)
+    covered = model[1].forward
+    model[1].forward = functools.wraps(covered)(lambda x: covered(x))  # as accelerate's hooks do
+    with pytest.raises(ValueError, match=r"layer '1' has a forward of its own.*put there by something else"):
+        restore(model)
+    assert set(applied(model)) == {"0", "1"}
+    with pytest.raises(ValueError, match=r"layer '0' moves its statistics once per batch"):
+        correct(model)
+    model[1].forward = covered
+    assert applied(restore(model)) == {}
+
+
+def test_a_momentum_that_is_no_number_is_not_called_corrected():
+    layer = nn.BatchNorm2d(3, momentum=math.nan)
+    assert not is_corrected(layer)
+    update_once(layer)
 
 
 def test_a_momentum_that_is_a_fraction_can_be_shown():

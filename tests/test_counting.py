@@ -4,6 +4,7 @@ import copy
 import functools
 from fractions import Fraction
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -258,6 +259,23 @@ def test_more_batches_than_compiled_code_has_slots_for_are_counted_and_their_ord
     with pytest.warns(UserWarning, match="only the decay is right"), calibrate(model) as report:
         train(model, step, data(5), non_reentrant)
     assert report.passes == {"b.1": 2}
+
+
+def test_a_replay_that_moves_the_counter_alone_is_noticed_in_a_cumulative_average():
+    model = Net(by.cumulative)
+    with (
+        pytest.warns(UserWarning, match="not corrected: a cumulative average of batches"),
+        calibrate(model) as report,
+    ):
+        by.selective(CheckpointPolicy.MUST_SAVE)(model, *data(1), non_reentrant)
+    assert report.passes["b.1"] == 1
+
+
+def test_a_momentum_of_numpy_is_a_number_like_any_other():
+    model = Net(functools.partial(nn.BatchNorm2d, momentum=numpy.float32(0.1)))
+    with calibrate(model) as report:
+        by.one(model, *data(1), non_reentrant)
+    assert {row.note for row in report.rows} == {""}
 
 
 def changing(compiled, engine):

@@ -157,7 +157,7 @@ def test_the_messages_of_unknown_names_read_well():
 
 
 def test_a_name_that_covers_no_layer_with_statistics_is_refused():
-    with pytest.raises(ValueError, match=r"'decoder.2' is no layer with running statistics.*'encoder.1', 'decoder.1'"):
+    with pytest.raises(ValueError, match=r"'decoder.2' is not a layer with running .*'encoder.1', 'decoder.1'"):
         correct(network(), {"decoder.2": 2})
     with pytest.raises(ValueError, match="none in this model"):
         correct(nn.Linear(1, 1), {"": 2})

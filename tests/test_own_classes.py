@@ -244,12 +244,33 @@ def test_extra_forward_passes_that_do_not_track_do_not_count():
     assert deviation(net, truth) == 0 < deviation(wrong, truth)
 
 
+def test_a_graph_that_is_kept_over_untracked_passes_is_replayed_once_more_without_moving_anything():
+    """As in the fast gradient sign method: the gradient of the input first, then a pass on what that gave."""
+
+    def step(net, x, ckpt):
+        x = x.clone().requires_grad_()
+        loss = ckpt(net, x).square().mean()
+        (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
+        untracked(net, track=False)
+        ckpt(net, x + gradient.sign()).square().mean().backward()
+        untracked(net, track=True)
+        loss.backward()
+
+    net = nn.Sequential(block(), nn.Tanh())
+    truth, wrong = (train(copy.deepcopy(net), step, data(3), each) for each in (plainly, non_reentrant))
+    update_once(net)
+    train(net, step, data(3), non_reentrant)
+    assert deviation(net, truth) == 0 < deviation(wrong, truth)
+
+
 @pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES.keys())
 def test_a_layer_that_loses_its_statistics_after_update_once_goes_on_training(ckpt):
     net = nn.Sequential(block(), nn.Tanh())
     update_once(net)
     layer = net[0][1]
-    layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        delattr(layer, name)
+        setattr(layer, name, None)
     layer.track_running_stats = False
     truth = train(copy.deepcopy(restore(copy.deepcopy(net))), one, data(2), plainly)
     assert same_path(train(net, one, data(2), ckpt), truth)
@@ -283,7 +304,7 @@ def test_a_momentum_that_is_corrected_after_update_once_is_warned_of_at_the_firs
     net = nn.Sequential(block(), nn.Tanh())
     update_once(net)
     net[0][1].momentum = 1 - 0.9**0.5  # as pytorch-pfn-extras does on the first call of its checkpoint
-    with pytest.warns(UserWarning, match=r"layer '0\.1' has got a corrected momentum .*0\.0513167 for 0\.1") as caught:
+    with pytest.warns(UserWarning, match=r"layer '0\.1' got a corrected momentum .*0\.0513167 for 0\.1") as caught:
         train(net, one, data(3), non_reentrant)
     assert len(caught) == 1
 

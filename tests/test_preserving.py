@@ -31,9 +31,21 @@ import momentum_fix
 import recipes
 from conformance import WRAPPERS
 from momentum_fix import preserve_state, preserving, state
-from recipes import Net, StoppedError, pipeline, siamese, twice_in_a_region
-from states import KINDS, ONLY_WRITTEN, READ, UNHARMED, Normalizer, Steps, picture
-from twins import batches, non_reentrant, plainly, reentrant, train
+from recipes import StoppedError, pipeline, siamese, twice_in_a_region
+from states import (
+    KINDS,
+    ONLY_WRITTEN,
+    READ,
+    UNHARMED,
+    Normalizer,
+    Steps,
+    gradients,
+    net_of,
+    picture,
+    run,
+    same_gradients,
+)
+from twins import batches, by_context, drop_in, drop_in_reentrant, non_reentrant, plainly, reentrant, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
@@ -41,18 +53,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Lazy modules are a new feature"),
     pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated"),
 ]
-
-
-def by_context(function, *args, **kwargs):
-    return non_reentrant(function, *args, context_fn=preserve_state, **kwargs)
-
-
-def drop_in(function, *args, **kwargs):
-    return momentum_fix.checkpoint(function, *args, use_reentrant=False, **kwargs)
-
-
-def drop_in_reentrant(function, *args):
-    return momentum_fix.checkpoint(function, *args, use_reentrant=True)
 
 
 EXACT = {"context_fn": by_context, "drop-in": drop_in, "drop-in, reentrant": drop_in_reentrant}
@@ -112,27 +112,6 @@ WAYS = [
     methods_of_layers,
     copied_in_between,
 ]
-
-
-def net_of(kind):
-    torch.manual_seed(0)
-    return Net(lambda _: KINDS[kind]())
-
-
-def run(kind, way, ckpt, count=3):
-    return train(net_of(kind), way, batches(count, 4, 3, 4, 4), ckpt)
-
-
-def gradients(net):
-    return [parameter.grad for parameter in net.parameters()]
-
-
-def same_gradients(net, truth, tolerance=0.0):
-    pairs = list(zip(gradients(net), gradients(truth), strict=True))
-    return all(
-        (mine is None) == (true is None) and (mine is None or torch.allclose(mine, true, rtol=0, atol=tolerance))
-        for mine, true in pairs
-    )
 
 
 # Another order of a sum, which the reentrant engine has without this package too.
@@ -254,8 +233,10 @@ def test_views_of_one_tensor_are_views_of_one_copy():
     assert torch.equal(copied, dense)
     copied += 1
     assert torch.equal(row, dense[1] + 1)
-    wide = torch.ones(1, 3).expand(2, 3).clone(memory_format=torch.preserve_format)
-    assert torch.equal(state.Copier(share=True, detach=True).copy([wide[1]])[0], wide[1])
+    gaps = torch.empty_strided((2, 3), (6, 1)).copy_(base)  # its copy has none
+    copied, row = state.Copier(share=True, detach=True).copy([gaps, gaps[1]])
+    assert torch.equal(copied, gaps)
+    assert torch.equal(row, gaps[1])
 
 
 def test_a_view_of_something_much_larger_is_copied_alone_unless_that_is_state_too():
@@ -264,6 +245,9 @@ def test_a_view_of_something_much_larger_is_copied_alone_unless_that_is_state_to
     assert copier.copy(base[3:4])._base is None
     copied, view = state.Copier(share=True, detach=True).copy([base, base[3:4]])
     assert view._base is copied
+    reshaped = base.reshape(2, -1)
+    copied, row = state.Copier(share=True, detach=True).copy([reshaped, reshaped[1]])
+    assert copied._base is row._base is not base
 
 
 def test_tensors_in_a_graph_are_copied_out_of_it_or_stand_for_themselves():
@@ -355,6 +339,38 @@ def test_evaluation_mode_is_left_alone():
     assert not region.state
 
 
+def test_evaluation_mode_is_left_alone_in_a_block_of_torchs_own_modules_too():
+    block = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3).eval())
+    region = preserving._Region()
+    with region.forward(block):
+        pass
+    assert block[1] not in region.state
+
+
+def test_what_a_layer_had_when_it_was_first_entered_is_what_a_replay_sees():
+    known = Root()
+    region = preserving._Region()
+    with region.forward(lambda x: known.count(known(x))):  # known from the closure, then entered as a module
+        known.steps = 5
+        region.enter(known)
+    assert region.state[known][0]["steps"] == 0
+
+
+def test_the_modules_among_the_arguments_are_known():
+    torch.manual_seed(0)
+    root = Root()
+    truth = copy.deepcopy(root)
+
+    def function(x, known, among):
+        return among["it"][0].count(known.count(x))
+
+    for each, ckpt in ((root, by_context), (truth, plainly)):
+        x = torch.ones(2, 3, requires_grad=True)
+        ckpt(function, x, each, {"it": [each]}).sum().backward()
+    assert root.steps == truth.steps == 2
+    assert same_gradients(root, truth)
+
+
 def test_the_replay_runs_in_the_mode_of_its_forward():
     net = net_of("running normalizer")
     truth = copy.deepcopy(net)
@@ -413,7 +429,28 @@ COUNTED = {
     "default": lambda root: lambda x, root=root: root.count(x),
     "function in a closure": lambda root: (lambda inner: lambda x: inner(x))(lambda x: root.count(x)),
     "argument": lambda root: functools.partial(lambda known, x: known.count(x), root),
+    "keyword": lambda root: functools.partial(lambda x, known: known.count(x), known=root),
+    "dictionary": lambda root: (lambda known: lambda x: known["root"].count(x))({"root": root}),
+    "global": lambda root: eval("lambda x: root.count(x)", {"root": root}),
+    "a function that knows itself": lambda root: calling_itself(root),
+    "a function with an empty cell": lambda root: with_an_empty_cell(root),
 }
+
+
+def calling_itself(root):
+    def function(x, times=1):
+        return root.count(x) if times == 0 else function(x, times - 1)
+
+    return function
+
+
+def with_an_empty_cell(root):
+    def function(x):
+        return root.count(x) if x is not None else later(x)
+
+    if root is None:
+        later = None
+    return function
 
 
 @pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
@@ -427,6 +464,36 @@ def test_a_function_may_move_what_the_modules_that_it_knows_have_themselves(how,
     assert root.steps == truth.steps == 1
     assert same_gradients(root, truth)
     assert not same_gradients(wrong, truth)
+
+
+def test_a_function_may_call_the_forward_of_what_keeps_its_state_elsewhere():
+    keeper = KINDS["kept in another module"]()
+    twin = copy.deepcopy(keeper)
+    x, y = (torch.ones(2, 3, 2, 2).cumsum(0).requires_grad_() for _ in range(2))
+    by_context(lambda x: keeper.forward(x), x).square().sum().backward()
+    twin(y).square().sum().backward()
+    assert torch.equal(x.grad, y.grad)
+    assert picture(keeper) == picture(twin)
+
+
+def test_the_reentrant_engine_finds_the_way_back_into_a_graph_from_outside():
+    layer, gradients = nn.Identity(), []
+    for ckpt in (plainly, drop_in_reentrant):
+        weight = torch.full((3,), 2.0, requires_grad=True)
+        layer.outer = weight * 3
+        ckpt(lambda x: layer(x) * layer.outer, torch.ones(3, requires_grad=True)).sum().backward()
+        gradients.append(weight.grad)
+    assert torch.equal(*gradients)
+    assert gradients[0].eq(3).all()
+
+
+def test_a_checkpoint_does_not_keep_what_its_forward_has_replaced():
+    layer = KINDS["a buffer that is replaced"]()
+    before = weakref.ref(layer.mean)
+    loss = by_context(layer, torch.ones(2, 3, 2, 2).cumsum(0).requires_grad_()).sum()
+    gc.collect()
+    assert before() is None
+    loss.backward()
 
 
 # Blocks of torch's own modules.
@@ -596,13 +663,21 @@ def test_a_large_tensor_may_move_unseen_in_the_first_checkpoints(moves):
         assert same_as_plainly(layer)
 
 
+def test_a_large_tensor_may_become_one_of_another_type():
+    layer = Masked()
+    for dtype in (torch.float32, torch.float64):
+        copy_of_table(layer)
+        layer.table.data = layer.table.data.to(dtype)
+        assert copy_of_table(layer).dtype == dtype
+
+
 def test_a_large_tensor_that_moves_unseen_after_all_is_found_later_and_warned_of():
     layer = Masked()
     while state._shared.get(layer.table, (0, 0, 0))[2] != 2 * state._COMPARED - 1:
         copy_of_table(layer)
     layer.table.data.add_(1)
     assert not same_as_plainly(layer)
-    with pytest.warns(UserWarning, match=r"a torch.float64 of shape \(128, 128\) .* stood still in 64 checkpoints"):
+    with pytest.warns(UserWarning, match=r"a torch.float64 tensor of shape \(128, 128\) .* not changed in 64"):
         assert same_as_plainly(layer)
     layer.moves = unseen
     for _ in range(3):
@@ -614,9 +689,11 @@ def test_a_replay_does_not_write_to_the_copy_that_all_share():
     x = torch.ones(2, 3, 2, 2).cumsum(0).requires_grad_()
     loss = by_context(layer, x).sum()
     copied = copy_of_table(layer)
+    known = len(state._shared)
     layer.moves = visibly  # in the replay alone: what it does not know from its forward, it has not got
     loss.backward()
     assert copied.eq(0).all()
+    assert len(state._shared) == known
     assert layer.table.eq(0).all()
 
 
@@ -663,6 +740,12 @@ def test_the_drop_in_has_torchs_signature_and_hands_its_keywords_on():
     with torch.no_grad():
         drop_in(net, x)
     assert net.a[1].steps == 2
+
+
+def test_without_gradients_the_drop_in_keeps_nothing(monkeypatch):
+    monkeypatch.setattr(preserving, "_Region", None)
+    with torch.no_grad():
+        assert drop_in(Steps(), torch.ones(1)) == 1
 
 
 def selective(policy):
@@ -718,6 +801,19 @@ def test_checkpoint_sequential_takes_no_context_but_can_be_given_the_drop_in(mon
         checkpoint_sequential([nn.Linear(1, 1)], 1, torch.rand(1), use_reentrant=False, context_fn=preserve_state)
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", momentum_fix.checkpoint)
     assert same_gradients(run("running normalizer", segments, plainly), truth)
+
+
+def test_a_loop_over_segments_does_what_checkpoint_sequential_does_and_is_exact():
+    def segments(net, x, ckpt):
+        x.requires_grad_()
+        for segment in (net.a, net.b, net.c):
+            x = ckpt(segment, x)
+        x.sum().backward()
+
+    truth = run("running normalizer", recipes.one, plainly)
+    for ckpt in EXACT.values():
+        assert same_gradients(run("running normalizer", segments, ckpt), truth)
+    assert not same_gradients(run("running normalizer", segments, non_reentrant), truth)
 
 
 def test_threads_do_not_see_each_others_modules():

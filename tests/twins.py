@@ -9,7 +9,8 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from momentum_fix import calibrate
+import momentum_fix
+from momentum_fix import calibrate, preserve_state
 from momentum_fix.layers import tracked_layers
 
 ROUNDING = 1e-12  # relative, in float64
@@ -26,6 +27,18 @@ def reentrant(function, *args):
 
 def non_reentrant(function, *args, **kwargs):
     return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+
+def by_context(function, *args, **kwargs):
+    return non_reentrant(function, *args, context_fn=preserve_state, **kwargs)
+
+
+def drop_in(function, *args, **kwargs):
+    return momentum_fix.checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+
+def drop_in_reentrant(function, *args):
+    return momentum_fix.checkpoint(function, *args, use_reentrant=True)
 
 
 def batches(count, *shape, seed=1):

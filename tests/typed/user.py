@@ -10,6 +10,7 @@ from torch import nn
 import momentum_fix
 from momentum_fix import (
     Audit,
+    Diagnosis,
     Handle,
     Report,
     applied,
@@ -18,6 +19,7 @@ from momentum_fix import (
     checkpoint,
     correct,
     corrected_momentum,
+    diagnose,
     effective_momentum,
     norm_layer,
     plots,
@@ -45,6 +47,12 @@ back: float = effective_momentum(number, 2)
 model: Classifier = correct(Classifier(norm_layer("BatchNorm1d", momentum=0.1, passes=2, eps=1e-3)), passes={"body": 2})
 model = restore(model)
 on_it: dict[str, str] = applied(model)
+
+with diagnose(model) as found_out:
+    model(torch.rand(8, 3)).sum().backward()
+diagnosis: Diagnosis = found_out
+fine: bool = diagnosis.ok
+uses: dict[str, str] = {name: finding.remedy for name, finding in diagnosis.items() if finding.read}
 
 with calibrate(model) as report:
     model(torch.rand(8, 3)).sum().backward()

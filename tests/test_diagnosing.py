@@ -1,0 +1,950 @@
+"""diagnose names the state that recomputation spoils, finds out whether outputs read it, and changes nothing."""
+
+import copy
+import random
+import warnings
+from collections import deque
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, spectral_norm
+from torch.utils.checkpoint import CheckpointPolicy
+
+import recipes as by
+from momentum_fix import correct, diagnose, update_once
+from recipes import ENGINES, Net, data
+from twins import non_reentrant, on_two_ranks, plainly, train
+
+# Kinds of state. Each is a layer of three channels that changes itself.
+
+
+def channelwise(x):
+    return x.detach().movedim(1, -1).reshape(-1, 3)
+
+
+class Normalizer(nn.Module):
+    """Divides by an average that it has just moved."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x):
+        self.move(channelwise(x).mean(0))
+        return (x - self.mean[:, None, None]) * 2
+
+    def move(self, mean):
+        self.mean.lerp_(mean, 0.1)
+
+
+class Unseen(Normalizer):
+    """Writes where autograd does not see it."""
+
+    def move(self, mean):
+        self.mean.data.lerp_(mean, 0.1)
+
+
+class Replaced(Normalizer):
+    def move(self, mean):
+        self.mean = self.mean.lerp(mean, 0.1)
+
+
+class BatchRenorm(nn.BatchNorm2d):
+    def __init__(self):
+        super().__init__(3)
+
+    def forward(self, x):
+        scale = (self.running_var + self.eps).sqrt().clone()
+        return super().forward(x) / scale[:, None, None]
+
+
+class Codebook(nn.Module):
+    """Gives the nearest of codes, which are moved by what was nearest to them."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("codes", torch.eye(3))
+        self.register_buffer("counts", torch.ones(3))
+
+    def forward(self, x):
+        rows = channelwise(x)
+        code = self.codes[torch.cdist(rows, self.codes).argmin(1)]
+        with torch.no_grad():
+            chosen = nn.functional.one_hot(torch.cdist(rows, self.codes).argmin(1), 3).to(rows)
+            self.counts.data.lerp_(chosen.sum(0), 0.2)
+            self.codes.data.lerp_(chosen.T @ rows / len(rows), 0.2)
+        return x + (code.reshape(x.movedim(1, -1).shape).movedim(-1, 1) - x).detach().tanh()
+
+
+class Observer(nn.Module):
+    """Rounds to a range that follows the batches, and starts with that of the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("high", torch.tensor(float("nan")))
+
+    def forward(self, x):
+        high = x.detach().abs().max()
+        self.high = high if self.high.isnan() else self.high.lerp(high, 0.1)
+        return x + ((x / self.high * 7).round() * self.high / 7 - x).detach()
+
+
+class Steps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, x):
+        self.steps += 1
+        return x / self.steps
+
+
+class InPlace(Steps):
+    """Writes to its input."""
+
+    def forward(self, x):
+        self.steps += 1
+        x *= self.steps
+        return x + 1
+
+
+class Charge(nn.Module):
+    """Has no state before its first batch, and then a plain tensor."""
+
+    charge = None
+
+    def forward(self, x):
+        charge = x.detach().mean(0, keepdim=True)
+        self.charge = charge if self.charge is None else self.charge * 0.5 + charge
+        return x * torch.sigmoid(self.charge)
+
+
+class Scaled(nn.Module):
+    """Keeps what it reads in a dictionary of lists."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = {"maxima": [torch.ones(()), torch.ones(())], "moved": 0}
+
+    def forward(self, x):
+        scale = max(self.kept["maxima"])
+        self.kept["maxima"] = [*self.kept["maxima"][1:], x.detach().abs().max()]
+        self.kept["moved"] += 1
+        return x / scale
+
+
+class MovesItsChild(nn.Module):
+    """Moves a child's statistics before it calls the child, which reads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = Normalizer()
+        self.child.move = lambda *_: None
+
+    def forward(self, x):
+        self.child.mean.lerp_(channelwise(x).mean(0), 0.1)
+        return self.child(x)
+
+
+class ReadsItsChild(nn.Module):
+    """Reads what torch's own layer keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        mean = self.norm.running_mean.clone()
+        return self.norm(x) + mean[:, None, None]
+
+
+class KeptInAList(nn.Module):
+    """Moves and reads what a module has that is not registered."""
+
+    def __init__(self):
+        super().__init__()
+        self.store = [Normalizer()]
+
+    def forward(self, x):
+        return self.store[0].forward(x)
+
+
+class ReadsBoth(nn.Module):
+    """Reads two numbers, neither of which changes the output without the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = self.two = 0
+
+    def forward(self, x):
+        self.one += 1
+        self.two += 1
+        return x / (1 + max(self.one, self.two))
+
+
+class LeavesALoss(nn.Module):
+    """Gives a loss by an attribute, which only that reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.share = nn.Parameter(torch.ones(())), 1.0
+
+    def forward(self, x):
+        self.share *= 0.5
+        self.loss = self.weight * self.share
+        return x
+
+
+class LazyNormalizer(nn.modules.lazy.LazyModuleMixin, Normalizer):
+    cls_to_become = Normalizer
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.UninitializedBuffer()
+
+    def initialize_parameters(self, x):
+        if self.has_uninitialized_params():
+            self.mean.materialize((3,))
+            self.mean.fill_(0.5)
+
+
+class Load(nn.Module):
+    """Counts, and its output does not read it; in evaluation mode it does not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("load", torch.zeros(3))
+
+    def forward(self, x):
+        if self.training:
+            self.load += torch.bincount(channelwise(x).argmax(1), minlength=3)
+        return x
+
+
+class Gathers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.losses, self.last, self.seen = [], deque(maxlen=2), {0}
+
+    def forward(self, x):
+        self.losses.append(x.square().mean())
+        self.last.append(float(x.detach().sum()))
+        self.seen.add(len(self.losses))
+        return x
+
+
+def spectral(normalize):
+    return lambda: nn.Sequential(normalize(nn.Conv2d(3, 3, 1)))
+
+
+READ = {  # and what of it is read
+    Normalizer: ["mean"],
+    Unseen: ["mean"],
+    Replaced: ["mean"],
+    BatchRenorm: ["running_var"],
+    Codebook: ["codes"],
+    Observer: ["high"],
+    Steps: ["steps"],
+    InPlace: ["steps"],
+    Charge: ["charge"],
+    Scaled: ["kept"],
+    MovesItsChild: ["child.mean"],
+    ReadsItsChild: ["norm.running_mean"],
+    KeptInAList: ["store[0].mean"],
+    ReadsBoth: ["one", "two"],
+    LeavesALoss: ["share"],
+    LazyNormalizer: ["mean"],
+    spectral(spectral_norm): ["0.weight_u"],
+    spectral(parametrizations.spectral_norm): ["0.parametrizations.weight.0._v"],
+}
+STATISTICS = ["running_mean", "running_var", "num_batches_tracked"]
+NOT_READ = {
+    lambda: nn.BatchNorm2d(3): STATISTICS,
+    lambda: nn.InstanceNorm2d(3, track_running_stats=True): STATISTICS[:2],
+    lambda: nn.LazyBatchNorm2d(): STATISTICS,
+    Load: ["load"],
+    Gathers: ["losses", "last", "seen"],
+}
+
+
+def net_of(kind):
+    return Net(lambda _: kind())
+
+
+def diagnosed(net, step=by.one, ckpt=non_reentrant, count=2):
+    with diagnose(net) as report:
+        train(net, step, data(count), ckpt)
+    return report
+
+
+# What it says.
+
+
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize(("kind", "read"), READ.items())
+def test_it_names_what_outputs_read(kind, read, ckpt):
+    report = diagnosed(net_of(kind), ckpt=ckpt)
+    assert not report.ok
+    pieces = f"{3 * len(read)} pieces"
+    assert (
+        report.verdict == f"Gradients are wrong: outputs read state that has moved before the recomputation ({pieces})."
+    )
+    assert [name for name, finding in report.items() if finding.read] == [
+        f"{b}.1.{each}" for b in "abc" for each in read
+    ]
+    assert {finding.read for finding in report.values()} <= {True, False}
+    of_readers = {finding.remedy for finding in report.values() if finding.read}
+    assert of_readers == {"preserve_state"}
+
+
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize(("kind", "moved"), NOT_READ.items())
+def test_it_names_what_moves_twice_and_is_not_read(kind, moved, ckpt):
+    report = diagnosed(net_of(kind), ckpt=ckpt)
+    assert not report.ok
+    assert report.verdict == f"Gradients are right, but recomputation moves state again ({3 * len(moved)} pieces)."
+    assert list(report) == [f"{block}.1.{each}" for block in "abc" for each in moved]
+    remedy = "update_once" if "running_mean" in moved else "preserve_state"
+    assert {(each.times, each.read, each.remedy) for each in report.values()} == {(2, False, remedy)}
+
+
+@pytest.mark.parametrize("kind", [*READ, *NOT_READ])
+def test_without_a_checkpoint_nothing_is_found_and_it_says_that_no_replay_was_seen(kind):
+    report = diagnosed(net_of(kind), ckpt=plainly)
+    assert report.ok
+    assert not report
+    assert str(report) == (
+        "Nothing found, but no recomputation was seen: is checkpointing on, and did backward run inside the block?"
+    )
+
+
+def test_a_model_without_state_is_clean():
+    report = diagnosed(net_of(nn.Identity))
+    assert report.ok
+    assert str(report) == "Clean: recomputation leaves the state of this model as it should be."
+
+
+def test_in_evaluation_mode_state_stands_still():
+    assert diagnosed(net_of(Load).eval()).ok
+    assert not diagnosed(net_of(Load)).ok
+
+
+def test_without_a_backward_pass_it_is_not_ok():
+    net = Net()
+    with diagnose(net) as report:
+        net(*data(1))
+    assert not report.ok
+    assert "did backward run inside the block?" in report.verdict
+
+
+def test_until_the_block_ends_nothing_is_known():
+    net = Net()
+    with diagnose(net) as report:
+        train(net, by.one, data(1), plainly)
+        assert not report.ok
+        assert str(report) == "Nothing is known: the block has not ended."
+    assert report.ok
+
+
+def test_the_report_is_a_table_a_mapping_and_short_in_a_shell():
+    net = nn.ModuleDict({"stem": by.block(), "body": by.block(lambda _: nn.Sequential(nn.BatchNorm2d(3), Steps()))})
+    with diagnose(net) as report:
+        non_reentrant(net["body"], net["stem"](*data(1))).sum().backward()
+    assert str(report).splitlines() == [
+        "Gradients are wrong: outputs read state that has moved before the recomputation (1 piece).",
+        "",
+        "state                         class        times  read  use             note",
+        "body.1.0.running_mean         BatchNorm2d  2      no    update_once",
+        "body.1.0.running_var          BatchNorm2d  2      no    update_once",
+        "body.1.0.num_batches_tracked  BatchNorm2d  2      no    update_once",
+        "body.1.1.steps                Steps        2      yes   preserve_state",
+    ]
+    assert repr(report) == f"<Diagnosis: {report.verdict}>"
+    finding = report["body.1.1.steps"]
+    assert (finding.module, finding.attribute, finding.module_class) == ("body.1.1", "steps", "Steps")
+    page = report._repr_html_()
+    assert report.verdict in page
+    assert "<td>body.1.1.steps</td><td>Steps</td><td>2</td><td>yes</td><td>preserve_state</td>" in page
+
+
+def test_the_model_itself_may_have_the_state():
+    layer = Steps()
+    with diagnose(layer) as report:
+        non_reentrant(lambda y: layer(y).tanh(), torch.rand(3, requires_grad=True)).sum().backward()
+    assert list(report) == ["steps"]
+
+
+def test_a_shared_module_has_its_first_name():
+    shared = Load()
+    net = nn.ModuleDict({"left": shared, "right": nn.Sequential(shared, by.Kink())})
+    with diagnose(net) as report:
+        non_reentrant(net["right"], data(1)[0].requires_grad_()).sum().backward()
+    assert list(report) == ["left.load"]
+
+
+@pytest.mark.parametrize("wrong", [3, None, torch.jit.script(nn.Linear(1, 1))])
+def test_what_is_no_module_is_refused(wrong):
+    with pytest.raises(TypeError, match=f"model is of type {type(wrong).__name__}, but must be an nn.Module"):
+        diagnose(wrong).__enter__()
+
+
+# How often.
+
+
+TIMES = {
+    "one": (by.one, 2),
+    "nested": (by.nested, {"a": 2, "b": 3, "c": 2}),
+    "early stop off": (by.never_stopping_early, 3),
+    "the last segment is not recomputed": (by.sequential(False), {"a": 2, "b": 2}),
+    "a frozen block": (by.frozen, {"b": 2, "c": 2}),
+    "several backwards": (by.two_backwards, 3),
+    "gradient penalty": (by.gradient_penalty, 3),
+    "accumulation": (by.accumulating(by.one), 2),
+    "siamese": (by.siamese, 2),
+    "pipeline": (by.pipeline, 2),
+    "twice in a region": (by.twice_in_a_region, 2),
+    "some batches without backward": (by.forward_only, Fraction(3, 2)),
+    "an exception in a recomputation": (by.failing_recomputation, {"a": 2, "b": Fraction(3, 2), "c": Fraction(3, 2)}),
+    "a checkpoint within the model": (by.inside_the_model, {"a": 2, "b": 3, "c": 2}),
+    "written by hand": (lambda net, x, ckpt: by.one(net, x, by.hand_written), 2),
+}
+
+
+@pytest.mark.parametrize(("step", "times"), TIMES.values(), ids=TIMES)
+@pytest.mark.parametrize("kind", [Load, Normalizer])
+def test_it_counts_how_often_a_batch_moves_it(kind, step, times):
+    attribute = "load" if kind is Load else "mean"
+    found = diagnosed(net_of(kind), step, count=1)
+    expected = times if isinstance(times, dict) else dict.fromkeys("abc", times)
+    assert {name: finding.times for name, finding in found.items()} == {
+        f"{block}.1.{attribute}": number for block, number in expected.items()
+    }
+    assert all(finding.read is (kind is Normalizer) for finding in found.values())
+
+
+def test_where_selective_checkpointing_saves_a_norm_only_its_counter_moves_again():
+    saved = diagnosed(Net(), by.selective(CheckpointPolicy.MUST_SAVE))
+    recomputed = diagnosed(Net(), by.selective(CheckpointPolicy.MUST_RECOMPUTE))
+    assert {finding.attribute for finding in saved.values()} == {"num_batches_tracked"}
+    assert {finding.attribute for finding in recomputed.values()} == set(STATISTICS)
+
+
+def test_what_the_user_or_an_optimizer_changes_is_not_counted():
+    net = net_of(Load)
+    net.epoch = 0
+    with diagnose(net) as report:
+        for _ in range(2):
+            train(net, by.one, data(1), plainly)
+            net.epoch += 1
+            net.a[1].load.zero_()
+    assert report.ok
+
+
+class MovesInAMethod(nn.Module):
+    """Checkpoints a method, which moves a number before or after it calls a module."""
+
+    def __init__(self, ckpt, after):
+        super().__init__()
+        self.a, self.b, self.ckpt, self.after, self.steps = nn.Linear(3, 3), nn.Linear(3, 3), ckpt, after, 0
+
+    def part(self, x):
+        self.steps += not self.after
+        x = self.b(x).tanh() + (0 if self.after else self.steps)
+        self.steps += self.after
+        return x
+
+    def forward(self, x):
+        return self.ckpt(self.part, self.a(x))
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_a_method_moves_outside_of_a_call_is_found_and_who_reads_it_is_not_known(whole, after):
+    net = MovesInAMethod(ENGINES["reentrant"], after)
+    with diagnose(net) as report:
+        for _ in range(2):
+            y = net(torch.rand(2, 3)) if whole else net.ckpt(net.part, net.a(torch.rand(2, 3)))
+            y.sum().backward()
+    assert list(report) == ["steps"]
+    assert report["steps"].read is None
+    assert report["steps"].times == (None if after and not whole else 2)
+    assert report["steps"].remedy == "preserve_state"
+    assert report.verdict == (
+        "Gradients may be wrong: could not find out whether outputs read the state that moves (1 piece)."
+    )
+
+
+def test_what_early_stop_leaves_out_is_not_moved_again():
+    net = MovesInAMethod(non_reentrant, after=True)
+    with diagnose(net) as report:
+        net(torch.rand(2, 3)).sum().backward()
+    assert report.ok
+    assert net.steps == 1
+
+
+class OnlyInReplays(nn.BatchNorm2d):
+    """Does what fairscale's checkpoint_wrapper does under the reentrant engine."""
+
+    def __init__(self):
+        super().__init__(3)
+
+    def forward(self, x):
+        self.track_running_stats = torch.is_grad_enabled()
+        y = super().forward(x)
+        self.track_running_stats = True
+        return y
+
+
+def test_what_moves_in_replays_only_needs_nothing():
+    report = diagnosed(net_of(OnlyInReplays), ckpt=ENGINES["reentrant"])
+    assert {(each.times, each.read, each.note) for each in report.values()} == {
+        (None, False, "moved in recomputations only")
+    }
+    assert report.ok
+
+
+# What is put right is ok, and what is only half right is not.
+
+
+def test_update_once_is_ok_but_not_where_outputs_read_the_statistics():
+    torchs, reads = Net(), net_of(BatchRenorm)
+    update_once(torchs)
+    with pytest.warns(UserWarning, match="forward of its own"):
+        update_once(reads)
+    assert diagnosed(torchs).ok
+    report = diagnosed(reads)
+    assert {name for name, finding in report.items() if finding.read} == {f"{each}.1.running_var" for each in "abc"}
+    assert {finding.times for finding in report.values()} == {1}
+
+
+class OwnChild(nn.BatchNorm2d):
+    """Keeps statistics in a child, which update_once lets work on copies."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.child = Load()
+
+    def forward(self, x):
+        return super().forward(self.child(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*forward of its own")
+def test_what_is_moved_and_put_back_within_a_replay_has_not_moved():
+    covered, plain = Net(OwnChild), Net(OwnChild)
+    update_once(covered)
+    assert diagnosed(covered).ok
+    assert len(diagnosed(plain)) == 12
+
+
+@pytest.mark.parametrize(("passes", "note"), [(2, "its momentum makes up for it"), (3, "another number of passes")])
+def test_a_corrected_momentum_is_ok_if_it_is_corrected_for_that_number(passes, note):
+    report = diagnosed(correct(Net(), passes))
+    assert report.ok is (passes == 2)
+    assert len(report) == 9
+    assert all(finding.note.endswith(note) for finding in report.values())
+
+
+def test_a_corrected_momentum_is_not_ok_where_the_number_varies():
+    assert not diagnosed(correct(Net()), by.forward_only).ok
+
+
+def test_a_root_written_by_hand_is_a_corrected_momentum():
+    assert diagnosed(Net(lambda channels: nn.BatchNorm2d(channels, momentum=1 - 0.9**0.5))).ok
+
+
+def test_a_cumulative_average_is_ok_if_the_number_does_not_vary():
+    assert diagnosed(Net(by.cumulative)).ok
+    assert not diagnosed(Net(by.cumulative), by.forward_only).ok
+
+
+class Restores:
+    """A context for a checkpoint's replay: the state is what it was at the forward, and is put back."""
+
+    def __init__(self, net):
+        self.net, self.before = net, copy.deepcopy(net.state_dict())
+
+    def __enter__(self):
+        self.now = copy.deepcopy(self.net.state_dict())
+        self.net.load_state_dict(self.before)
+
+    def __exit__(self, *_):
+        self.net.load_state_dict(self.now)
+
+
+class PastItsChild(nn.Module):
+    """Runs a child without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = Normalizer()
+
+    def forward(self, x):
+        return self.child.forward(x)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", [Unseen, PastItsChild])
+@pytest.mark.parametrize("step", [by.one, by.siamese, by.accumulating(by.one)])
+def test_a_replay_that_starts_where_its_forward_did_and_is_put_back_is_ok(step, kind, frozen):
+    net = net_of(kind).requires_grad_(not frozen)
+
+    def restoring(function, x):
+        contexts = warnings.catch_warnings(), Restores(net)
+        return non_reentrant(function, x, context_fn=lambda: contexts)
+
+    assert diagnosed(net, step, restoring).ok
+    assert not diagnosed(net, step).ok
+
+
+# What cannot be found out is never said to be ok.
+
+
+def test_an_output_that_varies_by_itself_cannot_be_judged():
+    class Varies(Steps):
+        def forward(self, x):
+            varying.append(len(varying))
+            return super().forward(x) * len(varying)
+
+    varying = []
+    report = diagnosed(net_of(Varies))
+    assert {(each.read, each.note) for each in report.values()} == {(None, "the output varies on its own")}
+    assert not report.ok
+
+
+def test_a_module_that_does_not_run_again_cannot_be_judged_and_the_step_goes_on():
+    class Once(Steps):
+        def forward(self, x):
+            runs.append(x)
+            if len(runs) > 2:
+                raise RuntimeError("no more than a forward and a replay")
+            return super().forward(x)
+
+    runs = []
+    net = nn.Sequential(Once(), by.Kink())
+    with diagnose(net) as report:
+        non_reentrant(net, torch.rand(3, requires_grad=True)).sum().backward()
+    assert "does not run again (RuntimeError: no more than a forward and a replay)" in report["0.steps"].note
+    assert report["0.steps"].times == 2
+    assert report["0.steps"].read is None
+
+
+def test_compiled_code_is_said_to_be_unseen():
+    for step in (by.compiled_whole("aot_eager"), by.compiled_block("aot_eager")):
+        report = diagnosed(Net(), step, count=1)
+        assert not report.ok
+        unseen = {finding.name for finding in report.values() if finding.note == "moved unseen"}
+        assert unseen >= {f"{each}.1.{name}" for each in "abc" for name in STATISTICS}
+        torch.compiler.reset()
+
+
+def test_a_compiled_model_is_said_to_be_unseen_and_one_without_state_is_ok():
+    for kind, ok in ((Load, False), (nn.Identity, True)):
+        model = torch.compile(net_of(kind), backend="aot_eager")
+        with diagnose(model) as report:
+            model(*data(1)).sum().backward()
+        assert report.ok is ok
+        torch.compiler.reset()
+
+
+def test_a_compiled_block_in_a_model_is_seen_from_outside():
+    net = net_of(Normalizer)
+    net.b.compile(backend="aot_eager")
+    report = diagnosed(net, count=1)
+    assert all(finding.read and finding.times == 2 for finding in report.values())
+
+
+def test_torchscript_is_said_to_be_unseen():
+    net = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(3, 3))), nn.Tanh())
+    for mode, ok in ((True, False), (False, True)):
+        with diagnose(net.train(mode)) as report:
+            net(torch.rand(2, 3)).sum().backward()
+        assert report.ok is ok
+    with diagnose(net.train()) as report:
+        net(torch.rand(2, 3)).sum().backward()
+    assert report["0"].note == "not looked at"
+
+
+def on_ranks(rank):
+    net = DistributedDataParallel(net_of(Normalizer))
+    for _ in range(2):  # in the second step DDP sends the buffers of the first rank to the other
+        with diagnose(net) as report:
+            by.inside_the_model(net, data(1)[0] + rank, non_reentrant)
+    assert {finding.read for finding in report.values()} == {None}
+    assert {finding.note for finding in report.values()} == {"not tried on several ranks: run the step in one process"}
+    times = {name: finding.times for name, finding in report.items()}
+    assert times == {"module.a.1.mean": 2, "module.b.1.mean": 3, "module.c.1.mean": 2}
+
+
+def test_on_several_ranks_nothing_is_run_again(tmp_path):
+    on_two_ranks(on_ranks, tmp_path)
+
+
+# It changes nothing.
+
+
+def picture(model):
+    """Give everything that modules have, as plain Python values."""
+
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return str(value.dtype), str(value.detach().tolist())
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple, deque)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, (bool, int, float, str, set)) else type(value).__name__
+
+    def own(module):
+        return {name: value for name, value in vars(module).items() if "hooks" not in name}
+
+    return {name: plain(own(module)) for name, module in model.named_modules()}
+
+
+def gradients(model):
+    return [(None if each.grad is None else each.grad.tolist()) for each in model.parameters()]
+
+
+class Noisy(nn.Module):
+    """Draws from each stream of random numbers, and writes to its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.inner, self.dropout = nn.Parameter(torch.ones(3)), Steps(), nn.Dropout(0.3)
+
+    def forward(self, x):
+        x = self.dropout(self.inner(x).clone())
+        x *= 1 + random.random() + np.random.rand() + torch.rand(())
+        return x * self.weight[:, None, None]
+
+
+class ActNorm(nn.Module):
+    """Writes to its parameter at the first batch, so that a trial with that state would write to it again."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.register_buffer("ready", torch.tensor(False))
+        self.register_buffer("load", torch.zeros(3))
+
+    def forward(self, x):
+        if not self.ready:
+            self.scale.data.mul_(2)
+            self.ready.fill_(True)
+        self.load += self.scale.data
+        return x * self.scale[:, None, None]
+
+
+class Toggles(Steps):
+    """Has an attribute after every other batch."""
+
+    def forward(self, x):
+        if "odd" in vars(self):
+            del self.odd
+        else:
+            self.odd = True
+        return super().forward(x)
+
+
+class Elsewhere(Normalizer):
+    """Moves its buffer by a function that has it in its closure."""
+
+    def __init__(self):
+        super().__init__()
+        mean = self.mean
+        self.move = lambda new: mean.lerp_(new, 0.1)
+        self.steps = Steps()
+
+    def forward(self, x):
+        return super().forward(self.steps(x))
+
+
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize("kind", [*READ, *NOT_READ, Noisy, ActNorm, Toggles, Elsewhere])
+def test_the_step_gives_bit_for_bit_what_it_gives_without(kind, ckpt):
+    seen = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        net = net_of(kind)
+        with diagnose(net) if watched else warnings.catch_warnings():
+            train(net, by.one, data(3), ckpt)
+        numbers = torch.rand(2).tolist(), random.random(), np.random.rand()
+        seen.append((picture(net), gradients(net), numbers))
+    assert seen[0] == seen[1]
+
+
+def test_this_check_sees_a_difference():
+    for kind in (Noisy, Gathers, Charge):
+        torch.manual_seed(0)
+        net = net_of(kind)
+        before = picture(net)
+        net(*data(1))
+        assert picture(net) != before
+
+
+def test_objects_stay_the_same_objects():
+    net = nn.Sequential(Scaled(), Normalizer(), nn.Conv2d(3, 3, 1))
+    kept = net[0].kept, net[1].mean, net[2].weight, net[2]._parameters, net[1]._buffers
+    with diagnose(net):
+        train(net, by.one, data(1), non_reentrant)
+    now = net[0].kept, net[1].mean, net[2].weight, net[2]._parameters, net[1]._buffers
+    assert all(one is other for one, other in zip(kept, now, strict=True))
+
+
+def hooks(model):
+    modules = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    return sum(modules) + sum(len(parameter._backward_hooks or ()) for parameter in model.parameters())
+
+
+def test_no_hook_stays_even_after_an_exception():
+    net = Net()
+    with diagnose(net):
+        assert hooks(net) > 20
+        train(net, by.one, data(1), non_reentrant)
+    assert hooks(net) == 0
+    with pytest.raises(by.StoppedError), diagnose(net) as report:
+        raise by.StoppedError
+    assert hooks(net) == 0
+    assert not report.ok
+
+
+def test_a_copy_made_in_the_block_works():
+    net = Net()
+    with diagnose(net) as report:
+        twin = copy.deepcopy(net)
+        twin(*data(1))
+        train(net, by.one, data(1), plainly)
+    twin(*data(1))
+    assert report.ok
+    assert int(twin.a[1].num_batches_tracked) == 2
+
+
+# Values that are hard to compare.
+
+
+def test_nan_equals_nan():
+    class Spoilt(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("tensor", torch.full((2,), float("nan")))
+            self.number = float("nan")
+
+        def forward(self, x):
+            self.tensor, self.number = self.tensor + 1, self.number + 1
+            return x
+
+    assert diagnosed(net_of(Spoilt)).ok
+
+
+def test_tensors_without_values_do_not_move_and_other_objects_are_left_alone():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("nothing", torch.zeros(3, device="meta"))
+            self.register_buffer("absent", None)
+            self.array, self.sparse = np.zeros(2), torch.eye(3).to_sparse()
+            self.several = [np.zeros(2), object(), self.sparse]
+
+        def forward(self, x):
+            self.nothing += 1
+            self.array += 1
+            self.array = self.array.copy()
+            return x
+
+    assert diagnosed(net_of(Odd)).ok
+
+
+def test_a_change_of_shape_or_type_is_a_move():
+    class Grows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("values", torch.zeros(0))
+            self.flag = 1
+
+        def forward(self, x):
+            self.values = torch.zeros(len(self.values) + 1)
+            self.flag = True if type(self.flag) is int else 1
+            return x
+
+    assert {finding.attribute for finding in diagnosed(net_of(Grows), count=1).values()} == {"values", "flag"}
+
+
+def test_outputs_may_be_of_many_kinds():
+    @dataclass
+    class Output:
+        values: list
+
+    class Gives(Steps):
+        def forward(self, x, *, give):
+            return give(super().forward(x))
+
+    gives = {
+        "dataclass": (lambda x: Output([{"x": x}]), lambda y: y.values[0]["x"]),
+        "distribution": (lambda x: torch.distributions.Normal(x, 1), lambda y: y.loc),
+        "tuple": (lambda x: (None, x, 3), lambda y: y[1]),
+    }
+    for give, get in gives.values():
+        net = nn.ModuleList([Gives(), by.Kink()])
+        with diagnose(net) as report:
+            x = torch.rand(3, requires_grad=True)
+            non_reentrant(lambda y, net=net, give=give, get=get: net[1](get(net[0](y, give=give))), x).sum().backward()
+        assert report["0.steps"].read
+
+
+def test_early_stop_within_the_module_that_reads_does_not_hide_it():
+    class Last(Steps):
+        def forward(self, x):
+            self.steps += 1
+            return (x * self.steps).tanh()  # the replay is left here, by an exception
+
+    net = nn.Sequential(Last(), Load())
+    with diagnose(net) as report:
+        for _ in range(2):
+            non_reentrant(net[0], torch.rand(4, 3, 1, 1, requires_grad=True)).sum().backward()
+            net[1](torch.rand(4, 3, 1, 1))
+    assert {name: (finding.times, finding.read) for name, finding in report.items()} == {"0.steps": (2, True)}
+
+
+def test_inputs_are_those_from_before_the_modules_own_hooks():
+    net = nn.Sequential(Load(), by.Kink())
+    net.register_forward_pre_hook(lambda _, inputs: (inputs[0]["x"],))
+    with diagnose(net) as report:
+        non_reentrant(net, {"x": torch.rand(4, 3, 1, 1, requires_grad=True)}).sum().backward()
+    assert {name: finding.note for name, finding in report.items()} == {"0.load": ""}
+
+
+def test_a_module_that_writes_to_its_input_runs_again_on_what_it_was_given():
+    net = nn.Sequential(InPlace(), by.Kink())
+    with diagnose(net) as report:
+        x = torch.rand(3, requires_grad=True)
+        non_reentrant(lambda y: net(y.clone()), x).sum().backward()
+    assert {(finding.read, finding.note) for finding in report.values()} == {(True, "")}
+
+
+def test_a_module_that_warns_is_not_heard_more_often():
+    class Warns(Steps):
+        def forward(self, x):
+            warnings.warn("again", stacklevel=1)
+            return super().forward(x)
+
+    net = nn.Sequential(Warns(), by.Kink())
+    with warnings.catch_warnings(record=True) as heard, diagnose(net):
+        warnings.simplefilter("always")
+        non_reentrant(net, torch.rand(3, requires_grad=True)).sum().backward()
+    assert [str(each.message) for each in heard] == ["again"] * 2  # the forward pass, the replay
+
+
+def test_many_modules_and_checkpoints_take_seconds():
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh()) for _ in range(250)))
+    with diagnose(net) as report:
+        x = torch.rand(8, 4)
+        for part in net.children():
+            x = part(x)
+        non_reentrant(net, torch.rand(8, 4)).sum().backward()
+    assert len(report) == 750
