@@ -607,13 +607,13 @@ def page(data: dict) -> str:
 # Is it negligible?
 
 Made by `make study` from [its data file](../benchmarks/study.json): {runs} training runs, {len(everything)} conditions,
-{seeds} seeds each, {data["minutes"]:.0f} minutes of one core, torch {data["torch"].split("+")[0]}. The tests make it
-anew and compare.
+{seeds} seeds each, {data["minutes"]:.0f} minutes of one core, torch {data["torch"].split("+")[0]}. The tests rebuild
+this page and compare.
 
 **{sentences(data)[0]} {sentences(data)[1]}**
 
-k is how often a layer's running statistics are updated for one batch, with an uncorrected momentum of 0.1 where no
-other is named; k = 1 is training without checkpoints, or with them corrected. *Nested* is the mixed k of MONAI's
+k is how often a layer's running statistics are updated for one batch, with an uncorrected momentum of 0.1 unless
+another is named; k = 1 is training without checkpoints, or with them corrected. *Nested* is the mixed k of MONAI's
 nested `CheckpointUNet`, 2 to 5 by depth. *Error* is the share of test examples classed wrongly in percent, for the
 brain 100 (1 - Dice). A difference is in points of that, from k = 1 on the same weights, with its 95 % interval over
 seeds; above 0 the uncorrected run is worse. "Annealed" is a cosine to 0, "constant" a constant learning rate.
@@ -637,7 +637,7 @@ Task by task:
 
 ![what uncorrected passes change, by task, schedule and batch size](study-effect.png)
 
-A rule for a network of your own: evaluate it once as it is and once after `torch.optim.swa_utils.update_bn`. What the
+A rule for your own network: evaluate it once as it is and once after `torch.optim.swa_utils.update_bn`. What the
 loss gains by that with k = 1 is what the noise of the running statistics costs; k passes multiply it, by
 {rule["k = 2"][0]:.2f} (k = 2) and {rule["k = 5"][0]:.2f} (k = 5) according to the theory at momentum 0.1, and by
 {spread(rule["k = 2"][1])} and {spread(rule["k = 5"][1])} here: the median, the smallest and the largest of the
