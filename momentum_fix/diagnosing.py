@@ -46,6 +46,9 @@ def own_state(module: nn.Module) -> State:
     state: State = {name: value for name, value in own.items() if name not in _NO_STATE and isinstance(value, _STATE)}
     for name, value in own["_buffers"].items():
         state[name] = _UNSET if nn.parameter.is_lazy(value) else value
+    for name, value in own["_parameters"].items():  # a teacher's, or a codebook
+        if type(value) is nn.Parameter and not value.requires_grad:
+            state[name] = value.detach()
     return state
 
 
@@ -255,6 +258,7 @@ class _Watch:
             if not replaying():
                 self.starts[module].append(start)
             elif self.starts[module]:
+                self.backward = True  # also where no parameter is trained
                 # Of several forward passes, it is taken for a replay of one that began with the most equal state.
                 origin = min(self.starts[module], key=lambda origin: len(_differing(origin, start)))
                 trial = (origin, start, copied((args, kwargs))) if _differing(origin, start) else ()
@@ -420,6 +424,7 @@ def _differing(origin: States, start: States) -> list[tuple[nn.Module, str]]:
 def _outputs(module: nn.Module, states: States, inputs: Any) -> Any:
     """Run a module on copies of state, parameters and inputs; give copies of what comes out, and put all back."""
     before, put_back = {part: vars(part).copy() for part in states}, _random_numbers()
+    children = {part: part._modules.copy() for part in states}  # a first call may register some
     try:
         for part, state in states.items():
             own = vars(part)
@@ -427,7 +432,10 @@ def _outputs(module: nn.Module, states: States, inputs: Any) -> Any:
             for name in own_state(part).keys() & own.keys():
                 del own[name]
             own["_buffers"] = {name: values.pop(name) for name in own["_buffers"] if name in values}
-            own["_parameters"] = {name: _twin(value) for name, value in own["_parameters"].items()}
+            own["_parameters"] = {
+                name: nn.Parameter(values.pop(name), requires_grad=False) if name in values else _twin(value)
+                for name, value in own["_parameters"].items()
+            }
             own.update(values)
         with saved_tensors_hooks(lambda saved: saved, lambda saved: saved), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -440,6 +448,8 @@ def _outputs(module: nn.Module, states: States, inputs: Any) -> Any:
         for part, own in before.items():
             vars(part).clear()
             vars(part).update(own)
+            part._modules.clear()
+            part._modules.update(children[part])
 
 
 def _twin(parameter: Any) -> Any:

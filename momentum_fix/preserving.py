@@ -6,6 +6,7 @@ import functools
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
 from momentum_fix.replay import selective, unseen
-from momentum_fix.state import Copier, keep, put
+from momentum_fix.state import LARGE, Copier, keep, put
 
 
 def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -55,6 +56,10 @@ def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManag
 
     Raises:
         RuntimeError: the checkpoint is being compiled together with its model.
+        TypeError: a module under the checkpoint is TorchScript, is in training mode and has buffers.
+
+    Warns:
+        UserWarning: a parameter was written to in the forward pass, other than a small one that is not trained.
 
     Example:
         >>> from torch.utils.checkpoint import checkpoint
@@ -131,7 +136,9 @@ class _Region(AbstractContextManager[None]):
 
     def __init__(self) -> None:
         self.state: dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]] = {}  # all that is on it, what is copied
-        self.present: list[dict[nn.Module, dict[str, Any]]] = []  # one for each replay that is running
+        self.parameters: dict[nn.Module, dict[str, _Parameter]] = {}
+        # For each replay that is running, what the modules have, their submodules, and their parameters.
+        self.present: list[dict[nn.Module, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]] = []
 
     @contextmanager
     def forward(self, function: Any = None, *inputs: Any) -> Iterator[None]:
@@ -149,8 +156,13 @@ class _Region(AbstractContextManager[None]):
         self.copier, self.entered = Copier(share=True, detach=self.detach), set[nn.Module]()
         if isinstance(function, nn.Module):
             self.enter(function)
-        for module, whole in _known((function, *inputs), False, set()):
+        names, known = set[str](), list[tuple[nn.Module, bool]]()
+        known += _known((function, *inputs), False, set(), names)
+        for module, whole in known:
             self.enter(module, whole)
+            for name, child in module._modules.items():  # the function may move one that it names before it calls it
+                if name in names and child is not None and not isinstance(child, _CONTAINERS):
+                    self.enter(child)
         outer = _running.regions
         _running.regions = (*outer, self)
         _watch(self.watches)
@@ -169,26 +181,50 @@ class _Region(AbstractContextManager[None]):
                 module: everything | {name: copier.copy(value) for name, value in copied.items()}
                 for module, (everything, copied) in self.state.items()
             }
-        self.present.append({module: vars(module).copy() for module in before})
+            made: dict[int, nn.Parameter] = {}
+            parameters = {
+                module: {name: kept.made(made) for name, kept in self.parameters.get(module, {}).items()}
+                for module in before
+            }
+        self.present.append(
+            {each: (vars(each).copy(), each._modules.copy(), each._parameters.copy()) for each in before}
+        )
         _watch(self.watches)  # for nobody: but compiled code that meets no hook, as it did before, is compiled again
         for module, state in before.items():
             put(module, state)
+            for name, parameter in parameters[module].items():
+                if _is_plain(module._parameters.get(name)):
+                    module._parameters[name] = parameter
 
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
-        for module, state in self.present.pop().items():
+        for module, (state, children, parameters) in self.present.pop().items():
             put(module, state)
+            if self.detach:  # what the replay has registered is not what the forward pass has
+                for registered, before in ((module._modules, children), (module._parameters, parameters)):
+                    for name in registered.keys() - before.keys():
+                        del registered[name]
+                module._modules.update(children)
+            for name, parameter in parameters.items():
+                if _is_plain(parameter) and _is_plain(module._parameters.get(name)):
+                    module._parameters[name] = parameter
         _watch(-self.watches)
 
     def enter(self, module: nn.Module, whole: bool = True) -> None:
         """Copy the state of a module, and of all below it: a parent may move a child's before it calls it."""
-        below, met = [module], self.copier.modules
+        below, met, moves = [module], self.copier.modules, module.training
         with _own_operations():
             for each in below:
                 if each in self.entered or _is_uninitialized(each):
                     continue
-                if each.training and each not in self.state:
+                if isinstance(each, torch.jit.ScriptModule):
+                    _refuse_state(each)
+                    continue
+                if (moves or each.training) and each not in self.state:
                     self.state[each] = keep(each, self.copier)
+                    self.parameters[each] = {
+                        name: _Parameter(p) for name, p in each._parameters.items() if _is_plain(p)
+                    }
                 if whole:
                     self.entered.add(each)
                     below += filter(None, each._modules.values())
@@ -196,7 +232,49 @@ class _Region(AbstractContextManager[None]):
                 met.clear()
 
 
-def _known(value: Any, whole: bool, seen: set[int]) -> Iterator[tuple[nn.Module, bool]]:
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # what a function names of them is what it calls
+
+
+class _Parameter:
+    """A parameter as it was: one that no gradient trains may be state, a teacher's weights or a codebook."""
+
+    def __init__(self, parameter: Any) -> None:
+        self.parameter, self.version = parameter, _version(parameter)
+        frozen = not parameter.requires_grad and parameter.nbytes <= LARGE
+        self.value = parameter.detach().clone() if frozen else None
+
+    def made(self, made: dict[int, nn.Parameter]) -> nn.Parameter:
+        """Give it, or a copy of what it was; one for all modules that share it."""
+        if self.value is not None:
+            return made.setdefault(id(self.parameter), nn.Parameter(self.value.clone(), requires_grad=False))
+        if self.version != _version(self.parameter):
+            warnings.warn(
+                f"a parameter of shape {tuple(self.parameter.shape)} was written to in the forward pass of a "
+                "checkpoint, and is not preserved, so gradients may be wrong: keep such state in a buffer",
+                stacklevel=2,
+            )
+        return self.parameter  # type: ignore[no-any-return]
+
+
+def _refuse_state(scripted: torch.jit.ScriptModule) -> None:
+    """Raise if a module in TorchScript can move buffers: nothing can be swapped there."""
+    if scripted.training and any(True for _ in scripted.buffers()):
+        raise TypeError(
+            "a module under the checkpoint is TorchScript with buffers, whose state cannot be preserved: use the "
+            "module that it was made from, or put it into evaluation mode"
+        )
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_plain(parameter: Any) -> bool:
+    """Tell whether this is a parameter of torch's own class: others, as FSDP's, come and go by themselves."""
+    return type(parameter) is nn.Parameter and not parameter.is_meta
+
+
+def _known(value: Any, whole: bool, seen: set[int], names: set[str]) -> Iterator[tuple[nn.Module, bool]]:
     """Give the modules that a function can move without calling them as modules, and so without calling a hook.
 
     Each with whether that goes for all below it too: where its method is called, or where it is compiled, as such code
@@ -218,13 +296,16 @@ def _known(value: Any, whole: bool, seen: set[int]) -> Iterator[tuple[nn.Module,
         parts = [value.func, value.args, value.keywords]
     elif isinstance(value, types.FunctionType):
         parts = [value.__defaults__, value.__kwdefaults__]
+        names.update(value.__code__.co_names)
         for cell in value.__closure__ or ():
             with suppress(ValueError):  # it is empty
                 parts.append(cell.cell_contents)
         by_name = (value.__globals__.get(name) for name in value.__code__.co_names)
         parts += [each for each in by_name if isinstance(each, nn.Module) or _is_compiled(each)]
+    elif not isinstance(value, type) and callable(value) and hasattr(value, "__dict__"):
+        parts = [vars(value)]  # an object of a class of one's own, with what its `__call__` may use
     for part in parts:
-        yield from _known(part, whole, seen)
+        yield from _known(part, whole, seen, names)
 
 
 def _is_compiled(value: Any) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import deque
+from copy import copy
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 _SKELETON = vars(nn.Module()).keys() - {"_buffers"}  # parameters, submodules, hooks, and whether it is in training
 _FIXED = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
-_FILLED = frozenset((list, deque, dict, OrderedDict, defaultdict, Counter))
-_LARGE = 1 << 16  # bytes; what is not larger is copied without asking whether it ever moves
+_FILLED = (list, deque, dict)
+LARGE = 1 << 16  # bytes; what is not larger is copied without asking whether it ever moves
 _COMPARED = 64  # so many times a large tensor is compared with its copy before it is expected to stand still
 
 
@@ -40,7 +41,7 @@ def put(module: nn.Module, everything: dict[str, Any]) -> None:
 class Copier:
     """Copies values, each of them once: what was one value in two places, or a view of another, still is.
 
-    Copied are tensors, and the lists, tuples, dictionaries, sets and deques of Python's own, all the way down. Anything
+    Copied are tensors, and lists, tuples, dictionaries, sets and deques, all the way down. Anything
     else stands for itself: numbers and parameters, objects of other classes, and modules, which are gathered.
 
     Args:
@@ -51,6 +52,7 @@ class Copier:
     def __init__(self, *, share: bool, detach: bool) -> None:
         self.share, self.detach = share, detach
         self.modules: list[nn.Module] = []
+        self._storages: dict[tuple[torch.device, int], torch.UntypedStorage] = {}  # by where it is
         self._copies: dict[int, tuple[Any, Any]] = {}  # by the value's id; with the value, lest another one gets its id
 
     def copy(self, value: Any) -> Any:
@@ -61,8 +63,8 @@ class Copier:
         if id(value) in self._copies:
             return self._copies[id(value)][1]
         copied = value
-        if kind in _FILLED:
-            copied = value.copy()
+        if isinstance(value, _FILLED):
+            copied = copy(value)
             self._copies[id(value)] = value, copied  # now, as it may have itself in it
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 copied[key] = self.copy(item)
@@ -81,17 +83,31 @@ class Copier:
         base = tensor._base
         if base is not None and self._is_worth_a_copy(base, tensor):
             copied = self.copy(base)
-            if copied is not base and copied.stride() == base.stride():
+            if copied is not base and (copied.stride(), base.dtype) == (base.stride(), tensor.dtype):
                 return copied.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())  # type: ignore
         if tensor.requires_grad and not tensor.is_leaf and self.detach:
             with torch.enable_grad():
                 return tensor.detach().requires_grad_().clone()  # no leaf, which could not be written to
         if tensor.requires_grad or (type(tensor) is not torch.Tensor and isinstance(tensor, nn.Parameter)):
             return tensor
-        return _shared_copy(tensor) if self.share and _can_be_shared(tensor) else tensor.clone()
+        return _shared_copy(tensor) if self.share and _can_be_shared(tensor) else self._stored(tensor)
+
+    def _stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor with its storage, for others may share that without being views of the tensor (`detach`)."""
+        plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_meta
+        if not plain or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+            return tensor.clone()
+        storage = tensor.untyped_storage()
+        place = storage.device, storage.data_ptr()
+        if storage.nbytes() > max(tensor.nbytes, LARGE) or not place[1]:
+            return tensor.clone()
+        if place not in self._storages:
+            self._storages[place] = storage.clone()  # type: ignore[no-untyped-call]
+        twin = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return twin.set_(self._storages[place], tensor.storage_offset(), tensor.size(), tensor.stride())
 
     def _is_worth_a_copy(self, base: torch.Tensor, view: torch.Tensor) -> bool:
-        return id(base) in self._copies or base.numel() <= max(view.numel(), _LARGE // base.element_size())
+        return id(base) in self._copies or base.numel() <= max(view.numel(), LARGE // base.element_size())
 
 
 def _is_fixed_tuple(value: Any) -> bool:
@@ -104,7 +120,7 @@ _shared: Any = WeakTensorKeyDictionary()  # by tensor: its copy, what it was the
 
 
 def _can_be_shared(tensor: torch.Tensor) -> bool:
-    if tensor.layout is not torch.strided or tensor.nbytes <= _LARGE:
+    if tensor.layout is not torch.strided or tensor.nbytes <= LARGE:
         return False
     return type(tensor) is torch.Tensor and not (tensor.is_meta or tensor.is_inference())
 

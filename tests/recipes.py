@@ -259,7 +259,7 @@ def gradient_penalty(net, x, ckpt):
 
 
 def autograd_grad(net, x, ckpt):
-    parameters = list(net.parameters())
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(ckpt(net, x.requires_grad_()).sum(), parameters)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient

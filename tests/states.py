@@ -225,6 +225,71 @@ class Steps(nn.Module):
         return x / self.steps
 
 
+class Taught(nn.Module):
+    """Follows its own weights with those of a teacher, which no gradient trains and which is in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = (nn.Conv2d(CHANNELS, CHANNELS, 1) for _ in range(2))
+        self.teacher.requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, x):
+        with torch.no_grad():
+            for mine, own in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+                mine.mul_(0.5).add_(own, alpha=0.5)
+            target = self.teacher(x).sigmoid()
+        return self.student(x) * target
+
+
+class ReplacesAParameter(nn.Module):
+    """Keeps a running mean in a parameter that it makes anew, as some codebooks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x):
+        self.mean = nn.Parameter(torch.lerp(self.mean, x.detach().mean(), 0.1), requires_grad=False)
+        return x * (1 + self.mean)
+
+
+class Record(dict):
+    """A dictionary of somebody's own class."""
+
+
+class InARecord(nn.Module):
+    """Keeps its state in a dictionary of somebody's own class."""
+
+    def __init__(self):
+        super().__init__()
+        self.record = Record(mean=torch.zeros(()), steps=0)
+
+    def forward(self, x):
+        self.record["steps"] += 1
+        self.record["mean"].lerp_(x.detach().mean(), 0.1)
+        return x * (self.record["steps"] + self.record["mean"])
+
+
+class SharesMemory(nn.Module):
+    """Writes to a buffer through another tensor, which is no view of it, and a complex one through its real part."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("phase", torch.zeros(2, dtype=torch.complex128))
+        self.same, self.real = self.mean.detach(), self.phase.real
+
+    def forward(self, x):
+        self.same.lerp_(x.detach().mean(), 0.1)
+        self.real.add_(x.detach().mean())
+        return x * (1 + self.mean.sum() + self.phase.real.sum())
+
+
 class ActNorm(nn.Module):
     """Sets its parameters by the first batch."""
 
@@ -323,6 +388,10 @@ READ = {
     "kept in another module": KeepsItElsewhere,
     "a value in the graph": Penalized,
     "lazy normalizer": LazyNormalizer,
+    "a teacher's weights": Taught,
+    "a parameter that is replaced": ReplacesAParameter,
+    "a dictionary of another class": InARecord,
+    "shared memory": SharesMemory,
 }
 ONLY_WRITTEN = {
     "BatchNorm": lambda: nn.BatchNorm2d(CHANNELS),
@@ -334,6 +403,10 @@ ONLY_WRITTEN = {
 }
 UNHARMED = {"ActNorm": ActNorm}
 KINDS = {**READ, **ONLY_WRITTEN, **UNHARMED}
+
+
+def _is_trained(parameter):
+    return parameter is None or nn.parameter.is_lazy(parameter) or parameter.requires_grad
 
 
 def picture(model, parameters=True):
@@ -356,7 +429,7 @@ def picture(model, parameters=True):
         own = vars(module)
         pictures[name] = {
             "buffers": plain(own["_buffers"]),
-            "parameters": plain(own["_parameters"]) if parameters else [],
+            "parameters": plain({k: p for k, p in own["_parameters"].items() if parameters or not _is_trained(p)}),
             "plain": {key: plain(value) for key, value in sorted(own.items()) if key not in ignored},
         }
     return pictures

@@ -240,7 +240,7 @@ def test_views_of_one_tensor_are_views_of_one_copy():
 
 
 def test_a_view_of_something_much_larger_is_copied_alone_unless_that_is_state_too():
-    base = torch.zeros(state._LARGE)
+    base = torch.zeros(state.LARGE)
     copier = state.Copier(share=True, detach=True)
     assert copier.copy(base[3:4])._base is None
     copied, view = state.Copier(share=True, detach=True).copy([base, base[3:4]])
@@ -615,7 +615,7 @@ def same_as_plainly(layer, ckpt=by_context):
 
 def test_a_large_tensor_that_stands_still_is_copied_once():
     layer = Masked()
-    assert layer.table.nbytes > state._LARGE
+    assert layer.table.nbytes > state.LARGE
     copies = [copy_of_table(layer) for _ in range(3 * state._COMPARED)]
     assert len(set(map(id, copies))) == 1
     assert copies[0] is not layer.table
