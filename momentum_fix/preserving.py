@@ -36,8 +36,12 @@ def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManag
     for bit, if the forward is deterministic. The order of forwards and backwards doesn't matter. Compiled modules
     and functions inside the checkpoint are fine.
 
-    Not for: state inside other objects (a tracker class of your own, a NumPy array, a `torch.Generator`); modules that
-    the function neither calls as modules nor finds in its closure, defaults, globals or arguments; a module that
+    Parameters that no gradient trains count as state up to 64 KiB each: a teacher's weights, a codebook.
+
+    Not for: state inside other objects (a tracker class of your own, a NumPy array, a `torch.Generator`), in `__slots__`
+    or on the class itself; larger or trained parameters that the forward writes to (a warning says so where autograd
+    sees the write); modules that the function neither calls as modules nor finds in its closure, defaults, globals or
+    arguments; a forward in evaluation mode whose backward comes after `train()`; a module that
     changes itself in the replay only, on purpose; a checkpoint that is compiled together with its model (use
     `checkpoint`); CUDA graphs, which expect buffers to stay where they are.
 
@@ -296,7 +300,7 @@ def _known(value: Any, whole: bool, seen: set[int], names: set[str]) -> Iterator
         parts = [value.func, value.args, value.keywords]
     elif isinstance(value, types.FunctionType):
         parts = [value.__defaults__, value.__kwdefaults__]
-        names.update(value.__code__.co_names)
+        names.update(_names(value.__code__))
         for cell in value.__closure__ or ():
             with suppress(ValueError):  # it is empty
                 parts.append(cell.cell_contents)
@@ -306,6 +310,14 @@ def _known(value: Any, whole: bool, seen: set[int], names: set[str]) -> Iterator
         parts = [vars(value)]  # an object of a class of one's own, with what its `__call__` may use
     for part in parts:
         yield from _known(part, whole, seen, names)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Give the names in a function, and in the functions that it makes."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
 
 
 def _is_compiled(value: Any) -> bool:

@@ -963,3 +963,121 @@ def _ranks(rank, folder):
 
 def test_two_ranks_of_ddp_and_of_fsdp2_are_exact(tmp_path):
     mp.spawn(_ranks, args=(tmp_path,), nprocs=2)
+
+
+# What functions name, and what modules make of themselves.
+
+
+class Counts(nn.Module):
+    """Has a method that moves it, and a state that its output reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, x):
+        return x / self.steps
+
+    def stepped(self, x):
+        self.steps += 1
+        return self(x)
+
+
+class Holds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.child, self.last = Counts(), nn.Tanh()
+
+
+class Runs:
+    """An object that is called, and not a function."""
+
+    def __init__(self, part):
+        self.part = part
+
+    def __call__(self, x):
+        return self.part.stepped(x)
+
+
+def moves_a_child(net):
+    def function(x):
+        net.child.steps += 1
+        return net.child(x)
+
+    return function
+
+
+NAMING = {
+    "moves a child": moves_a_child,
+    "calls a child's method": lambda net: lambda x: net.child.stepped(x),
+    "is an object": lambda net: Runs(net.child),
+    "is in a dictionary": lambda net: functools.partial(lambda parts, x: parts["a"].stepped(x), {"a": net.child}),
+}
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("named", NAMING.values(), ids=NAMING)
+def test_a_function_may_move_a_child_of_what_it_knows(named, ckpt):
+    def gradient(ckpt):
+        net, x = Holds(), torch.ones(2, requires_grad=True)
+        net.last(ckpt(lambda y: named(net)(y) * y, ckpt(named(net), x))).sum().backward()
+        return net.child.steps, x.grad
+
+    (steps, true), (counted, mine), (_, wrong) = map(gradient, (plainly, ckpt, non_reentrant))
+    assert steps == counted == 2
+    assert torch.equal(mine, true)
+    assert not torch.equal(wrong, true)
+
+
+class BuildsItself(nn.Module):
+    """Makes its parts when it meets its first batch, and notes that it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.built, self.first = False, nn.Linear(2, 2)
+
+    def forward(self, x):
+        if not self.built:
+            self.layer, self.scale, self.built = nn.Linear(2, 2), nn.Parameter(torch.ones(2)), True
+        return self.layer(self.first(x)) * self.scale
+
+
+@pytest.mark.parametrize("ckpt", [by_context, drop_in])
+def test_a_module_that_builds_itself_keeps_what_the_forward_has_built(ckpt):
+    def trained(ckpt):
+        torch.manual_seed(0)
+        module = BuildsItself()
+        for _ in range(2):
+            ckpt(module, torch.ones(3, 2, requires_grad=True)).square().sum().backward()
+        return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+    mine, true = trained(ckpt), trained(plainly)
+    assert mine.keys() == true.keys()
+    assert all(torch.equal(mine[name], true[name]) for name in true)
+
+
+class Decays(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.mul_(0.5)
+        return x * self.weight
+
+
+def test_a_trained_parameter_that_the_forward_writes_to_is_warned_of():
+    module = nn.Sequential(nn.Linear(2, 2), Decays())
+    with pytest.warns(UserWarning, match=r"a parameter of shape \(2,\) was written to.*keep such state in a buffer"):
+        by_context(module, torch.ones(3, 2, requires_grad=True)).sum().backward()
+
+
+def test_torchscript_with_buffers_is_refused_in_training_and_left_alone_otherwise():
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    module, x = nn.Sequential(Counts(), scripted), torch.ones(3, 2, requires_grad=True)
+    with pytest.raises(TypeError, match="TorchScript with buffers, whose state cannot be preserved"):
+        drop_in(module, x)
+    scripted.eval()
+    drop_in_reentrant(lambda y: scripted(module[0].stepped(y)), x).sum().backward()  # torch stops no script early
+    assert module[0].steps == 1
