@@ -38,12 +38,12 @@ def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManag
 
     Parameters that no gradient trains count as state up to 64 KiB each: a teacher's weights, a codebook.
 
-    Not for: state inside other objects (a tracker class of your own, a NumPy array, a `torch.Generator`), in `__slots__`
-    or on the class itself; larger or trained parameters that the forward writes to (a warning says so where autograd
-    sees the write); modules that the function neither calls as modules nor finds in its closure, defaults, globals or
-    arguments; a forward in evaluation mode whose backward comes after `train()`; a module that
-    changes itself in the replay only, on purpose; a checkpoint that is compiled together with its model (use
-    `checkpoint`); CUDA graphs, which expect buffers to stay where they are.
+    Not for: state inside other objects (a tracker class of your own, a NumPy array, a `torch.Generator`), in
+    `__slots__` or on the class itself; larger or trained parameters that the forward writes to (a warning says so where
+    autograd sees the write); modules that the function neither calls as modules nor finds in its closure, defaults,
+    globals or arguments; a forward in evaluation mode whose backward comes after `train()`; a module that changes
+    itself in the replay only, on purpose; a checkpoint that is compiled together with its model (use `checkpoint`);
+    CUDA graphs, which expect buffers to stay where they are.
 
     Memory: a copy of the state for each checkpoint whose backward is still to come. A tensor above 64 KiB that doesn't
     change, like a mask or a table, is copied once for all of them, and that copy stays; a replay has another one while
