@@ -141,8 +141,8 @@ class _Region(AbstractContextManager[None]):
     def __init__(self) -> None:
         self.state: dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]] = {}  # all that is on it, what is copied
         self.parameters: dict[nn.Module, dict[str, _Parameter]] = {}
-        # For each replay that is running, what the modules have, their submodules, and their parameters.
-        self.present: list[dict[nn.Module, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]] = []
+        # For each replay that is running, what the modules have, with their submodules; and their parameters.
+        self.present: list[tuple[dict[nn.Module, tuple[Any, Any]], dict[nn.Module, dict[str, Any]]]] = []
 
     @contextmanager
     def forward(self, function: Any = None, *inputs: Any) -> Iterator[None]:
@@ -153,7 +153,7 @@ class _Region(AbstractContextManager[None]):
         if isinstance(function, nn.Module) and all(map(_is_torchs_own, function.modules())):
             # Nothing in it reads what it moves. So a replay may have any copies: those of that time.
             self.watches = False
-            trained = [module for module in function.modules() if module.training]
+            trained = [module for module in function.modules() if module.training and module._buffers]
             self.state = {module: (vars(module).copy(), {"_buffers": module._buffers}) for module in trained}
             yield
             return
@@ -187,31 +187,29 @@ class _Region(AbstractContextManager[None]):
             }
             made: dict[int, nn.Parameter] = {}
             parameters = {
-                module: {name: kept.made(made) for name, kept in self.parameters.get(module, {}).items()}
-                for module in before
+                module: {name: parameter.made(made) for name, parameter in kept.items()}
+                for module, kept in self.parameters.items()
             }
-        self.present.append(
-            {each: (vars(each).copy(), each._modules.copy(), each._parameters.copy()) for each in before}
-        )
+        state: dict[nn.Module, tuple[Any, Any]] = {each: (vars(each).copy(), each._modules.copy()) for each in before}
+        self.present.append((state, {each: each._parameters.copy() for each in parameters}))
         _watch(self.watches)  # for nobody: but compiled code that meets no hook, as it did before, is compiled again
-        for module, state in before.items():
-            put(module, state)
-            for name, parameter in parameters[module].items():
-                if _is_plain(module._parameters.get(name)):
-                    module._parameters[name] = parameter
+        for module, everything in before.items():
+            put(module, everything)
+        for module, kept in parameters.items():
+            _put_parameters(module, kept)
 
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
-        for module, (state, children, parameters) in self.present.pop().items():
-            put(module, state)
+        state, parameters = self.present.pop()
+        for module, (everything, children) in state.items():
+            put(module, everything)
             if self.detach:  # what the replay has registered is not what the forward pass has
-                for registered, before in ((module._modules, children), (module._parameters, parameters)):
-                    for name in registered.keys() - before.keys():
-                        del registered[name]
+                _drop(module._modules, children)
                 module._modules.update(children)
-            for name, parameter in parameters.items():
-                if _is_plain(parameter) and _is_plain(module._parameters.get(name)):
-                    module._parameters[name] = parameter
+        for module, kept in parameters.items():
+            if self.detach:
+                _drop(module._parameters, kept)
+            _put_parameters(module, kept)
         _watch(-self.watches)
 
     def enter(self, module: nn.Module, whole: bool = True) -> None:
@@ -267,6 +265,21 @@ def _refuse_state(scripted: torch.jit.ScriptModule) -> None:
             "a module under the checkpoint is TorchScript with buffers, whose state cannot be preserved: use the "
             "module that it was made from, or put it into evaluation mode"
         )
+
+
+def _put_parameters(module: nn.Module, parameters: dict[str, Any]) -> None:
+    """Let a module have these parameters, as far as both they and those that it has are plain ones."""
+    own = module._parameters
+    for name, parameter in parameters.items():
+        if own.get(name) is not parameter and _is_plain(parameter) and _is_plain(own.get(name)):
+            own[name] = parameter
+
+
+def _drop(registered: dict[str, Any], before: dict[str, Any]) -> None:
+    """Take off what was not registered before."""
+    if len(registered) > len(before):
+        for name in registered.keys() - before.keys():
+            del registered[name]
 
 
 def _version(tensor: torch.Tensor) -> int:

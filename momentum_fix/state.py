@@ -52,7 +52,7 @@ class Copier:
     def __init__(self, *, share: bool, detach: bool) -> None:
         self.share, self.detach = share, detach
         self.modules: list[nn.Module] = []
-        self._storages: dict[tuple[torch.device, int], torch.UntypedStorage] = {}  # by where it is
+        self._storages: dict[tuple[torch.device, int], torch.Tensor] = {}  # copies of whole ones, by where they are
         self._copies: dict[int, tuple[Any, Any]] = {}  # by the value's id; with the value, lest another one gets its id
 
     def copy(self, value: Any) -> Any:
@@ -94,17 +94,20 @@ class Copier:
 
     def _stored(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor with its storage, for others may share that without being views of the tensor (`detach`)."""
-        plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_meta
-        if not plain or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+        plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_quantized
+        if not plain or tensor.is_meta or tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg():
             return tensor.clone()
         storage = tensor.untyped_storage()
-        place = storage.device, storage.data_ptr()
-        if storage.nbytes() > max(tensor.nbytes, LARGE) or not place[1]:
-            return tensor.clone()
+        place, size = (tensor.device, storage.data_ptr()), storage.nbytes()
         if place not in self._storages:
-            self._storages[place] = storage.clone()  # type: ignore[no-untyped-call]
-        twin = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return twin.set_(self._storages[place], tensor.storage_offset(), tensor.size(), tensor.stride())
+            if size == tensor.nbytes and tensor.is_contiguous():
+                self._storages[place] = copied = tensor.clone()
+                return copied
+            if size > max(tensor.nbytes, LARGE):
+                return tensor.clone()
+            self._storages[place] = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage).clone()
+        twin, whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device), self._storages[place].untyped_storage()
+        return twin.set_(whole, tensor.storage_offset(), tensor.size(), tensor.stride())
 
     def _is_worth_a_copy(self, base: torch.Tensor, view: torch.Tensor) -> bool:
         return id(base) in self._copies or base.numel() <= max(view.numel(), LARGE // base.element_size())
