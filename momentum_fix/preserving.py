@@ -63,7 +63,8 @@ def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManag
         TypeError: a module under the checkpoint is TorchScript, is in training mode and has buffers.
 
     Warns:
-        UserWarning: a parameter was written to in the forward pass, other than a small one that is not trained.
+        UserWarning: a parameter was written to between the start of the forward pass and the replay, other than a
+            small one that is not trained.
 
     Example:
         >>> from torch.utils.checkpoint import checkpoint
@@ -251,8 +252,8 @@ class _Parameter:
             return made.setdefault(id(self.parameter), nn.Parameter(self.value.clone(), requires_grad=False))
         if self.version != _version(self.parameter):
             warnings.warn(
-                f"a parameter of shape {tuple(self.parameter.shape)} was written to in the forward pass of a "
-                "checkpoint, and is not preserved, so gradients may be wrong: keep such state in a buffer",
+                f"a parameter of shape {tuple(self.parameter.shape)} was written to after the forward pass of its "
+                "checkpoint had begun, and is not preserved, so gradients may be wrong: keep such state in a buffer",
                 stacklevel=2,
             )
         return self.parameter  # type: ignore[no-any-return]
