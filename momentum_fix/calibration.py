@@ -16,7 +16,7 @@ from momentum_fix.corrected import set_momenta, uncorrected
 from momentum_fix.correction import correct, corrected_for
 from momentum_fix.counting import WARNED, Count, Counted
 from momentum_fix.covering import cover, uncover
-from momentum_fix.layers import named, tracked_layers, warn_of_none
+from momentum_fix.layers import at_gradients, named, tracked_layers, warn_of_none
 from momentum_fix.once import refuse_covered
 from momentum_fix.tables import aligned, html, number
 
@@ -61,10 +61,13 @@ class Report(dict[str, int | Fraction]):
         return f"<Report on {len(self.rows)} layers, passes of {len(self)} known>"
 
     def __str__(self) -> str:
-        return aligned([_HEADER, *(row.cells() for row in self.rows)]) if self.rows else _NO_ROWS
+        return aligned(self._table()) if self.rows else _NO_ROWS
 
     def _repr_html_(self) -> str:
-        return html([_HEADER, *(row.cells() for row in self.rows)], "calibrate" if self.rows else _NO_ROWS)
+        return html(self._table(), "calibrate" if self.rows else _NO_ROWS)
+
+    def _table(self) -> list[tuple[str, ...]]:
+        return [_HEADER, *(row.cells() for row in self.rows)]
 
 
 def calibrate(model: nn.Module) -> AbstractContextManager[Report]:
@@ -164,14 +167,14 @@ def _calibrating(model: nn.Module) -> Iterator[Report]:
         buffer = layer._buffers["running_var"] if buffer is None else buffer
         counted.append(Counted(layer, name, counts.setdefault(id(buffer), Count(buffer.device))))
     warn_of_none(counted, "to calibrate", stacklevel=5)
-    parameters = [p for p in model.parameters() if p.requires_grad and not nn.parameter.is_lazy(p)]
-    report, backward = Report(), [not parameters]  # a frozen model's backward pass cannot be seen
+    report, backward = Report(), [False]
     # Uncorrected, so that the forward updates of an already corrected layer are right as well.
     set_momenta({each.layer: each.momentum for each in counted})
-    hooks = []
+    hooks: list[Any] = []
     try:
         cover(counted)
-        hooks += [p.register_hook(lambda _: backward.append(True)) for p in parameters]  # type: ignore[no-untyped-call]
+        hooks += at_gradients(model, lambda _: backward.append(True))
+        backward.append(not hooks)  # a frozen model's backward pass cannot be seen
         yield report
     finally:
         for hook in hooks:

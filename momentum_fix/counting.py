@@ -107,8 +107,8 @@ class Counted(Covering):
         if not backward_ran:
             return None, NO_BACKWARD
         if layer.momentum is None:
-            counter, moves = layer._buffers.get("num_batches_tracked"), count.updates
-            if has_values(counter) and counter - self.start["num_batches_tracked"] > moves:
+            counter = layer._buffers.get("num_batches_tracked")
+            if has_values(counter) and counter - self.start["num_batches_tracked"] > count.updates:
                 return count.passes, UNEQUAL  # selective checkpointing replays the counter and not the statistics
             return count.passes, CUMULATIVE if isinstance(count.passes, int) else UNEQUAL
         if layer.momentum != self.momentum:

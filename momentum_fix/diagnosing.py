@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import warnings
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, is_dataclass
@@ -22,17 +22,17 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from momentum_fix.corrected import uncorrected
 from momentum_fix.formula import corrected_momentum
-from momentum_fix.layers import tracks
+from momentum_fix.layers import at_gradients, tracks
+from momentum_fix.preserving import is_compiled
 from momentum_fix.replay import replaying, unseen
-from momentum_fix.state import Copier
+from momentum_fix.state import FILLED, Copier
 from momentum_fix.tables import aligned, html
 
 # A module's own state: what it has, a copy of that, and whether two values are the same.
 
 _NO_STATE = vars(nn.Module()).keys()  # hooks, parameters, submodules, `training`
 _NUMBERS = (bool, int, float, complex, str, type(None))
-_HOLDERS = (list, deque, dict)
-_STATE = (torch.Tensor, tuple, set, *_HOLDERS, *_NUMBERS)
+_STATE = (torch.Tensor, tuple, set, *FILLED, *_NUMBERS)
 _NOT_WATCHED = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)
 _ABSENT, _UNSET = object(), object()  # not there; a buffer of a lazy module before its first batch
 
@@ -69,7 +69,7 @@ def same(one: Any, other: Any) -> bool:
         return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(item, other[place]) for place, item in one.items())
-    if isinstance(one, (tuple, *_HOLDERS)):
+    if isinstance(one, (tuple, *FILLED)):
         return len(one) == len(other) and all(map(same, one, other))
     if is_dataclass(one) or isinstance(one, torch.distributions.Distribution):  # what a module may give
         return same(vars(one), vars(other))
@@ -126,11 +126,13 @@ class Diagnosis(dict[str, Finding]):
         return f"<Diagnosis: {self.verdict}>"
 
     def __str__(self) -> str:
-        table = [aligned([_HEADER, *(finding.cells() for finding in self.values())])] if self else []
-        return "\n\n".join([self.verdict, *table])
+        return "\n\n".join([self.verdict, *([aligned(self._table())] if self else [])])
 
     def _repr_html_(self) -> str:
-        return html([_HEADER, *(finding.cells() for finding in self.values())], self.verdict)
+        return html(self._table(), self.verdict)
+
+    def _table(self) -> list[tuple[str, ...]]:
+        return [_HEADER, *(finding.cells() for finding in self.values())]
 
 
 def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
@@ -198,9 +200,7 @@ def _diagnosing(model: nn.Module) -> Iterator[Diagnosis]:
             first = not isinstance(module, LazyModuleMixin)  # a hook of its own gives it its parameters and buffers
             hooks.append(module.register_forward_pre_hook(watch.enter, with_kwargs=True, prepend=first))
             hooks.append(module.register_forward_hook(watch.leave, always_call=True))
-        for parameter in model.parameters():
-            if parameter.requires_grad and not nn.parameter.is_lazy(parameter):
-                hooks.append(parameter.register_hook(watch.in_backward))  # type: ignore[no-untyped-call]
+        hooks += at_gradients(model, watch.in_backward)
         yield report
     finally:
         for hook in hooks:
@@ -357,7 +357,7 @@ class _Watch:
         for name, part in model.named_modules():
             if isinstance(part, torch.jit.ScriptModule) and part.training:
                 yield Finding(name, "", type(part).__name__, None, None, "a step without TorchScript", "not looked at")
-        compiled = any("_compiled_call_impl" in vars(part) or "_orig_mod" in part._modules for part in self.names)
+        compiled = any(map(is_compiled, self.names))
         for module, name in self.names.items():
             row = partial(Finding, name, module_class=type(module).__name__)
             known: dict[str, tuple[_Moves, bool | None, str]] = {}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 Buffers: TypeAlias = dict[str, Any]  # tensors, or None
 NormLayer: TypeAlias = Any  # an nn.Module with a `momentum`, for which torch has no type
@@ -45,6 +46,12 @@ def tracked_layers(model: nn.Module) -> dict[NormLayer, list[str]]:
         elif tracks(module):
             layers.setdefault(module, []).append(name)
     return layers
+
+
+def at_gradients(model: nn.Module, hook: Callable[[torch.Tensor], None]) -> list[RemovableHandle]:
+    """Have a hook called whenever a backward pass reaches a parameter; none for a model that is frozen."""
+    reached = [p for p in model.parameters() if p.requires_grad and not nn.parameter.is_lazy(p)]
+    return [p.register_hook(hook) for p in reached]  # type: ignore[no-untyped-call]
 
 
 def warn_of_none(layers: Collection[NormLayer], what: str, stacklevel: int = 3) -> None:

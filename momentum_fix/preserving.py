@@ -150,7 +150,7 @@ class _Region(AbstractContextManager[None]):
         """Copy the state of each module that is entered."""
         # The reentrant engine runs the forward without gradients; the only way back into a graph is the tensor itself.
         self.detach = torch.is_grad_enabled()
-        self.watches = not _is_compiled(function)  # such code calls no hook
+        self.watches = not is_compiled(function)  # such code calls no hook
         if isinstance(function, nn.Module) and all(map(_is_torchs_own, function.modules())):
             # Nothing in it reads what it moves. So a replay may have any copies: those of that time.
             self.watches = False
@@ -161,9 +161,8 @@ class _Region(AbstractContextManager[None]):
         self.copier, self.entered = Copier(share=True, detach=self.detach), set[nn.Module]()
         if isinstance(function, nn.Module):
             self.enter(function)
-        names, known = set[str](), list[tuple[nn.Module, bool]]()
-        known += _known((function, *inputs), False, set(), names)
-        for module, whole in known:
+        names = set[str]()
+        for module, whole in list(_known((function, *inputs), False, set(), names)):  # which gathers the names
             self.enter(module, whole)
             for name, child in module._modules.items():  # the function may move one that it names before it calls it
                 if name in names and child is not None and not isinstance(child, _CONTAINERS):
@@ -301,11 +300,11 @@ def _known(value: Any, whole: bool, seen: set[int], names: set[str]) -> Iterator
     if id(value) in seen:
         return
     seen.add(id(value))
-    whole = whole or _is_compiled(value)
+    whole = whole or is_compiled(value)
     parts: list[Any] = []
     if isinstance(value, nn.Module):
         yield value, whole
-        yield from ((module, True) for module in value.modules() if _is_compiled(module))
+        yield from ((module, True) for module in value.modules() if is_compiled(module))
     elif isinstance(value, types.MethodType):
         parts, whole = [value.__self__], True
     elif isinstance(value, (list, tuple, dict)):
@@ -319,7 +318,7 @@ def _known(value: Any, whole: bool, seen: set[int], names: set[str]) -> Iterator
             with suppress(ValueError):  # it is empty
                 parts.append(cell.cell_contents)
         by_name = (value.__globals__.get(name) for name in value.__code__.co_names)
-        parts += [each for each in by_name if isinstance(each, nn.Module) or _is_compiled(each)]
+        parts += [each for each in by_name if isinstance(each, nn.Module) or is_compiled(each)]
     elif not isinstance(value, type) and callable(value) and hasattr(value, "__dict__"):
         parts = [vars(value)]  # an object of a class of one's own, with what its `__call__` may use
     for part in parts:
@@ -334,7 +333,8 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _is_compiled(value: Any) -> bool:
+def is_compiled(value: Any) -> bool:
+    """Tell whether a module or a function is compiled by itself."""
     own = getattr(value, "__dict__", {})
     if isinstance(value, nn.Module):
         return "_compiled_call_impl" in own or "_orig_mod" in own["_modules"]

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 _SKELETON = vars(nn.Module()).keys() - {"_buffers"}  # parameters, submodules, hooks, and whether it is in training
 _FIXED = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
-_FILLED = (list, deque, dict)
+FILLED = (list, deque, dict)
 LARGE = 1 << 16  # bytes; what is not larger is copied without asking whether it ever moves
 _COMPARED = 64  # so many times a large tensor is compared with its copy before it is expected to stand still
 
@@ -63,7 +63,7 @@ class Copier:
         if id(value) in self._copies:
             return self._copies[id(value)][1]
         copied = value
-        if isinstance(value, _FILLED):
+        if isinstance(value, FILLED):
             copied = copy(value)
             self._copies[id(value)] = value, copied  # now, as it may have itself in it
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
