@@ -6,9 +6,8 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
-import textwrap
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,10 @@ from study import AFTER, CHECKPOINTS, MOMENTA, PRECISE, SMALL, VARIANTS, WINDOW,
 from study_tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import pages  # noqa: E402
+
 DATA = ROOT / "benchmarks" / "study.json"
 QUOTES = (ROOT / "README.md", ROOT / "paper.md")
 UNCORRECTED = [name for name in K if name != "k = 1"]
@@ -554,9 +557,7 @@ def sentences(data: dict) -> list[str]:
 def quoting(text: str, data: dict) -> str:
     """Put the answer into a document, between the comments that mark its place."""
     for mark, answer in (("study", " ".join(sentences(data))), ("study in brief", brief(data))):
-        quoted = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
-        lines = "\n".join(textwrap.wrap(answer, 110, break_on_hyphens=False))
-        text = quoted.sub(lambda found, lines=lines: f"{found[1]}{lines}\n{found[2]}", text)
+        text = pages.quoting(text, mark, pages.wrapped(answer, 110))
     return text
 
 

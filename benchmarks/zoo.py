@@ -9,9 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import re
 import sys
-import textwrap
 from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
@@ -24,13 +22,14 @@ from torch import nn
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+import pages  # noqa: E402
 from momentum_fix import calibrate, correct, update_once  # noqa: E402
-from twins import counters, deviation  # noqa: E402
+from pages import wrapped  # noqa: E402
+from twins import counters, descend, deviation  # noqa: E402
 
 DATA = ROOT / "benchmarks" / "zoo.json"
 DOCUMENT = ROOT / "docs" / "zoo.md"
 README = ROOT / "README.md"
-QUOTED = re.compile(r"(<!-- zoo -->\n).*?(<!-- /zoo -->)", re.DOTALL)
 STEPS, SHAPE = 3, (4, 3, 64, 64)
 RIGHT = 1e-10  # relative, in float64
 MODELS = {
@@ -99,10 +98,7 @@ def trained(model: nn.Module, on: bool, steps: range = range(STEPS)) -> nn.Modul
         model.zero_grad()
         outputs = model(x)
         outputs.square().mean().backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter -= 0.01 * parameter.grad
+        descend(model)
     return model
 
 
@@ -180,7 +176,7 @@ def sentence(data: dict[str, Any]) -> str:
 
 def quoting(text: str, data: dict[str, Any]) -> str:
     """Put the sentence into a document, between the comments that mark its place, if it has any."""
-    return QUOTED.sub(lambda found: f"{found[1]}{wrapped(sentence(data))}\n{found[2]}", text)
+    return pages.quoting(text, "zoo", wrapped(sentence(data)))
 
 
 def table(data: dict[str, Any]) -> list[str]:
@@ -224,10 +220,6 @@ def page(data: dict[str, Any]) -> str:
         "\n".join(table(data)),
     ]
     return "\n\n".join(part if part.startswith(("#", "|")) else wrapped(part) for part in parts) + "\n"
-
-
-def wrapped(text: str) -> str:
-    return "\n".join(textwrap.wrap(" ".join(text.split()), 118, break_on_hyphens=False))
 
 
 if __name__ == "__main__":

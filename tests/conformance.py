@@ -366,6 +366,16 @@ def grid(corner: str, table: Mapping[str, Mapping[str, str]]) -> list[str]:
     ]
 
 
+def compared(expected: Mapping[str, Mapping[str, str]], measure: Callable[[str], Any]) -> dict[str, Any]:
+    """Measure a table row by row, and say which cells are not as asserted."""
+    measured = {}
+    for name, cells in expected.items():
+        measured[name] = measure(name)
+        otherwise = [f"{column} is {cell}" for column, cell in measured[name].items() if cell != cells[column]]
+        print(f"{name}: {', '.join(otherwise) or 'as asserted'}", file=sys.stderr)
+    return measured
+
+
 def document(table: Mapping[str, Mapping[str, str]]) -> str:
     """Write the page: the table, and what its words mean."""
     lines = [
@@ -400,11 +410,5 @@ def document(table: Mapping[str, Mapping[str, str]]) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    measured = {}
-    for name, cells in asserted().items():
-        measured[name] = row_outcomes(name)
-        otherwise = [
-            f"{column} is {measured[name][column]}" for column in cells if measured[name][column] != cells[column]
-        ]
-        print(f"{name}: {', '.join(otherwise) or 'as asserted'}", file=sys.stderr)
+    measured = compared(asserted(), row_outcomes)
     DOCUMENT.write_text(document(measured), encoding="utf-8")

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import io
 import re
+import textwrap
 from pathlib import Path
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -29,6 +30,17 @@ def headings(page):
         above = heading or above
         found += [above] if language else []
     return found
+
+
+def wrapped(text, width=118):
+    """Lay a paragraph out in lines."""
+    return "\n".join(textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False))
+
+
+def quoting(text, mark, answer):
+    """Put lines into a document, between the comments `<!-- mark -->` and `<!-- /mark -->`, if it has them."""
+    quoted = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
+    return quoted.sub(lambda found: f"{found[1]}{answer}\n{found[2]}", text)
 
 
 def run(code, page, names):

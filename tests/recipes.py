@@ -29,6 +29,18 @@ WRAPPER_OPTIONS = {
     by_context: {"context_fn": preserve_state},
     drop_in: {"checkpoint_fn": drop_in},
 }  # of torch's wrapper
+TINY_CONFORMER = {  # of a Wav2Vec2ConformerConfig
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "conv_dim": (8, 8),
+    "conv_stride": (5, 2),
+    "conv_kernel": (10, 3),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "conv_depthwise_kernel_size": 5,
+}
 MIDWAY = 3  # batches after which some runs change something
 
 

@@ -6,7 +6,6 @@ tests assert every cell.
 
 import functools
 import re
-import sys
 import warnings
 from collections import deque
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
 
 import recipes
-from conformance import grid
+from conformance import compared, grid
 from momentum_fix import preserving, update_once
 from twins import ROUNDING, batches, by_context, drop_in, drop_in_reentrant, non_reentrant, plainly, reentrant, train
 
@@ -670,10 +669,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     warnings.simplefilter("ignore")
-    tables = []
-    for expected, measure in ((asserted(), outcomes), (asserted_of_compiled(), outcomes_of_compiled)):
-        tables.append({kind: measure(kind) for kind in expected})
-        for kind, cells in tables[-1].items():
-            otherwise = [f"{column} is {cell}" for column, cell in cells.items() if cell != expected[kind][column]]
-            print(f"{kind}: {', '.join(otherwise) or 'as asserted'}", file=sys.stderr)
+    tables = compared(asserted(), outcomes), compared(asserted_of_compiled(), outcomes_of_compiled)
     DOCUMENT.write_text(document(*tables), encoding="utf-8")

@@ -8,6 +8,7 @@ import transformers as hf
 from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TSpeechEncoder
 
 from momentum_fix import calibrate, correct, update_once
+from recipes import TINY_CONFORMER
 from twins import ROUNDING, counters, deviation
 
 pytestmark = pytest.mark.slow
@@ -16,15 +17,8 @@ SPEECH = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 
 def wav2vec2_conformer():
     config = hf.Wav2Vec2ConformerConfig(
-        **SPEECH,
+        **TINY_CONFORMER,
         num_hidden_layers=3,
-        conv_dim=(8, 8),
-        conv_stride=(5, 2),
-        conv_kernel=(10, 3),
-        num_feat_extract_layers=2,
-        num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
-        conv_depthwise_kernel_size=5,
         layerdrop=0.0,
         apply_spec_augment=False,
     )

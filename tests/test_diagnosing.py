@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 import recipes as by
 from momentum_fix import correct, diagnose, update_once
 from recipes import ENGINES, Net, data
+from states import ReadsItsChild, Steps
 from twins import non_reentrant, on_two_ranks, plainly, train
 
 # Kinds of state. Each is a layer of three channels that changes itself.
@@ -94,16 +95,6 @@ class Observer(nn.Module):
         return x + ((x / self.high * 7).round() * self.high / 7 - x).detach()
 
 
-class Steps(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.steps = 0
-
-    def forward(self, x):
-        self.steps += 1
-        return x / self.steps
-
-
 class InPlace(Steps):
     """Writes to its input."""
 
@@ -149,18 +140,6 @@ class MovesItsChild(nn.Module):
     def forward(self, x):
         self.child.mean.lerp_(channelwise(x).mean(0), 0.1)
         return self.child(x)
-
-
-class ReadsItsChild(nn.Module):
-    """Reads what torch's own layer keeps."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(3)
-
-    def forward(self, x):
-        mean = self.norm.running_mean.clone()
-        return self.norm(x) + mean[:, None, None]
 
 
 class KeptInAList(nn.Module):

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from momentum_fix import applied, calibrate, correct, restore, update_once
 from recipes import ENGINES, Net, block, data, norms, one
-from twins import ROUNDING, counters, deviation, non_reentrant, plainly, reentrant, same_path, statistics, train
+from twins import ROUNDING, counters, deviation, non_reentrant, plainly, reentrant, same_path, statistics, three, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the class has a forward of its own")
 
@@ -220,6 +220,11 @@ def test_layers_that_come_to_be_updated_in_the_replay_only_are_noticed_one_step_
         train(net, one, data(2), ENGINES["reentrant"])
 
 
+def updating_once(net, step, data, ckpt):
+    update_once(net)
+    return train(net, step, data, ckpt)
+
+
 def untracked(net, *, track):
     for layer in norms(net):
         layer.track_running_stats = track
@@ -237,10 +242,7 @@ def test_extra_forward_passes_that_do_not_track_do_not_count():
         untracked(net, track=True)
         loss.backward()
 
-    net = nn.Sequential(block(), nn.Tanh())
-    truth, wrong = (train(copy.deepcopy(net), step, data(3), each) for each in (plainly, reentrant))
-    update_once(net)
-    train(net, step, data(3), reentrant)
+    truth, wrong, net = three(nn.Sequential(block(), nn.Tanh()), step, data(3), reentrant, updating_once)
     assert deviation(net, truth) == 0 < deviation(wrong, truth)
 
 
@@ -256,10 +258,7 @@ def test_a_graph_that_is_kept_over_untracked_passes_is_replayed_once_more_withou
         untracked(net, track=True)
         loss.backward()
 
-    net = nn.Sequential(block(), nn.Tanh())
-    truth, wrong = (train(copy.deepcopy(net), step, data(3), each) for each in (plainly, non_reentrant))
-    update_once(net)
-    train(net, step, data(3), non_reentrant)
+    truth, wrong, net = three(nn.Sequential(block(), nn.Tanh()), step, data(3), non_reentrant, updating_once)
     assert deviation(net, truth) == 0 < deviation(wrong, truth)
 
 

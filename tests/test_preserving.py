@@ -405,6 +405,16 @@ class Root(nn.Module):
         ckpt(how(self), x).sum().backward()
 
 
+def stepped(how, ckpt):
+    """Give three equal roots after a step: with the checkpoint, without one, and with torch's."""
+    torch.manual_seed(0)
+    root = Root()
+    roots = root, copy.deepcopy(root), copy.deepcopy(root)
+    for each, by in zip(roots, (ckpt, plainly, non_reentrant), strict=True):
+        each.step(torch.ones(2, 3, requires_grad=True), by, how)
+    return roots
+
+
 REACHED = {
     "bound method": lambda root: root.method,
     "partial of a bound method": lambda root: functools.partial(root.method),
@@ -415,11 +425,7 @@ REACHED = {
 @pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
 @pytest.mark.parametrize("how", REACHED.values(), ids=REACHED)
 def test_a_method_may_move_its_module_and_the_modules_below_it(how, ckpt):
-    torch.manual_seed(0)
-    root = Root()
-    truth, wrong = copy.deepcopy(root), copy.deepcopy(root)
-    for each, by in ((root, ckpt), (truth, plainly), (wrong, non_reentrant)):
-        each.step(torch.ones(2, 3, requires_grad=True), by, how)
+    root, truth, wrong = stepped(how, ckpt)
     assert picture(root) == picture(truth)
     assert same_gradients(root, truth)
     assert not same_gradients(wrong, truth)
@@ -457,11 +463,7 @@ def with_an_empty_cell(root):
 @pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
 @pytest.mark.parametrize("how", COUNTED.values(), ids=COUNTED)
 def test_a_function_may_move_what_the_modules_that_it_knows_have_themselves(how, ckpt):
-    torch.manual_seed(0)
-    root = Root()
-    truth, wrong = copy.deepcopy(root), copy.deepcopy(root)
-    for each, by in ((root, ckpt), (truth, plainly), (wrong, non_reentrant)):
-        each.step(torch.ones(2, 3, requires_grad=True), by, how)
+    root, truth, wrong = stepped(how, ckpt)
     assert root.steps == truth.steps == 1
     assert same_gradients(root, truth)
     assert not same_gradients(wrong, truth)

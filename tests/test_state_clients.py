@@ -23,7 +23,18 @@ from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 
 import momentum_fix
 from momentum_fix import preserve_state
-from twins import ROUNDING, batches, non_reentrant, plainly, reentrant
+from recipes import TINY_CONFORMER
+from twins import (
+    ROUNDING,
+    batches,
+    by_context,
+    descend,
+    drop_in,
+    drop_in_reentrant,
+    non_reentrant,
+    plainly,
+    reentrant,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated"),
@@ -34,18 +45,7 @@ pytestmark = [
 ]
 
 
-def by_context(function, *args):
-    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, context_fn=preserve_state)
-
-
-def drop_in(function, *args):
-    return momentum_fix.checkpoint(function, *args, use_reentrant=False)
-
-
-def drop_in_reentrant(function, *args):
-    return momentum_fix.checkpoint(function, *args, use_reentrant=True)
-
-
+RATE = 0.05
 PLAIN = {"torch's": non_reentrant, "torch's, reentrant": reentrant}
 NO_SPIKINGJELLY = "it needs torchvision, whose wheel does not load beside a torch without CUDA"
 
@@ -76,15 +76,8 @@ def trained(client, ckpt, steps=2):
         model.zero_grad()
         step(model, number, ckpt)
         gradients += [torch.zeros(()) if p.grad is None else p.grad.clone() for p in model.parameters()]
-        descend(model)
+        descend(model, RATE)
     return [value for module in model.modules() for value in values(vars(module))], gradients
-
-
-def descend(model):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter -= 0.05 * parameter.grad
 
 
 def farthest(mine, true):
@@ -152,7 +145,7 @@ def gan(normalize):
             fake = ckpt(generator, noise)
             of_real, of_fake = (ckpt(discriminator, each) for each in (real, fake.detach().requires_grad_()))
             ((1 - of_real).relu() + (1 + of_fake).relu()).mean().backward()
-            descend(discriminator)
+            descend(discriminator, RATE)
             ckpt(discriminator, fake).mean().neg().backward()
 
         return nn.ModuleList([generator, discriminator]), step
@@ -295,17 +288,8 @@ def in_one_call(network):
 
 def wav2vec2_conformer():
     config = transformers.Wav2Vec2ConformerConfig(
-        hidden_size=16,
-        num_attention_heads=2,
-        intermediate_size=32,
+        **TINY_CONFORMER,
         num_hidden_layers=2,
-        conv_dim=(8, 8),
-        conv_stride=(5, 2),
-        conv_kernel=(10, 3),
-        num_feat_extract_layers=2,
-        num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
-        conv_depthwise_kernel_size=5,
         layerdrop=0.0,
         apply_spec_augment=False,
     )

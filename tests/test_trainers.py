@@ -19,6 +19,7 @@ from transformers import (
 
 from momentum_fix import calibrate, correct, corrected_momentum, preserve_state, update_once
 from pages import blocks, definitions, run
+from recipes import TINY_CONFORMER
 from twins import ROUNDING, counters, deviation, momenta, non_reentrant, plainly
 
 PAGE = {}
@@ -149,20 +150,7 @@ def test_a_loop_under_update_once_ends_with_the_uncheckpointed_statistics_bit_fo
 
 # Hugging Face Trainer.
 
-CONFIG = Wav2Vec2ConformerConfig(
-    hidden_size=16,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    intermediate_size=32,
-    classifier_proj_size=8,
-    conv_dim=(8, 8),
-    conv_stride=(5, 2),
-    conv_kernel=(10, 3),
-    num_feat_extract_layers=2,
-    num_conv_pos_embeddings=4,
-    num_conv_pos_embedding_groups=2,
-    conv_depthwise_kernel_size=5,
-)
+CONFIG = Wav2Vec2ConformerConfig(**TINY_CONFORMER, num_hidden_layers=3, classifier_proj_size=8)
 
 
 def conformer(layerdrop):

@@ -81,11 +81,16 @@ def train(model: nn.Module, step: Callable, data, ckpt) -> nn.Module:
     for x in data:
         model.zero_grad()
         step(model, x, ckpt)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter -= 0.01 * parameter.grad
+        descend(model)
     return model
+
+
+def descend(model, rate=0.01):
+    """Do one step of plain SGD."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= rate * parameter.grad
 
 
 def three(model, step, data, ckpt, fixed):

@@ -11,7 +11,6 @@ import functools
 import json
 import re
 import sys
-import textwrap
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pages import wrapped
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -185,10 +186,6 @@ def page(runs: list[Run]) -> str:
         failures(suites["recipes"]),
     ]
     return "\n\n".join(part if part.startswith(("#", "|", "-")) else wrapped(part) for part in parts if part) + "\n"
-
-
-def wrapped(text: str) -> str:
-    return "\n".join(textwrap.wrap(" ".join(text.split()), 118, break_on_hyphens=False))
 
 
 if __name__ == "__main__":
