@@ -17,6 +17,7 @@ ELSEWHERE = {
     "documents": "it writes what is committed; each page's test makes it anew and compares",
     "study": "an hour: `make study-small` runs all of it in small",
     "benchmarks": "it measures time, which wants a machine with nothing else to do",
+    "mutants": "hours: it lists what no test notices",
     "zoo": "gigabytes: tests/test_zoo.py measures a small model, and compares page and data",
     "compat": "gigabytes: tests/test_versions.py runs it on tests of its own, and compares page and data",
 }
