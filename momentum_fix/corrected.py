@@ -89,7 +89,7 @@ def corrected_by_hand(momentum: Any) -> float | None:
         return None
     for passes in _BY_HAND:
         m = round(effective_momentum(momentum, passes), 4)
-        if 0 < m < 1 and abs(momentum - corrected_momentum(m, passes)) <= _ROUNDING:
+        if abs(momentum - corrected_momentum(m, passes)) <= _ROUNDING:
             return m
     return None
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -217,6 +218,10 @@ def test_a_momentum_that_is_no_number_is_not_called_corrected():
 
 def test_a_momentum_that_is_a_fraction_can_be_shown():
     assert applied(correct(nn.BatchNorm2d(3, momentum=Fraction(19, 100)))) == {"": "momentum 0.1, corrected from 0.19"}
+
+
+def test_a_momentum_that_cannot_be_hashed_is_corrected_too():
+    assert correct(nn.BatchNorm2d(3, momentum=np.array(0.1))).momentum == corrected_momentum(0.1)
 
 
 def calibrated(model):

@@ -30,6 +30,12 @@ class OwnForward(_BatchNorm):
         return x
 
 
+class NotOfTorch(nn.Module):
+    def __init__(self, channels, momentum=0.5):
+        super().__init__()
+        self.momentum = momentum
+
+
 class FixedMomentum(nn.BatchNorm2d):
     def __init__(self, num_features):
         super().__init__(num_features, momentum=0.2)
@@ -83,7 +89,7 @@ def test_a_cumulative_average_stays_one():
     assert norm_layer(momentum=None)(8).momentum is None
 
 
-@pytest.mark.parametrize("cls", [HandsOn, OwnForward])
+@pytest.mark.parametrize("cls", [HandsOn, OwnForward, NotOfTorch])
 def test_a_users_own_class_works(cls):
     layer = norm_layer(cls)(8)
     assert type(layer) is cls
@@ -109,6 +115,14 @@ def test_an_unknown_name_is_refused_with_the_nearest(name):
         norm_layer(name)
     for known in WITH_MOMENTUM:
         assert known in str(caught.value)
+
+
+def test_an_unknown_name_is_compared_in_whatever_case_and_all_that_are_equally_near_are_given():
+    with pytest.raises(ValueError, match=r"did you mean 'SyncBatchNorm'\? Known: \w+, \w+"):
+        norm_layer("syncbatchnorm")
+    nearest = "'BatchNorm1d' or 'BatchNorm2d' or 'BatchNorm3d'"
+    with pytest.raises(ValueError, match=rf"did you mean {nearest}\?"):
+        norm_layer("BatchNorm")
 
 
 @pytest.mark.parametrize("name", ["", "BN", "functional"])

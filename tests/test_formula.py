@@ -172,6 +172,10 @@ def test_zero_and_one_are_exact(passes):
         assert function(1, passes) == 1.0
 
 
+def test_a_half_is_gone_after_any_number_of_passes():
+    assert effective_momentum(0.5, 10**30) == 1.0
+
+
 @given(doubles)
 def test_one_pass_returns_the_number_unchanged(momentum):
     assert corrected_momentum(momentum, passes=1) == momentum
@@ -190,6 +194,13 @@ def test_the_result_does_not_depend_on_the_callers_decimal_context():
     with decimal.localcontext(decimal.Context(traps=[decimal.Inexact, decimal.FloatOperation, decimal.Underflow])):
         assert corrected_momentum(0.1, passes=2) == 0.051316701949486204
         assert effective_momentum(BELOW_ONE, passes=10**9) == 1
+
+
+def test_the_result_does_not_depend_on_the_context_that_others_are_made_from(monkeypatch):
+    monkeypatch.setitem(decimal.DefaultContext.traps, decimal.Inexact, True)
+    with pytest.raises(decimal.Inexact):
+        decimal.Context().divide(decimal.Decimal(1), decimal.Decimal(3))
+    assert corrected_momentum(0.1, passes=2) == 0.051316701949486204
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,7 @@ def test_a_fraction_is_the_mean_of_passes_that_differ():
     layer = correct(nn.BatchNorm1d(1), Fraction(3, 2))
     assert (1 - layer.momentum) ** 3 == pytest.approx(0.9**2, rel=1e-15)  # three updates for two batches
     assert momenta(correct(network(), Fraction(2))) == momenta(correct(network(), 2))
+    assert momenta(correct(network(), Fraction(1))) == momenta(network())
 
 
 def test_a_shared_layer_is_corrected_once_under_any_of_its_names():
@@ -211,6 +212,7 @@ def test_a_shared_layer_is_corrected_once_under_any_of_its_names():
     with pytest.raises(ValueError, match=r"'b' asks for 3 passes and 'a' for 2.*shared layer 'a\.0'"):
         correct(model, {"a": 2, "b": 3})
     assert correct(model, {"a": 2, "b": 4, "b.1": 3})["a"][0].momentum == M3
+    assert correct(model, {"a.0": 3, "b": 2})["a"][0].momentum == M3
     assert restore(model)["b"][1].momentum == 0.1
 
 
