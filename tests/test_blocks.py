@@ -181,13 +181,13 @@ def test_a_layer_that_refuses_its_momentum_leaves_the_model_as_it_was():
 @pytest.mark.parametrize("model", [3, {}, nn.BatchNorm2d])
 def test_what_is_no_module_is_a_type_error(model):
     for change in (correct, restore, lambda model: calibrate(model).__enter__()):
-        with pytest.raises(TypeError, match=r"but must be an nn\.Module"):
+        with pytest.raises(TypeError, match=rf"model is of type {type(model).__name__}, but must be an nn\.Module"):
             change(model)
 
 
 def test_torchscript_is_refused():
     scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3)))
-    with pytest.raises(TypeError, match="TorchScript, where momentum is part of the code"):
+    with pytest.raises(TypeError, match=r"^model is TorchScript, where momentum is part of the code"):
         correct(scripted)
 
 

@@ -113,12 +113,11 @@ def test_an_abstract_class_is_refused(norm):
 def test_an_unknown_name_is_refused_with_the_nearest(name):
     with pytest.raises(ValueError, match=f"torch.nn has no class '{name}'; did you mean 'BatchNorm2d'") as caught:
         norm_layer(name)
-    for known in WITH_MOMENTUM:
-        assert known in str(caught.value)
+    assert set(WITH_MOMENTUM) <= set(str(caught.value).partition("Known: ")[2].split(", "))
 
 
 def test_an_unknown_name_is_compared_in_whatever_case_and_all_that_are_equally_near_are_given():
-    with pytest.raises(ValueError, match=r"did you mean 'SyncBatchNorm'\? Known: \w+, \w+"):
+    with pytest.raises(ValueError, match=r"did you mean 'SyncBatchNorm'\?"):
         norm_layer("syncbatchnorm")
     nearest = "'BatchNorm1d' or 'BatchNorm2d' or 'BatchNorm3d'"
     with pytest.raises(ValueError, match=rf"did you mean {nearest}\?"):

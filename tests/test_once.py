@@ -59,6 +59,8 @@ def test_the_model_may_be_the_layer_itself():
     update_once(layer)
     non_reentrant(lambda x: layer(x).tanh(), torch.rand(4, 3, requires_grad=True)).sum().backward()
     assert layer.num_batches_tracked == 1
+    with pytest.raises(ValueError, match=r"^the model itself has a corrected momentum"):
+        update_once(correct(nn.BatchNorm1d(3)))
 
 
 def test_a_shared_layer_is_covered_once_and_updated_at_each_use():
@@ -81,6 +83,12 @@ def test_a_forward_with_more_arguments_gets_them():
     expected = copy.deepcopy(layer)(x, 2.0, scale=3.0)
     update_once(layer)
     assert torch.equal(layer(x, 2.0, scale=3.0), expected)
+
+
+@pytest.mark.parametrize(("count", "named"), [(1, "0"), (5, "0, 1, 2, 3, 4"), (6, "0, 1, 2, 3, 4 and 1 more")])
+def test_a_warning_names_five_layers_at_most(count, named):
+    with pytest.warns(UserWarning, match=f"^{named}: the class has a forward of its own"):
+        update_once(nn.Sequential(*(OwnForward(3) for _ in range(count))))
 
 
 class LeavesAPenalty(nn.BatchNorm2d):

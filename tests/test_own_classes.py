@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import warnings
 
 import pytest
 import torch
@@ -218,6 +219,26 @@ def test_layers_that_come_to_be_updated_in_the_replay_only_are_noticed_one_step_
     tracking_in_the_replay_only(net)
     with pytest.warns(UserWarning, match=REPLAY_ONLY):
         train(net, one, data(2), ENGINES["reentrant"])
+
+
+class Scaled(nn.BatchNorm2d):
+    def forward(self, x, *, scale):
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize("where", [tracking_in_the_replay_only, lambda net: net], ids=["replay only", "both"])
+def test_a_keyword_of_a_forward_reaches_the_layer_in_the_replay(where):
+    def step(net, x, ckpt):
+        ckpt(lambda y: net[0](y, scale=3.0).tanh(), x.requires_grad_()).square().sum().backward()
+
+    net = where(nn.Sequential(Scaled(3)))
+    truth = train(copy.deepcopy(net), step, data(1), plainly)
+    update_once(net)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not track statistics in the forward pass")
+        train(net, step, data(1), reentrant)
+    assert deviation(net, truth) == 0
+    assert same_path(net, truth)
 
 
 def updating_once(net, step, data, ckpt):
