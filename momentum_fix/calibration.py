@@ -224,4 +224,4 @@ def _warn(notes: dict[str, str]) -> None:
     for note, remedy in (WARNED | {_RANKS_DIFFER: ""}).items():
         layers = [name for name, of_layer in notes.items() if of_layer == note]
         if layers:
-            warnings.warn(f"{note}{remedy}. Layers: {named(layers)}.", UserWarning, stacklevel=5)
+            warnings.warn(f"{note}{remedy}. Layers: {named(layers)}.", stacklevel=5)
