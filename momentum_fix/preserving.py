@@ -142,8 +142,11 @@ class _Region(AbstractContextManager[None]):
     def __init__(self) -> None:
         self.state: dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]] = {}  # all that is on it, what is copied
         self.parameters: dict[nn.Module, dict[str, _Parameter]] = {}
+        self.alone: list[torch.Tensor] = []  # of the copies those that share no memory
+        # Whether replays meet the hook too. It does nothing then, but compiled code is compiled again without it.
+        self.watches_replays = False
         # For each replay that is running, what the modules have, with their submodules; and their parameters.
-        self.present: list[tuple[dict[nn.Module, tuple[Any, Any]], dict[nn.Module, dict[str, Any]]]] = []
+        self.present: list[tuple[list[tuple[nn.Module, Any, Any]], dict[nn.Module, dict[str, Any]]]] = []
 
     @contextmanager
     def forward(self, function: Any = None, *inputs: Any) -> Iterator[None]:
@@ -151,18 +154,25 @@ class _Region(AbstractContextManager[None]):
         # The reentrant engine runs the forward without gradients; the only way back into a graph is the tensor itself.
         self.detach = torch.is_grad_enabled()
         self.watches = not is_compiled(function)  # such code calls no hook
-        if isinstance(function, nn.Module) and all(map(_is_torchs_own, function.modules())):
-            # Nothing in it reads what it moves. So a replay may have any copies: those of that time.
-            self.watches = False
-            trained = [module for module in function.modules() if module.training and module._buffers]
-            self.state = {module: (vars(module).copy(), {"_buffers": module._buffers}) for module in trained}
-            yield
-            return
+        if isinstance(function, nn.Module):
+            modules = list(function.modules())
+            if all(map(_is_torchs_own, modules)):
+                # Nothing in it reads what it moves. So a replay may have any copies: those of that time.
+                self.watches = False
+                trained = [module for module in modules if module.training and module._buffers]
+                self.state = {module: (vars(module).copy(), {"_buffers": module._buffers}) for module in trained}
+                buffers = (buffer for module in trained for buffer in module._buffers.values())
+                self.alone = [each for each in buffers if type(each) is torch.Tensor and not each.requires_grad]
+                yield
+                return
         self.copier, self.entered = Copier(share=True, detach=self.detach), set[nn.Module]()
         if isinstance(function, nn.Module):
             self.enter(function)
+        else:
+            inputs = (function, *inputs)
         names = set[str]()
-        for module, whole in list(_known((function, *inputs), False, set(), names)):  # which gathers the names
+        for module, whole in list(_known(inputs, False, set(), names)):  # which gathers the names
+            self.watches_replays |= whole
             self.enter(module, whole)
             for name, child in module._modules.items():  # the function may move one that it names before it calls it
                 if name in names and child is not None and not isinstance(child, _CONTAINERS):
@@ -175,25 +185,26 @@ class _Region(AbstractContextManager[None]):
         finally:
             _watch(-self.watches)
             _running.regions = outer
+            self.alone = list(self.copier.alone.values())
             del self.copier, self.entered
 
     def __enter__(self) -> None:
         """Let the modules work on copies of what they had."""
-        copier = Copier(share=False, detach=self.detach)
         with _own_operations():
-            before = {
-                module: everything | {name: copier.copy(value) for name, value in copied.items()}
-                for module, (everything, copied) in self.state.items()
-            }
+            copier = Copier(share=False, detach=self.detach, alone=self.alone)
+            before = [
+                everything | {name: copier.copy(value) for name, value in copied.items()}
+                for everything, copied in self.state.values()
+            ]
             made: dict[int, nn.Parameter] = {}
             parameters = {
                 module: {name: parameter.made(made) for name, parameter in kept.items()}
                 for module, kept in self.parameters.items()
             }
-        state: dict[nn.Module, tuple[Any, Any]] = {each: (vars(each).copy(), each._modules.copy()) for each in before}
+        state = [(each, vars(each).copy(), each._modules.copy()) for each in self.state]
         self.present.append((state, {each: each._parameters.copy() for each in parameters}))
-        _watch(self.watches)  # for nobody: but compiled code that meets no hook, as it did before, is compiled again
-        for module, everything in before.items():
+        _watch(self.watches and self.watches_replays)
+        for module, everything in zip(self.state, before, strict=True):
             put(module, everything)
         for module, kept in parameters.items():
             _put_parameters(module, kept)
@@ -201,16 +212,16 @@ class _Region(AbstractContextManager[None]):
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
         state, parameters = self.present.pop()
-        for module, (everything, children) in state.items():
+        for module, everything, children in state:
             put(module, everything)
-            if self.detach:  # what the replay has registered is not what the forward pass has
+            if self.detach and module._modules != children:  # the replay's are not what the forward pass has
                 _drop(module._modules, children)
                 module._modules.update(children)
         for module, kept in parameters.items():
             if self.detach:
                 _drop(module._parameters, kept)
             _put_parameters(module, kept)
-        _watch(-self.watches)
+        _watch(-(self.watches and self.watches_replays))
 
     def enter(self, module: nn.Module, whole: bool = True) -> None:
         """Copy the state of a module, and of all below it: a parent may move a child's before it calls it."""
@@ -227,6 +238,7 @@ class _Region(AbstractContextManager[None]):
                     self.parameters[each] = {
                         name: _Parameter(p) for name, p in each._parameters.items() if _is_plain(p)
                     }
+                self.watches_replays |= is_compiled(each)
                 if whole:
                     self.entered.add(each)
                     below += filter(None, each._modules.values())

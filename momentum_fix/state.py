@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import deque
+from collections.abc import Iterable, Set
 from copy import copy
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_SKELETON = vars(nn.Module()).keys() - {"_buffers"}  # parameters, submodules, hooks, and whether it is in training
+_SKELETON = frozenset(vars(nn.Module()))  # buffers, parameters, submodules, hooks, and whether it is in training
 _FIXED = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
+_OF_OPTIONS = _FIXED | {tuple, list} | set(map(type, vars(nn.Module()).values()))
 FILLED = (list, deque, dict)
 LARGE = 1 << 16  # bytes; what is not larger is copied without asking whether it ever moves
 _COMPARED = 64  # so many times a large tensor is compared with its copy before it is expected to stand still
@@ -21,12 +25,25 @@ _COMPARED = 64  # so many times a large tensor is compared with its copy before 
 def keep(module: nn.Module, copier: Copier) -> tuple[dict[str, Any], dict[str, Any]]:
     """Give all that is on a module, with copies of what can be written to; and these copies alone, by name."""
     own = vars(module)
-    copied = {
-        name: copier.copy(value)
-        for name, value in own.items()
-        if name not in _SKELETON and type(value) not in _FIXED and not _is_fixed_tuple(value)
-    }
+    copied = {"_buffers": copier.copy(own["_buffers"])}
+    if not _is_as_made(own, type(module)):
+        for name, value in own.items():
+            if name not in _SKELETON and type(value) not in _FIXED:
+                copied[name] = copier.copy(value)
     return own | copied, copied
+
+
+def _is_as_made(own: dict[str, Any], kind: Any) -> bool:
+    """Tell whether all that is on a module, but buffers, is what one of torch's own classes puts there for good."""
+    torchs_own = kind.__module__.startswith("torch.nn.modules.")
+    return torchs_own and own.keys() <= _options(kind) and _OF_OPTIONS.issuperset(map(type, own.values()))
+
+
+@functools.cache
+def _options(kind: Any) -> Set[str]:
+    """Give the names of what a class puts on a module when it is made."""
+    made = (vars(each).get("__init__") for each in kind.__mro__)
+    return _SKELETON.union(*(init.__code__.co_names for init in made if isinstance(init, FunctionType)))
 
 
 def put(module: nn.Module, everything: dict[str, Any]) -> None:
@@ -47,24 +64,30 @@ class Copier:
     Args:
         share: whether copies of a large tensor that stands still may be one tensor; then nobody may write to it.
         detach: whether a tensor that is part of a graph is copied out of it, or stands for itself too.
+        alone: tensors that are to be copied and share no memory, which is quicker for all of them at once.
     """
 
-    def __init__(self, *, share: bool, detach: bool) -> None:
+    def __init__(self, *, share: bool, detach: bool, alone: list[torch.Tensor] | None = None) -> None:
         self.share, self.detach = share, detach
         self.modules: list[nn.Module] = []
-        self._storages: dict[tuple[torch.device, int], torch.Tensor] = {}  # copies of whole ones, by where they are
+        self.alone: dict[Any, torch.Tensor] = {}  # copies that share no memory, by where what they are made of is
+        self._storages: dict[Any, torch.Tensor] = {}  # copies of whole ones, by where they are
         self._copies: dict[int, tuple[Any, Any]] = {}  # by the value's id; with the value, lest another one gets its id
+        if alone:
+            self._copies = {id(each): (each, copied) for each, copied in zip(alone, _clones(alone), strict=True)}
 
     def copy(self, value: Any) -> Any:
         """Give the copy of a value."""
         kind = type(value)
-        if kind in _FIXED or _is_fixed_tuple(value):
+        if kind in _FIXED or (kind is tuple and _FIXED.issuperset(map(type, value))):
             return value
         if id(value) in self._copies:
             return self._copies[id(value)][1]
         copied = value
-        if isinstance(value, FILLED):
-            copied = copy(value)
+        if kind is torch.Tensor:
+            copied = self._tensor(value)
+        elif isinstance(value, FILLED):
+            copied = value.copy() if kind in (dict, list) else copy(value)
             self._copies[id(value)] = value, copied  # now, as it may have itself in it
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 copied[key] = self.copy(item)
@@ -85,27 +108,35 @@ class Copier:
             copied = self.copy(base)
             if copied is not base and (copied.stride(), base.dtype) == (base.stride(), tensor.dtype):
                 return copied.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())  # type: ignore
-        if tensor.requires_grad and not tensor.is_leaf and self.detach:
+        if tensor.requires_grad:
+            if tensor.is_leaf or not self.detach:
+                return tensor
             with torch.enable_grad():
                 return tensor.detach().requires_grad_().clone()  # no leaf, which could not be written to
-        if tensor.requires_grad or (type(tensor) is not torch.Tensor and isinstance(tensor, nn.Parameter)):
-            return tensor
-        return _shared_copy(tensor) if self.share and _can_be_shared(tensor) else self._stored(tensor)
+        if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
+            return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
+        size = tensor.nbytes
+        if self.share and size > LARGE and not (tensor.is_meta or tensor.is_inference()):
+            return _shared_copy(tensor)
+        return self._stored(tensor, size)
 
-    def _stored(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _stored(self, tensor: torch.Tensor, own_size: int) -> torch.Tensor:
         """Copy a tensor with its storage, for others may share that without being views of the tensor (`detach`)."""
-        plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_quantized
-        if not plain or tensor.is_meta or tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg():
-            return tensor.clone()
         storage = tensor.untyped_storage()
-        place, size = (tensor.device, storage.data_ptr()), storage.nbytes()
+        address, size = storage.data_ptr(), storage.nbytes()
+        place = tensor.device, address
+        if place not in self._storages and size == own_size and tensor.is_contiguous() and not tensor.is_conj():
+            copied = tensor.clone()
+            if address:
+                self._storages[place] = self.alone[place] = copied
+            return copied
+        if not address or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+            return tensor.clone()
         if place not in self._storages:
-            if size == tensor.nbytes and tensor.is_contiguous():
-                self._storages[place] = copied = tensor.clone()
-                return copied
-            if size > max(tensor.nbytes, LARGE):
+            if size > max(own_size, LARGE):
                 return tensor.clone()
             self._storages[place] = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage).clone()
+        self.alone.pop(place, None)
         twin, whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device), self._storages[place].untyped_storage()
         return twin.set_(whole, tensor.storage_offset(), tensor.size(), tensor.stride())
 
@@ -113,19 +144,15 @@ class Copier:
         return id(base) in self._copies or base.numel() <= max(view.numel(), LARGE // base.element_size())
 
 
-def _is_fixed_tuple(value: Any) -> bool:
-    return type(value) is tuple and _FIXED.issuperset(map(type, value))
+def _clones(tensors: list[torch.Tensor]) -> Iterable[torch.Tensor]:
+    if hasattr(torch, "_foreach_clone"):  # since torch 2.12
+        return torch._foreach_clone(tensors)
+    return [tensor.clone() for tensor in tensors]
 
 
 # Masks and tables are large and stand still. Then all copies of one are one tensor.
 
 _shared: Any = WeakTensorKeyDictionary()  # by tensor: its copy, what it was then, and how often it was asked for
-
-
-def _can_be_shared(tensor: torch.Tensor) -> bool:
-    if tensor.layout is not torch.strided or tensor.nbytes <= LARGE:
-        return False
-    return type(tensor) is torch.Tensor and not (tensor.is_meta or tensor.is_inference())
 
 
 def _shared_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -263,6 +263,43 @@ def test_tensors_in_a_graph_are_copied_out_of_it_or_stand_for_themselves():
     assert state.Copier(share=True, detach=False).copy(inner) is inner
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.Sequential, nn.Dropout, nn.Upsample])
+def test_what_torchs_own_modules_are_made_with_is_not_copied(kind):
+    needs = {nn.Conv2d: (3, 3, 3), nn.BatchNorm2d: (3,), nn.Linear: (3, 3)}
+    layer = kind(*needs.get(kind, ()))
+    everything, copied = state.keep(layer, state.Copier(share=True, detach=True))
+    assert list(copied) == ["_buffers"]
+    assert everything.keys() == vars(layer).keys()
+    assert everything["_buffers"] is copied["_buffers"] is not layer._buffers
+
+
+@pytest.mark.parametrize("name", ["p", "history"])
+def test_what_anybody_else_has_put_on_torchs_own_modules_is_copied(name):
+    layer = nn.Dropout()
+    setattr(layer, name, torch.tensor(0.5))
+    everything, copied = state.keep(layer, state.Copier(share=True, detach=True))
+    assert everything[name] is copied[name] is not vars(layer)[name]
+    assert torch.equal(copied[name], vars(layer)[name])
+
+
+def test_what_is_copied_again_is_what_was_copied():
+    tensors = {"whole": torch.rand(3), "other": torch.rand(2, 2), "empty": torch.zeros(0)}
+    tensors |= {"same": tensors["whole"], "in its memory": tensors["other"].detach()[1], "view": tensors["whole"][1:]}
+    first = state.Copier(share=True, detach=True)
+    kept = first.copy(tensors)
+    assert [kept["whole"]] == list(first.alone.values())  # `other` has its memory in common with another one
+    again = state.Copier(share=False, detach=True, alone=[*first.alone.values()]).copy(kept)
+    for name, tensor in tensors.items():
+        assert torch.equal(again[name], tensor)
+        assert again[name] is not kept[name]
+    assert again["same"] is again["whole"]
+    again["whole"] += 1
+    again["other"] += 1
+    assert torch.equal(again["view"], tensors["view"] + 1)
+    assert torch.equal(again["in its memory"], tensors["in its memory"] + 1)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in tensors.items())
+
+
 def test_put_takes_away_what_is_new():
     layer = nn.Linear(1, 1)
     before = vars(layer).copy()
@@ -875,12 +912,23 @@ def lambda_of_parts_compiled_in_place(net):
     return lambda x: net.c(net.b(net.a(x)))
 
 
+def block_with_a_compiled_part(net):
+    return nn.Sequential(net.a, torch.compile(net.b, backend="aot_eager"), net.c)
+
+
+def block_with_a_part_compiled_in_place(net):
+    net.b.compile(backend="aot_eager")
+    return nn.Sequential(net.a, net.b, net.c)
+
+
 COMPILED = [
     compiled_module,
     module_compiled_in_place,
     compiled_function,
     lambda_of_compiled_modules,
     lambda_of_parts_compiled_in_place,
+    block_with_a_compiled_part,
+    block_with_a_part_compiled_in_place,
 ]
 
 
@@ -901,15 +949,20 @@ def compiled_step(prepare):
 @pytest.mark.parametrize("prepare", COMPILED, ids=lambda prepare: prepare.__name__)
 @pytest.mark.parametrize("kind", ["running normalizer", "a buffer that is replaced", "BatchNorm"])
 def test_compiled_modules_and_functions_inside_are_exact_and_are_not_compiled_again(kind, prepare):
+    def compiled(ckpt):
+        torch.compiler.reset()
+        compiler_counters.clear()
+        step = compiled_step(prepare)
+        return run(kind, step, ckpt, count=4), step.graphs
+
     truth = run(kind, recipes.one, plainly, count=4)
     for ckpt in EXACT.values():
-        torch.compiler.reset()
-        net = run(kind, step := compiled_step(prepare), ckpt, count=4)
+        net, graphs = compiled(ckpt)
+        wrong, graphs_of_torchs = compiled(reentrant if ckpt is drop_in_reentrant else non_reentrant)
         assert same_gradients(net, truth)
-        assert len(set(step.graphs)) == 1
-        compiler_counters.clear()
-    torch.compiler.reset()
-    assert same_gradients(run(kind, compiled_step(prepare), non_reentrant, count=4), truth) == (kind not in READ)
+        assert same_gradients(wrong, truth) == (kind not in READ)
+        assert graphs == graphs_of_torchs
+        assert len(set(graphs)) == 1
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
