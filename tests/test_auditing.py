@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import pickle
 import pty
@@ -22,6 +23,7 @@ from momentum_fix import audit, correct, corrected_momentum, effective_momentum
 from momentum_fix.__main__ import main
 from momentum_fix.auditing import UnreadableError
 from momentum_fix.formula import power_of_decay
+from momentum_fix.tables import show
 from twins import batches, non_reentrant, plainly, train
 
 
@@ -77,7 +79,7 @@ def save_legacy(state, directory):
 
 
 def save_safetensors(state, directory):
-    save_file(state, directory / "model.safetensors")
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})  # as transformers does
     return directory / "model.safetensors"
 
 
@@ -373,9 +375,24 @@ def test_counters_of_any_type_of_number_are_read(dtype, save, tmp_path):
 @pytest.mark.parametrize("save", [save_whole, save_legacy])
 def test_a_counter_in_the_middle_of_a_storage_and_one_with_attributes_are_read(save, tmp_path):
     tagged = nn.Parameter(torch.tensor(8.0))
-    tagged.tag = "x"
-    state = {"a.num_batches_tracked": torch.arange(10)[4], "b.num_batches_tracked": tagged}
-    assert found(save(state, tmp_path)) == {"a": 1, "b": 2}
+    plain = torch.tensor(12)
+    tagged.tag = plain.tag = "x"
+    state = {
+        "a.num_batches_tracked": torch.arange(10)[4],
+        "b.num_batches_tracked": tagged,
+        "c.num_batches_tracked": plain,
+    }
+    assert found(save(state, tmp_path)) == {"a": 1, "b": 2, "c": 3}
+
+
+@pytest.mark.parametrize("save", [save_whole, save_legacy])
+def test_what_a_counter_in_a_file_is_instead_is_said(save, tmp_path):
+    state = {**counters(a=5, shaped=torch.tensor([1, 2])), "plain.num_batches_tracked": -70_000}
+    assert {row.layer: row.note for row in audit(save(state, tmp_path)).rows} == {
+        "a": "",
+        "shaped": "counter has shape (2,)",
+        "plain": "counter is -70000, which no training can have counted",
+    }
 
 
 def test_a_file_from_a_big_endian_machine_is_read(tmp_path):
@@ -406,6 +423,17 @@ def test_passes_that_are_not_whole_give_the_same_numbers_as_the_exact_function(s
     for row in audit(counters(**{f"a{count}": count for count in (1, 7, 11, 500, 10**6)}), steps=steps).rows:
         assert row.effective_momentum == pytest.approx(power_of_decay(0.1, row.passes), rel=1e-15)
         assert row.corrected == pytest.approx(power_of_decay(0.1, min(1 / row.passes, 1)), rel=1e-15)
+
+
+def test_passes_that_are_whole_give_the_nearest_doubles():
+    rows = audit(counters(**{f"a{count}": count for count in range(1, 99)})).rows
+    assert [row.effective_momentum for row in rows] == [effective_momentum(0.1, count) for count in range(1, 99)]
+    assert [row.corrected for row in rows] == [corrected_momentum(0.1, count) for count in range(1, 99)]
+    assert any(row.effective_momentum != -math.expm1(row.passes * math.log1p(-0.1)) for row in rows)
+
+
+def test_no_momentum_of_0_gets_a_sign():
+    assert [row.cells()[3] for row in audit(counters(a=2, b=3), momentum=0.0).rows] == ["0", "0"]
 
 
 def test_a_damaged_shard_or_a_missing_one_is_named(tmp_path):
@@ -512,6 +540,68 @@ def test_no_layer_and_no_number_to_set_is_ever_cut_on_a_terminal(tmp_path, colum
     table = shown.partition("m.pt")[2]
     assert max(map(len, table.splitlines())) <= max(columns, len(f"state_dict/{name}"))
     assert "…" not in table
+
+
+def shown(rows, columns, capsys, monkeypatch):
+    """Give what `show` prints on a terminal that is so wide."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    show(rows)
+    return re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+
+
+ROWS = [
+    ("layer", "passes", "note", "empty", "set momentum"),
+    ("encoder.1", "2", "left alone: did not run", "", "-"),
+    ("b", "-", "", "", ""),
+    ("c", "3", "twenty-five-words in it", "", "0.05"),
+]
+
+
+@pytest.mark.parametrize(
+    ("columns", "first", "last"),
+    [
+        (
+            30,
+            "passes 2, note left alone:\n    did not run",
+            "passes 3, note\n    twenty-five-words in it,\n    set momentum 0.05",
+        ),
+        (
+            47,
+            "passes 2, note left alone: did not run",
+            "passes 3, note twenty-five-words in it,\n    set momentum 0.05",
+        ),
+    ],
+)
+def test_where_a_table_has_no_room_each_row_is_a_paragraph(columns, first, last, capsys, monkeypatch):
+    assert shown(ROWS, columns, capsys, monkeypatch) == f"encoder.1\n    {first}\nb\nc\n    {last}\n"
+
+
+def test_a_table_is_drawn_from_the_width_on_that_its_longest_words_need(capsys, monkeypatch):
+    least = len("│ encoder.1 │ passes │ twenty-five-words │ momentum │")
+    assert "┃" not in shown(ROWS, least - 1, capsys, monkeypatch)
+    drawn = shown(ROWS, least, capsys, monkeypatch)
+    assert "┃ layer     ┃ passes ┃ note              ┃ momentum ┃" in drawn
+    assert "│ c         │ 3      │ twenty-five-words │ 0.05     │" in drawn
+    assert {len(line) for line in drawn.splitlines()} == {least}
+    assert "left alone: did not run │ -            │" in shown(ROWS, 80, capsys, monkeypatch)
+
+
+def test_a_table_of_very_many_rows_is_not_drawn(capsys, monkeypatch):
+    assert shown([*ROWS[:1], *ROWS[2:3] * 2000], 80, capsys, monkeypatch).splitlines() == ["b"] * 2000
+
+
+def test_several_files_get_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
+    files = [str(tmp_path / name) for name in ("a.pt", "b.pt")]
+    for file in files:
+        torch.save(counters(a=5, b=5), file)
+    assert main(["audit", *files]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert main(["audit", *files]) == 0
+    assert "auditing" in capsys.readouterr().err
+    assert main(["audit", files[0]]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_json_is_for_programs(tmp_path, capsys):

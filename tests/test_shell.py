@@ -89,8 +89,8 @@ def test_no_name_is_advised_that_anybody_could_register_in_the_index():
         (["value"], "the following arguments are required: momentum"),
         (["plot"], "the following arguments are required: -o/--output"),
         (["plot", "-o", "curves.gif"], "must end in .png, .svg or .pdf"),
-        (["plot", "-o", "/no/such/folder/curves.png"], "No such file or directory"),
-        (["plot", "-o", "/"], "Is a directory"),
+        (["plot", "-o", "/no/such/folder/curves.png"], "No such file or directory: '/no/such/folder'"),
+        (["plot", "-o", "/"], "Is a directory: '/'"),
         (["fly"], "invalid choice: 'fly'"),
         (["value", "0.1", "--pass", "3"], "unrecognized arguments: --pass 3"),
         (["audit", "x.pt", "--step", "3"], "unrecognized arguments: --step 3"),
@@ -124,7 +124,7 @@ def test_a_picture_that_cannot_be_written_is_refused_before_it_is_drawn(monkeypa
     assert main(["plot", "-o", str(tmp_path / "nowhere" / "curves.png")]) == 2
     monkeypatch.setattr("os.access", lambda *_: False)
     assert main(["plot", "-o", str(tmp_path / "curves.png")]) == 2
-    assert "Permission denied" in capsys.readouterr().err
+    assert f"Permission denied: '{tmp_path / 'curves.png'}'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
