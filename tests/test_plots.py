@@ -100,10 +100,20 @@ def test_a_plot_says_what_is_seen_labels_its_axes_and_names_every_curve(plot):
     ax = plot()
     assert len(ax.get_title()) > 20
     assert [text.get_text() for text in ax.get_legend().get_texts()] == list(drawn(ax))
-    assert "0.1" in ax.get_legend().get_title().get_text() or plot is plots.effective  # that one marks it
+    title = ax.get_legend().get_title().get_text()
+    assert "0.1" in title or (plot is plots.effective and title)  # that one marks it
     assert ax.get_ylabel()
     assert "(batches)" in ax.get_xlabel() or plot is plots.effective  # that one has no batches
     assert not ax.texts  # nothing placed by hand
+
+
+@each_plot
+def test_the_largest_value_of_every_curve_is_seen(plot):
+    ax = plot()
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    for xs, ys in drawn(ax).values():
+        assert bottom < max(ys) <= top
+        assert left <= min(xs) <= max(xs) <= right
 
 
 @each_plot
