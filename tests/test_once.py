@@ -85,6 +85,17 @@ def test_a_forward_with_more_arguments_gets_them():
     assert torch.equal(layer(x, 2.0, scale=3.0), expected)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+def test_a_layer_may_get_its_input_by_keyword(training, ckpt):
+    layers = [nn.BatchNorm2d(3).train(training) for _ in range(2)]
+    update_once(layers[0])
+    for layer, by in zip(layers, (ckpt, plainly), strict=True):
+        by(lambda x, layer=layer: layer(input=x).tanh(), data(1)[0].requires_grad_()).sum().backward()
+    assert same_statistics(*layers)
+    assert layers[0].num_batches_tracked == training
+
+
 @pytest.mark.parametrize(("count", "named"), [(1, "0"), (5, "0, 1, 2, 3, 4"), (6, "0, 1, 2, 3, 4 and 1 more")])
 def test_a_warning_names_five_layers_at_most(count, named):
     with pytest.warns(UserWarning, match=f"^{named}: the class has a forward of its own"):
