@@ -1,5 +1,6 @@
 """calibrate counts k under every engine and for every kind of layer, and every later step is right."""
 
+import contextlib
 import copy
 import functools
 from fractions import Fraction
@@ -129,6 +130,21 @@ def test_a_cumulative_average_keeps_equal_passes_in_the_block_and_after_it(ckpt,
     assert report.passes == {"b.1": 2}
     assert report.rows[1].note == "left alone: equal passes do not change a cumulative average"
     assert deviation(model, truth) < ROUNDING
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("other", [False, True])
+def test_other_data_is_told_from_rounding_at_every_size_of_the_statistics(size, other):
+    layer, calls = nn.BatchNorm2d(3), []
+
+    def forward(x):
+        calls.append(x)
+        return layer(size * (x + 1 + 1e-3 * other * len(calls))).tanh()
+
+    said = pytest.warns(UserWarning, match="different data") if other else contextlib.nullcontext()
+    with said, calibrate(layer) as report:
+        non_reentrant(forward, data(1)[0].requires_grad_()).sum().backward()
+    assert report.passes == {"": 2}
 
 
 @pytest.mark.parametrize("norm", [nn.LazyBatchNorm2d, nn.LazyInstanceNorm2d])
