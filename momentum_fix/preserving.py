@@ -319,7 +319,8 @@ def _known(value: Any, whole: bool, seen: set[int], names: set[str]) -> Iterator
         yield value, whole
         yield from ((module, True) for module in value.modules() if is_compiled(module))
     elif isinstance(value, types.MethodType):
-        parts, whole = [value.__self__], True
+        owner, whole = value.__self__, True
+        parts = [owner if isinstance(owner, nn.Module) else getattr(owner, "__dict__", None)]
     elif isinstance(value, (list, tuple, dict)):
         parts = [*(value.values() if isinstance(value, dict) else value)]
     elif isinstance(value, functools.partial):
