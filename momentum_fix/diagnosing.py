@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
 import warnings
@@ -25,14 +26,14 @@ from momentum_fix.formula import corrected_momentum
 from momentum_fix.layers import at_gradients, tracks
 from momentum_fix.preserving import is_compiled
 from momentum_fix.replay import replaying, unseen
-from momentum_fix.state import FILLED, Copier
+from momentum_fix.state import FILLED, KINDS, WHOLE, Copier
 from momentum_fix.tables import aligned, html
 
 # A module's own state: what it has, a copy of that, and whether two values are the same.
 
 _NO_STATE = vars(nn.Module()).keys()  # hooks, parameters, submodules, `training`
 _NUMBERS = (bool, int, float, complex, str, type(None))
-_STATE = (torch.Tensor, tuple, set, *FILLED, *_NUMBERS)
+_STATE = (*KINDS, *_NUMBERS)
 _NOT_WATCHED = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)
 _ABSENT, _UNSET = object(), object()  # not there; a buffer of a lazy module before its first batch
 
@@ -73,7 +74,11 @@ def same(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(same, one, other))
     if is_dataclass(one) or isinstance(one, torch.distributions.Distribution):  # what a module may give
         return same(vars(one), vars(other))
-    return isinstance(one, (set, *_NUMBERS)) and bool(one == other or (one != one and other != other))
+    if isinstance(one, torch.Generator):
+        return torch.equal(one.get_state(), other.get_state())
+    if isinstance(one, WHOLE):
+        return pickle.dumps(one) == pickle.dumps(other)
+    return isinstance(one, (set, frozenset, *_NUMBERS)) and bool(one == other or (one != one and other != other))
 
 
 # What is found.
@@ -139,10 +144,10 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
     """Tell which state of a model recomputation moves, whether that makes gradients wrong, and what to use.
 
     Put one ordinary training step inside the block, backward pass included. State is what a training-mode forward
-    changes on a module: buffers, and plain attributes (tensors, numbers, strings; lists, tuples, dictionaries, sets and
-    deques of them). The report names each piece that a replay (a forward that runs inside the backward pass) moved,
-    and how often it moves per batch. The model and the results of the step are the same as without this, bit for bit,
-    including random numbers.
+    changes on a module: buffers, and plain attributes (tensors, numbers, strings, NumPy arrays, generators of random
+    numbers; lists, tuples, dictionaries, sets and deques of them). The report names each piece that a replay (a forward
+    that runs inside the backward pass) moved, and how often it moves per batch. The model and the results of the step
+    are the same as without this, bit for bit, including random numbers.
 
     To find out whether outputs read a piece of state, `diagnose` tries it. Wherever a replay starts from different
     state than its forward pass did, it runs the module again with each of the two states, on copies of state,
@@ -299,7 +304,7 @@ class _Watch:
             moved += known.keys() - now.keys()
             if moved:
                 self.last[module] = {name: copied(now[name]) if name in moved else known[name] for name in now}
-            for name in moved if _UNSET not in known.values() else ():
+            for name in moved if all(value is not _UNSET for value in known.values()) else ():
                 moves = self.moves[module][name]
                 if replay:
                     moves.before.append(known.get(name, _ABSENT))

@@ -28,9 +28,10 @@ def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManag
 
     Use it if a module changes itself during training and its output depends on what it changed: spectral normalization,
     Batch Renormalization, codebooks, quantization-aware training, spiking neurons, step counters. State is whatever a
-    module keeps in buffers and plain attributes: numbers, tensors, and lists, tuples, dictionaries, sets and deques of
-    them. It is preserved for every module that is called under the checkpoint while it is in training mode, and for all
-    modules below it. You don't name any of it, and nothing stays on the model.
+    module keeps in buffers and plain attributes: numbers, tensors, NumPy arrays, generators of random numbers, and
+    lists, tuples, dictionaries, sets and deques of them. It is preserved for every module that is called under the
+    checkpoint while it is in training mode, and for all modules below it. You don't name any of it, and nothing stays
+    on the model.
 
     Exact for: the state, the gradients and the values in the replay, which are the same as without checkpointing, bit
     for bit, if the forward is deterministic. The order of forwards and backwards doesn't matter. Compiled modules
@@ -38,12 +39,12 @@ def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManag
 
     Parameters that no gradient trains count as state up to 64 KiB each: a teacher's weights, a codebook.
 
-    Not for: state inside other objects (a tracker class of your own, a NumPy array, a `torch.Generator`), in
-    `__slots__` or on the class itself; larger or trained parameters that the forward writes to (a warning says so where
-    autograd sees the write); modules that the function neither calls as modules nor finds in its closure, defaults,
-    globals or arguments; a forward in evaluation mode whose backward comes after `train()`; a module that changes
-    itself in the replay only, on purpose; a checkpoint that is compiled together with its model (use `checkpoint`);
-    CUDA graphs, which expect buffers to stay where they are.
+    Not for: state inside other objects (a tracker class of your own), in `__slots__` or on the class itself; larger or
+    trained parameters that the forward writes to (a warning says so where autograd sees the write); modules that the
+    function neither calls as modules nor finds in its closure, defaults, globals or arguments; a forward in evaluation
+    mode whose backward comes after `train()`; a module that changes itself in the replay only, on purpose; a checkpoint
+    that is compiled together with its model (use `checkpoint`); CUDA graphs, which expect buffers to stay where they
+    are.
 
     Memory: a copy of the state for each checkpoint whose backward is still to come. A tensor above 64 KiB that doesn't
     change, like a mask or a table, is copied once for all of them, and that copy stays; a replay has another one while
@@ -318,7 +319,8 @@ def _known(value: Any, whole: bool, seen: set[int], names: set[str]) -> Iterator
         yield value, whole
         yield from ((module, True) for module in value.modules() if is_compiled(module))
     elif isinstance(value, types.MethodType):
-        parts, whole = [value.__self__], True
+        owner, whole = value.__self__, True
+        parts = [owner if isinstance(owner, nn.Module) else getattr(owner, "__dict__", None)]
     elif isinstance(value, (list, tuple, dict)):
         parts = [*(value.values() if isinstance(value, dict) else value)]
     elif isinstance(value, functools.partial):

@@ -6,10 +6,12 @@ import functools
 import warnings
 from collections import deque
 from collections.abc import Iterable, Set
-from copy import copy
+from copy import copy, deepcopy
+from random import Random
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -18,6 +20,8 @@ _SKELETON = frozenset(vars(nn.Module()))  # buffers, parameters, submodules, hoo
 _FIXED = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
 _OF_OPTIONS = _FIXED | {tuple, list} | set(map(type, vars(nn.Module()).values()))
 FILLED = (list, deque, dict)
+WHOLE = (np.ndarray, torch.Generator, np.random.Generator, np.random.RandomState, Random)
+KINDS = (torch.Tensor, tuple, set, frozenset, *FILLED, *WHOLE)  # what is copied
 LARGE = 1 << 16  # bytes; what is not larger is copied without asking whether it ever moves
 _COMPARED = 64  # so many times a large tensor is compared with its copy before it is expected to stand still
 
@@ -58,8 +62,9 @@ def put(module: nn.Module, everything: dict[str, Any]) -> None:
 class Copier:
     """Copies values, each of them once: what was one value in two places, or a view of another, still is.
 
-    Copied are tensors, and lists, tuples, dictionaries, sets and deques, all the way down. Anything
-    else stands for itself: numbers and parameters, objects of other classes, and modules, which are gathered.
+    Copied are tensors, NumPy arrays, generators of random numbers, and lists, tuples, dictionaries, sets and deques,
+    all the way down. Anything else stands for itself: numbers and parameters, objects of other classes, and modules,
+    which are gathered.
 
     Args:
         share: whether copies of a large tensor that stands still may be one tensor; then nobody may write to it.
@@ -97,6 +102,8 @@ class Copier:
             copied = kind(map(self.copy, value))
         elif isinstance(value, tuple) and hasattr(value, "_make"):
             copied = value._make(map(self.copy, value))
+        elif isinstance(value, WHOLE):
+            copied = deepcopy(value)
         elif isinstance(value, nn.Module):
             self.modules.append(value)
         self._copies[id(value)] = value, copied

@@ -5,11 +5,13 @@ tests assert every cell.
 """
 
 import functools
+import pickle
 import re
 import warnings
 from collections import deque
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
@@ -224,6 +226,28 @@ class Steps(nn.Module):
         return x / self.steps
 
 
+class OwnNoise(nn.Module):
+    """Multiplies by random numbers of its own, which a checkpoint does not preserve as it does torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.random = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        return x * torch.randn(x.shape, generator=self.random)
+
+
+class CountsInAnArray(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.seen, self.draws, self.unread = np.zeros(2), np.random.default_rng(0), np.random.RandomState(0)
+
+    def forward(self, x):
+        self.seen[0] += 1
+        self.unread.random()
+        return x * (self.seen[0] + self.draws.random())
+
+
 class Taught(nn.Module):
     """Follows its own weights with those of a teacher, which no gradient trains and which is in evaluation mode."""
 
@@ -382,6 +406,8 @@ READ = {
     "delayed scale": DelayedScale,
     "membrane potential": Membrane,
     "step counter": Steps,
+    "a generator of random numbers": OwnNoise,
+    "a NumPy array": CountsInAnArray,
     "a parent moves its child's": MovesItsChild,
     "a parent reads its child's": ReadsItsChild,
     "kept in another module": KeepsItElsewhere,
@@ -418,6 +444,10 @@ def picture(model, parameters=True):
             return [(key, plain(item)) for key, item in value.items()]
         if isinstance(value, (list, tuple, deque)):
             return [plain(item) for item in value]
+        if isinstance(value, torch.Generator):
+            return value.get_state().tolist()
+        if isinstance(value, (np.ndarray, np.random.Generator, np.random.RandomState)):
+            return pickle.dumps(value)
         return picture(value) if isinstance(value, nn.Module) else value
 
     ignored = vars(nn.Module()).keys() | {"ckpt", "seen", "move", "_compiled_call_impl", "_is_torch_compile"}

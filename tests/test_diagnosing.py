@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from dataclasses import dataclass
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 import recipes as by
 from momentum_fix import correct, diagnose, update_once
 from recipes import ENGINES, Net, data
-from states import ReadsItsChild, Steps
+from states import CountsInAnArray, OwnNoise, ReadsItsChild, Steps
 from twins import non_reentrant, on_two_ranks, plainly, train
 
 # Kinds of state. Each is a layer of three channels that changes itself.
@@ -230,6 +231,8 @@ READ = {  # and what of it is read
     Observer: ["high"],
     Steps: ["steps"],
     InPlace: ["steps"],
+    OwnNoise: ["random"],
+    CountsInAnArray: ["seen", "draws"],
     Charge: ["charge"],
     Scaled: ["kept"],
     MovesItsChild: ["child.mean"],
@@ -827,13 +830,13 @@ def test_tensors_without_values_do_not_move_and_other_objects_are_left_alone():
             super().__init__()
             self.register_buffer("nothing", torch.zeros(3, device="meta"))
             self.register_buffer("absent", None)
-            self.array, self.sparse = np.zeros(2), torch.eye(3).to_sparse()
+            self.own, self.sparse = SimpleNamespace(steps=0), torch.eye(3).to_sparse()
             self.several = [np.zeros(2), object(), self.sparse]
 
         def forward(self, x):
             self.nothing += 1
-            self.array += 1
-            self.array = self.array.copy()
+            self.own.steps += 1
+            self.own = copy.copy(self.own)
             return x
 
     assert diagnosed(net_of(Odd)).ok

@@ -468,6 +468,16 @@ def test_a_method_may_move_its_module_and_the_modules_below_it(how, ckpt):
     assert not same_gradients(wrong, truth)
 
 
+class Owner:
+    """An object that is no module, cannot be called, and has one."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def count(self, x):
+        return self.root.count(x)
+
+
 COUNTED = {
     "closure": lambda root: lambda x: root.count(x),
     "default": lambda root: lambda x, root=root: root.count(x),
@@ -476,6 +486,7 @@ COUNTED = {
     "keyword": lambda root: functools.partial(lambda x, known: known.count(x), known=root),
     "dictionary": lambda root: (lambda known: lambda x: known["root"].count(x))({"root": root}),
     "global": lambda root: eval("lambda x: root.count(x)", {"root": root}),
+    "an object whose method it is": lambda root: Owner(root).count,
     "a function that knows itself": lambda root: calling_itself(root),
     "a function with an empty cell": lambda root: with_an_empty_cell(root),
 }
