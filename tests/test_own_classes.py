@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from momentum_fix import applied, calibrate, correct, restore, update_once
+from momentum_fix.counting import MAY_READ
 from recipes import ENGINES, Net, block, data, norms, one
 from twins import ROUNDING, counters, deviation, non_reentrant, plainly, reentrant, same_path, statistics, three, train
 
@@ -127,6 +128,7 @@ def test_calibrate_is_right_for_it(norm, ckpt):
         train(net, one, data()[:1], ckpt)
     train(net, one, data()[1:], ckpt)
     assert set(report.values()) == {2}
+    assert {row.note for row in report.rows} == {MAY_READ}
     means = {name: mean for name, mean in statistics(truth).items() if not name.endswith("count")}
     for model, right in ((net, True), (uncorrected, False)):
         close = (torch.allclose(statistics(model)[name], mean, rtol=ROUNDING, atol=0) for name, mean in means.items())
