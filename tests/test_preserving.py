@@ -239,6 +239,26 @@ def test_views_of_one_tensor_are_views_of_one_copy():
     assert torch.equal(row, gaps[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.bool, torch.complex64])
+def test_what_shares_memory_without_being_a_view_still_does_whatever_its_type(dtype):
+    whole = torch.arange(6).to(dtype)
+    part = whole[2:4].detach()
+    assert part._base is None
+    copied, other = state.Copier(share=True, detach=True).copy([whole, part])
+    assert torch.equal(other, part)
+    copied[2] = 0
+    assert torch.equal(other, torch.tensor([0, 3]).to(dtype))
+    assert torch.equal(part, torch.tensor([2, 3]).to(dtype))
+
+
+def test_what_shares_memory_and_is_conjugate_or_negative_keeps_its_value():
+    whole = torch.complex(torch.arange(3.0), torch.arange(3.0) + 1)
+    for part in (whole[1:].conj().detach(), whole[1:].conj().imag.detach()):
+        assert part.is_conj() != part.is_neg()
+        _, other = state.Copier(share=True, detach=True).copy([whole, part])
+        assert torch.equal(other, part)
+
+
 def test_a_view_of_something_much_larger_is_copied_alone_unless_that_is_state_too():
     base = torch.zeros(state.LARGE)
     copier = state.Copier(share=True, detach=True)
