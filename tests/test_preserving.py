@@ -239,6 +239,25 @@ def test_views_of_one_tensor_are_views_of_one_copy():
     assert torch.equal(row, gaps[1])
 
 
+class Log(list):
+    pass
+
+
+class Table(dict):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Log, Table])
+def test_lists_and_dictionaries_of_ones_own_class_stay_so_with_what_is_on_them(kind):
+    kept = kind({0: torch.ones(2)} if kind is Table else [torch.ones(2)])
+    kept.unit = "mm"
+    copied = state.Copier(share=True, detach=True).copy(kept)
+    assert type(copied) is kind
+    assert copied.unit == "mm"
+    copied[0] += 1
+    assert torch.equal(kept[0], torch.ones(2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.bool, torch.complex64])
 def test_what_shares_memory_without_being_a_view_still_does_whatever_its_type(dtype):
     whole = torch.arange(6).to(dtype)
