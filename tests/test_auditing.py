@@ -432,10 +432,6 @@ def test_passes_that_are_whole_give_the_nearest_doubles():
     assert any(row.effective_momentum != -math.expm1(row.passes * math.log1p(-0.1)) for row in rows)
 
 
-def test_no_momentum_of_0_gets_a_sign():
-    assert [row.cells()[3] for row in audit(counters(a=2, b=3), momentum=0.0).rows] == ["0", "0"]
-
-
 def test_a_damaged_shard_or_a_missing_one_is_named(tmp_path):
     index = save_sharded(counters(a=5, b=10), tmp_path)
     (tmp_path / "model-1.safetensors").unlink()

@@ -254,7 +254,9 @@ def test_a_model_without_running_statistics_is_said_to_have_none(change):
 @jit
 @pytest.mark.parametrize("change", [correct, update_once, lambda model: calibrate(model).__enter__()])
 def test_a_scripted_part_with_running_statistics_is_named_and_nothing_is_changed(change):
-    part, harmless = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))), torch.jit.script(nn.Linear(1, 1))
+    linear = nn.Linear(1, 1)
+    linear.register_buffer("window", torch.ones(1))
+    part, harmless = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))), torch.jit.script(linear)
     model = nn.ModuleDict({"plain": nn.BatchNorm2d(3), "part": part, "harmless": harmless})
     with pytest.raises(
         TypeError, match="the part 'part' of the model is TorchScript, where momentum is part of the code"

@@ -56,6 +56,13 @@ class Replaced(Normalizer):
         self.mean = self.mean.lerp(mean, 0.1)
 
 
+class KeptInAFrozenParameter(Normalizer):
+    def __init__(self):
+        super().__init__()
+        del self.mean
+        self.mean = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+
 class BatchRenorm(nn.BatchNorm2d):
     def __init__(self):
         super().__init__(3)
@@ -226,6 +233,7 @@ READ = {  # and what of it is read
     Normalizer: ["mean"],
     Unseen: ["mean"],
     Replaced: ["mean"],
+    KeptInAFrozenParameter: ["mean"],
     BatchRenorm: ["running_var"],
     Codebook: ["codes"],
     Observer: ["high"],

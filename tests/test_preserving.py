@@ -363,6 +363,37 @@ def test_nothing_stays_on_the_model_and_no_hook_stays_anywhere(ckpt):
     assert not torchs_module._global_forward_pre_hooks
 
 
+class Grows(nn.Module):
+    """Registers something at every call."""
+
+    def __init__(self, register, what):
+        super().__init__()
+        self.register, self.what = register, what
+
+    def forward(self, x):
+        grown = len([*self.children(), *self.parameters()])
+        self.register(self, f"part {grown}", self.what())
+        return x.tanh()
+
+
+@pytest.mark.parametrize("ckpt", [by_context, drop_in])
+@pytest.mark.parametrize(
+    ("register", "what"),
+    [
+        (nn.Module.add_module, nn.Tanh),
+        (nn.Module.register_parameter, lambda: nn.Parameter(torch.ones(()), requires_grad=False)),
+    ],
+    ids=["a child", "a parameter"],
+)
+def test_what_a_replay_registers_is_taken_off(register, what, ckpt):
+    def step(net, x, ckpt):
+        ckpt(net, x.requires_grad_()).sum().backward()
+
+    for by, calls in ((plainly, 3), (ckpt, 3), (non_reentrant, 6)):
+        net = train(Grows(register, what), step, batches(3, 2, 2), by)
+        assert len([*net.children(), *net.parameters()]) == calls
+
+
 def test_an_error_elsewhere_in_backward_leaves_the_model_as_the_forward_left_it():
     net = net_of("step counter")
 
