@@ -91,7 +91,7 @@ study-small: .venv/with-study
 mutants: export OMP_NUM_THREADS = 1
 mutants: .venv/with-dev
 	$(BIN)/mutmut run $(patsubst %,'%',$(OF))
-	$(BIN)/mutmut results
+	$(BIN)/mutmut results | sed '/: not checked$$/d'
 
 clean:
 	rm -rf .venv .compat build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants
