@@ -194,7 +194,7 @@ class _Region(AbstractContextManager[None]):
         with _own_operations():
             copier = Copier(share=False, detach=self.detach, alone=self.alone)
             before = [
-                everything | {name: copier.copy(value) for name, value in copied.items()}
+                (everything, {name: copier.copy(value) for name, value in copied.items()})
                 for everything, copied in self.state.values()
             ]
             made: dict[int, nn.Parameter] = {}
@@ -205,8 +205,9 @@ class _Region(AbstractContextManager[None]):
         state = [(each, vars(each).copy(), each._modules.copy()) for each in self.state]
         self.present.append((state, {each: each._parameters.copy() for each in parameters}))
         _watch(self.watches and self.watches_replays)
-        for module, everything in zip(self.state, before, strict=True):
+        for module, (everything, copied) in zip(self.state, before, strict=True):
             put(module, everything)
+            vars(module).update(copied)
         for module, kept in parameters.items():
             _put_parameters(module, kept)
 
@@ -253,10 +254,12 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # what a function n
 class _Parameter:
     """A parameter as it was: one that no gradient trains may be state, a teacher's weights or a codebook."""
 
+    __slots__ = ("parameter", "value", "version")
+
     def __init__(self, parameter: Any) -> None:
-        self.parameter, self.version = parameter, _version(parameter)
-        frozen = not parameter.requires_grad and parameter.nbytes <= LARGE
-        self.value = parameter.detach().clone() if frozen else None
+        self.parameter, self.version, self.value = parameter, _version(parameter), None
+        if not parameter.requires_grad and parameter.nbytes <= LARGE:
+            self.value = parameter.detach().clone()
 
     def made(self, made: dict[int, nn.Parameter]) -> nn.Parameter:
         """Give it, or a copy of what it was; one for all modules that share it."""

@@ -363,6 +363,20 @@ def test_nothing_stays_on_the_model_and_no_hook_stays_anywhere(ckpt):
     assert not torchs_module._global_forward_pre_hooks
 
 
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_the_hook_is_on_until_the_outermost_forward_ends(ckpt):
+    layer, hooks = Steps(), []
+
+    def outer(x):
+        y = ckpt(layer, x)
+        hooks.append(len(torchs_module._global_forward_pre_hooks))
+        return y
+
+    ckpt(outer, torch.rand(1, requires_grad=True))
+    assert hooks == [1]
+    assert not torchs_module._global_forward_pre_hooks
+
+
 class Grows(nn.Module):
     """Registers something at every call."""
 
