@@ -149,6 +149,7 @@ TORCH = {
     "local headers elsewhere": lambda: GOOD.replace(b"PK\3\4", b"PK\3\5").replace(b"PK\3\5", b"PK\3\4", 1),
     "huge entry declared": lambda: GOOD.replace(struct.pack("<L", 8) * 2, struct.pack("<L", 2**31) * 2),
     "storage too short": lambda: program(one(tensor(offset=b"K\x09"))),
+    "storage from before its beginning": lambda: program(one(tensor(offset=b"J\xff\xff\xff\xff"))),
     "storage missing": lambda: program(one(tensor(key="1"))),
     "storage with a huge key": lambda: program(one(tensor(key="x" * MB))),
     # pickles
@@ -353,6 +354,7 @@ def _files(form, *names):
 EXPECTED = {
     **dict.fromkeys(_files("torch {}.pt", "deflated", "bomb in DATA.PKL", "bomb in version", "two roots"), "refused"),
     **dict.fromkeys(_files("torch {}.pt", "harmful", "memo far away", "small numbers", "many layers"), "refused"),
+    **dict.fromkeys(_files("torch {}.pt", "storage too short", "storage from before its beginning"), "refused"),
     **dict.fromkeys(_files("torch {}.pt", "harmful beside a state dict", "slow codec", "deep tuples"), "read"),
     **dict.fromkeys(_files("safe {}.safetensors", "length 2**64", "twice", "outside", "header of metadata"), "refused"),
     **dict.fromkeys(_files("safe {}.safetensors", "metadata with braces", "name of a megabyte"), "read"),
