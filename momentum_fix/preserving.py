@@ -323,7 +323,7 @@ def _known(value: Any, whole: bool, seen: set[int], names: set[str]) -> Iterator
         yield from ((module, True) for module in value.modules() if is_compiled(module))
     elif isinstance(value, types.MethodType):
         owner, whole = value.__self__, True
-        parts = [owner if isinstance(owner, nn.Module) else getattr(owner, "__dict__", None)]
+        parts = [owner] if isinstance(owner, nn.Module) else [owner, getattr(owner, "__dict__", None)]
     elif isinstance(value, (list, tuple, dict)):
         parts = [*(value.values() if isinstance(value, dict) else value)]
     elif isinstance(value, functools.partial):

@@ -562,6 +562,13 @@ class Owner:
         return self.root.count(x)
 
 
+class Owners(list):
+    """One that has modules as a list has them."""
+
+    def count(self, x):
+        return self[0].count(x)
+
+
 COUNTED = {
     "closure": lambda root: lambda x: root.count(x),
     "default": lambda root: lambda x, root=root: root.count(x),
@@ -571,6 +578,7 @@ COUNTED = {
     "dictionary": lambda root: (lambda known: lambda x: known["root"].count(x))({"root": root}),
     "global": lambda root: eval("lambda x: root.count(x)", {"root": root}),
     "an object whose method it is": lambda root: Owner(root).count,
+    "a list whose method it is": lambda root: Owners([root]).count,
     "a function that knows itself": lambda root: calling_itself(root),
     "a function with an empty cell": lambda root: with_an_empty_cell(root),
 }
