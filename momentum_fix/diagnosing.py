@@ -26,12 +26,11 @@ from momentum_fix.formula import corrected_momentum
 from momentum_fix.layers import at_gradients, tracks
 from momentum_fix.preserving import is_compiled
 from momentum_fix.replay import replaying, unseen
-from momentum_fix.state import FILLED, KINDS, WHOLE, Copier
+from momentum_fix.state import FILLED, KINDS, SKELETON, WHOLE, Copier
 from momentum_fix.tables import aligned, html
 
 # A module's own state: what it has, a copy of that, and whether two values are the same.
 
-_NO_STATE = vars(nn.Module()).keys()  # hooks, parameters, submodules, `training`
 _NUMBERS = (bool, int, float, complex, str, type(None))
 _STATE = (*KINDS, *_NUMBERS)
 _NOT_WATCHED = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)
@@ -44,7 +43,7 @@ States: TypeAlias = dict[nn.Module, State]
 def own_state(module: nn.Module) -> State:
     """Give the buffers and the plain attributes that a module itself has."""
     own = vars(module)
-    state: State = {name: value for name, value in own.items() if name not in _NO_STATE and isinstance(value, _STATE)}
+    state: State = {name: value for name, value in own.items() if name not in SKELETON and isinstance(value, _STATE)}
     for name, value in own["_buffers"].items():
         state[name] = _UNSET if nn.parameter.is_lazy(value) else value
     for name, value in own["_parameters"].items():  # a teacher's, or a codebook

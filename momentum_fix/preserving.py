@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
 from momentum_fix.replay import selective, unseen
-from momentum_fix.state import LARGE, Copier, keep, put
+from momentum_fix.state import LARGE, Copier, is_torchs_own, keep, put
 
 
 def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -154,20 +154,18 @@ class _Region(AbstractContextManager[None]):
         """Copy the state of each module that is entered."""
         # The reentrant engine runs the forward without gradients; the only way back into a graph is the tensor itself.
         self.detach = torch.is_grad_enabled()
-        self.watches = not is_compiled(function)  # such code calls no hook
-        if isinstance(function, nn.Module):
-            modules = list(function.modules())
-            if all(map(_is_torchs_own, modules)):
-                # Nothing in it reads what it moves. So a replay may have any copies: those of that time.
-                self.watches = False
-                trained = [module for module in modules if module.training and module._buffers]
-                self.state = {module: (vars(module).copy(), {"_buffers": module._buffers}) for module in trained}
-                buffers = (buffer for module in trained for buffer in module._buffers.values())
-                self.alone = [each for each in buffers if type(each) is torch.Tensor and not each.requires_grad]
-                yield
-                return
+        modules = list(function.modules()) if isinstance(function, nn.Module) else []
+        if modules and all(map(_is_torchs_own, modules)):
+            # Nothing in it reads what it moves. So a replay may have any copies: those of that time.
+            trained = [module for module in modules if module.training and module._buffers]
+            self.state = {module: (vars(module).copy(), {"_buffers": module._buffers}) for module in trained}
+            buffers = (buffer for module in trained for buffer in module._buffers.values())
+            self.alone = [each for each in buffers if type(each) is torch.Tensor and not each.requires_grad]
+            yield
+            return
+        watches = not is_compiled(function)  # such code calls no hook
         self.copier, self.entered = Copier(share=True, detach=self.detach), set[nn.Module]()
-        if isinstance(function, nn.Module):
+        if modules:
             self.enter(function)
         else:
             inputs = (function, *inputs)
@@ -180,11 +178,12 @@ class _Region(AbstractContextManager[None]):
                     self.enter(child)
         outer = _running.regions
         _running.regions = (*outer, self)
-        _watch(self.watches)
+        _watch(watches)
         try:
             yield
         finally:
-            _watch(-self.watches)
+            _watch(-watches)
+            self.watches_replays &= watches
             _running.regions = outer
             self.alone = list(self.copier.alone.values())
             del self.copier, self.entered
@@ -193,10 +192,7 @@ class _Region(AbstractContextManager[None]):
         """Let the modules work on copies of what they had."""
         with _own_operations():
             copier = Copier(share=False, detach=self.detach, alone=self.alone)
-            before = [
-                (everything, {name: copier.copy(value) for name, value in copied.items()})
-                for everything, copied in self.state.values()
-            ]
+            copies = [{name: copier.copy(value) for name, value in copied.items()} for _, copied in self.state.values()]
             made: dict[int, nn.Parameter] = {}
             parameters = {
                 module: {name: parameter.made(made) for name, parameter in kept.items()}
@@ -204,8 +200,8 @@ class _Region(AbstractContextManager[None]):
             }
         state = [(each, vars(each).copy(), each._modules.copy()) for each in self.state]
         self.present.append((state, {each: each._parameters.copy() for each in parameters}))
-        _watch(self.watches and self.watches_replays)
-        for module, (everything, copied) in zip(self.state, before, strict=True):
+        _watch(self.watches_replays)
+        for (module, (everything, _)), copied in zip(self.state.items(), copies, strict=True):
             put(module, everything)
             vars(module).update(copied)
         for module, kept in parameters.items():
@@ -223,7 +219,7 @@ class _Region(AbstractContextManager[None]):
             if self.detach:
                 _drop(module._parameters, kept)
             _put_parameters(module, kept)
-        _watch(-(self.watches and self.watches_replays))
+        _watch(-self.watches_replays)
 
     def enter(self, module: nn.Module, whole: bool = True) -> None:
         """Copy the state of a module, and of all below it: a parent may move a child's before it calls it."""
@@ -360,7 +356,7 @@ def is_compiled(value: Any) -> bool:
 
 def _is_torchs_own(module: nn.Module) -> bool:
     changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module).__module__.startswith("torch.nn.modules.") and not changed
+    return is_torchs_own(type(module)) and not changed
 
 
 def _is_uninitialized(module: Any) -> bool:
@@ -384,6 +380,8 @@ def _watch(users: int) -> None:
     Always the same one, under the same id: compiled code that meets another one is compiled again.
     """
     global _users
+    if not users:
+        return
     with _lock:
         _users += users
         handle = _handle()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_SKELETON = frozenset(vars(nn.Module()))  # buffers, parameters, submodules, hooks, and whether it is in training
+SKELETON = frozenset(vars(nn.Module()))  # buffers, parameters, submodules, hooks, and whether it is in training
 _FIXED = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
 _OF_OPTIONS = _FIXED | {tuple, list} | set(map(type, vars(nn.Module()).values()))
 FILLED = (list, deque, dict)
@@ -32,22 +32,26 @@ def keep(module: nn.Module, copier: Copier) -> tuple[dict[str, Any], dict[str, A
     copied = {"_buffers": copier.copy(own["_buffers"])}
     if not _is_as_made(own, type(module)):
         for name, value in own.items():
-            if name not in _SKELETON and type(value) not in _FIXED:
+            if name not in SKELETON and type(value) not in _FIXED:
                 copied[name] = copier.copy(value)
     return own | copied, copied
 
 
+def is_torchs_own(kind: type[nn.Module]) -> bool:
+    """Tell whether a class is one of torch.nn's."""
+    return kind.__module__.startswith("torch.nn.modules.")
+
+
 def _is_as_made(own: dict[str, Any], kind: Any) -> bool:
     """Tell whether all that is on a module, but buffers, is what one of torch's own classes puts there for good."""
-    torchs_own = kind.__module__.startswith("torch.nn.modules.")
-    return torchs_own and own.keys() <= _options(kind) and _OF_OPTIONS.issuperset(map(type, own.values()))
+    return is_torchs_own(kind) and own.keys() <= _options(kind) and _OF_OPTIONS.issuperset(map(type, own.values()))
 
 
 @functools.cache
 def _options(kind: Any) -> Set[str]:
     """Give the names of what a class puts on a module when it is made."""
     made = (vars(each).get("__init__") for each in kind.__mro__)
-    return _SKELETON.union(*(init.__code__.co_names for init in made if isinstance(init, FunctionType)))
+    return SKELETON.union(*(init.__code__.co_names for init in made if isinstance(init, FunctionType)))
 
 
 def put(module: nn.Module, everything: dict[str, Any]) -> None:
