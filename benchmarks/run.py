@@ -99,7 +99,10 @@ def overhead_only(wrap):
 
 
 class Pointwise(nn.Sequential):
-    """A class of a user's own, so that `preserve_state` copies what is in it."""
+    """A forward of a user's own, so that `preserve_state` copies what is in it."""
+
+    def forward(self, x):
+        return super().forward(x)
 
 
 def pointwise_net(wrap):
@@ -289,9 +292,9 @@ def markdown(cells, machine):
         "distributed rows; pytorch-pfn-extras and fairscale stand there instead of the row's checkpoint.",
         "",
         "`preserve_state` and `checkpoint` keep no copies for a block of torch's own modules, as in the first column.",
-        "In the second, BatchNorm and 1 by 1 convolutions are in a class of a user's own, so there they do. What they",
-        "add depends on the number of modules alone, so it weighs less the more the modules have to do. The last two",
-        "networks work on 48 by 48 by 48 voxels and on 64 by 64 pixels.",
+        "In the second, BatchNorm and 1 by 1 convolutions are in a class with a forward of its own, so there they do.",
+        "What they add depends on the number of modules alone, so it weighs less the more the modules have to do. The",
+        "last two networks work on 48 by 48 by 48 voxels and on 64 by 64 pixels.",
         "",
         "![microseconds per BatchNorm call](benchmarks.png)",
         "",

@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
 from momentum_fix.replay import selective, unseen
-from momentum_fix.state import LARGE, Copier, is_torchs_own, keep, put
+from momentum_fix.state import LARGE, Copier, keep, put, runs_torch_alone
 
 
 def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -51,7 +51,8 @@ def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManag
     it runs. To see whether it changed, its values are compared in the first 64 checkpoints, and later only now and then
     (and whenever autograd knows of a change). So if it is written to through `.data` after that, replays may see its
     old values for a while; a warning tells you. A block that consists of torch's own modules, without hooks, keeps no
-    copies, because their outputs never depend on what they change.
+    copies, because their outputs never depend on what they change; nor does a class that adds only an `__init__` to
+    one of them.
 
     To combine it with another `context_fn`, such as selective checkpointing, use `momentum_fix.checkpoint` and pass
     that one to it. `checkpoint_sequential` has no `context_fn`: see `checkpoint` for what to do instead.
@@ -142,22 +143,21 @@ class _Region(AbstractContextManager[None]):
 
     def __init__(self) -> None:
         self.state: dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]] = {}  # all that is on it, what is copied
-        self.parameters: dict[nn.Module, dict[str, _Parameter]] = {}
+        self.parameters: list[_Parameter] = []
         self.alone: list[torch.Tensor] = []  # of the copies those that share no memory
         # Whether replays meet the hook too. It does nothing then, but compiled code is compiled again without it.
         self.watches_replays = False
-        # For each replay that is running, what the modules have, with their submodules; and their parameters.
-        self.present: list[tuple[list[tuple[nn.Module, Any, Any]], dict[nn.Module, dict[str, Any]]]] = []
+        # For each replay that is running, what the modules have, with their submodules and their parameters.
+        self.present: list[list[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]]] = []
 
     @contextmanager
     def forward(self, function: Any = None, *inputs: Any) -> Iterator[None]:
         """Copy the state of each module that is entered."""
         # The reentrant engine runs the forward without gradients; the only way back into a graph is the tensor itself.
         self.detach = torch.is_grad_enabled()
-        modules = list(function.modules()) if isinstance(function, nn.Module) else []
-        if modules and all(map(_is_torchs_own, modules)):
-            # Nothing in it reads what it moves. So a replay may have any copies: those of that time.
-            trained = [module for module in modules if module.training and module._buffers]
+        if isinstance(function, nn.Module) and all(map(runs_torch_alone, function.modules())):
+            # Nothing in it reads the buffers that it moves. So a replay may have any copies: those of that time.
+            trained = [module for module in function.modules() if module.training]
             self.state = {module: (vars(module).copy(), {"_buffers": module._buffers}) for module in trained}
             buffers = (buffer for module in trained for buffer in module._buffers.values())
             self.alone = [each for each in buffers if type(each) is torch.Tensor and not each.requires_grad]
@@ -165,7 +165,7 @@ class _Region(AbstractContextManager[None]):
             return
         watches = not is_compiled(function)  # such code calls no hook
         self.copier, self.entered = Copier(share=True, detach=self.detach), set[nn.Module]()
-        if modules:
+        if isinstance(function, nn.Module):
             self.enter(function)
         else:
             inputs = (function, *inputs)
@@ -194,37 +194,34 @@ class _Region(AbstractContextManager[None]):
             copier = Copier(share=False, detach=self.detach, alone=self.alone)
             copies = [{name: copier.copy(value) for name, value in copied.items()} for _, copied in self.state.values()]
             made: dict[int, nn.Parameter] = {}
-            parameters = {
-                module: {name: parameter.made(made) for name, parameter in kept.items()}
-                for module, kept in self.parameters.items()
-            }
-        state = [(each, vars(each).copy(), each._modules.copy()) for each in self.state]
-        self.present.append((state, {each: each._parameters.copy() for each in parameters}))
+            parameters = [kept.made(made) for kept in self.parameters]
+        present = [(each, vars(each).copy(), each._modules.copy(), each._parameters.copy()) for each in self.state]
+        self.present.append(present)
         _watch(self.watches_replays)
         for (module, (everything, _)), copied in zip(self.state.items(), copies, strict=True):
             put(module, everything)
             vars(module).update(copied)
-        for module, kept in parameters.items():
-            _put_parameters(module, kept)
+        for kept, parameter in zip(self.parameters, parameters, strict=True):
+            _put_parameter(kept.module, kept.name, parameter)
 
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
-        state, parameters = self.present.pop()
-        for module, everything, children in state:
+        for module, everything, children, parameters in self.present.pop():
             put(module, everything)
-            if self.detach and module._modules != children:  # the replay's are not what the forward pass has
-                _drop(module._modules, children)
-                module._modules.update(children)
-        for module, kept in parameters.items():
-            if self.detach:
-                _drop(module._parameters, kept)
-            _put_parameters(module, kept)
+            if self.detach:  # the replay's are not what the forward pass has
+                _drop(module._parameters, parameters)
+                if module._modules != children:
+                    _drop(module._modules, children)
+                    module._modules.update(children)
+            for name, parameter in parameters.items():
+                _put_parameter(module, name, parameter)
         _watch(-self.watches_replays)
 
     def enter(self, module: nn.Module, whole: bool = True) -> None:
         """Copy the state of a module, and of all below it: a parent may move a child's before it calls it."""
-        below, met, moves = [module], self.copier.modules, module.training
-        with _own_operations():
+        below, moves = [module], module.training
+        while below:
+            fresh = dict[nn.Module, None]()
             for each in below:
                 if each in self.entered or _is_uninitialized(each):
                     continue
@@ -232,16 +229,18 @@ class _Region(AbstractContextManager[None]):
                     _refuse_state(each)
                     continue
                 if (moves or each.training) and each not in self.state:
-                    self.state[each] = keep(each, self.copier)
-                    self.parameters[each] = {
-                        name: _Parameter(p) for name, p in each._parameters.items() if _is_plain(p)
-                    }
+                    fresh[each] = None
                 self.watches_replays |= is_compiled(each)
                 if whole:
                     self.entered.add(each)
                     below += filter(None, each._modules.values())
-                below += met
-                met.clear()
+            with _own_operations():
+                self.copier.together(buffer for each in fresh for buffer in each._buffers.values())
+                for each in fresh:
+                    self.state[each] = keep(each, self.copier)
+                    plain = (item for item in each._parameters.items() if _is_plain(item[1]))
+                    self.parameters += [_Parameter(each, *item) for item in plain]
+            below, self.copier.modules = self.copier.modules, []
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # what a function names of them is what it calls
@@ -250,10 +249,11 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # what a function n
 class _Parameter:
     """A parameter as it was: one that no gradient trains may be state, a teacher's weights or a codebook."""
 
-    __slots__ = ("parameter", "value", "version")
+    __slots__ = ("module", "name", "parameter", "value", "version")
 
-    def __init__(self, parameter: Any) -> None:
-        self.parameter, self.version, self.value = parameter, _version(parameter), None
+    def __init__(self, module: nn.Module, name: str, parameter: Any) -> None:
+        self.module, self.name, self.parameter = module, name, parameter
+        self.version, self.value = _version(parameter), None
         if not parameter.requires_grad and parameter.nbytes <= LARGE:
             self.value = parameter.detach().clone()
 
@@ -279,12 +279,11 @@ def _refuse_state(scripted: torch.jit.ScriptModule) -> None:
         )
 
 
-def _put_parameters(module: nn.Module, parameters: dict[str, Any]) -> None:
-    """Let a module have these parameters, as far as both they and those that it has are plain ones."""
-    own = module._parameters
-    for name, parameter in parameters.items():
-        if own.get(name) is not parameter and _is_plain(parameter) and _is_plain(own.get(name)):
-            own[name] = parameter
+def _put_parameter(module: nn.Module, name: str, parameter: Any) -> None:
+    """Let a module have this parameter, if both it and the one that it has are plain ones."""
+    present = module._parameters.get(name)
+    if present is not parameter and _is_plain(parameter) and _is_plain(present):
+        module._parameters[name] = parameter
 
 
 def _drop(registered: dict[str, Any], before: dict[str, Any]) -> None:
@@ -352,11 +351,6 @@ def is_compiled(value: Any) -> bool:
     if isinstance(value, nn.Module):
         return "_compiled_call_impl" in own or "_orig_mod" in own["_modules"]
     return "_torchdynamo_orig_callable" in own and not own.get("_torchdynamo_disable")
-
-
-def _is_torchs_own(module: nn.Module) -> bool:
-    changed = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return is_torchs_own(type(module)) and not changed
 
 
 def _is_uninitialized(module: Any) -> bool:

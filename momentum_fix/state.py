@@ -18,40 +18,24 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 SKELETON = frozenset(vars(nn.Module()))  # buffers, parameters, submodules, hooks, and whether it is in training
 _FIXED = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
-_OF_OPTIONS = _FIXED | {tuple, list} | set(map(type, vars(nn.Module()).values()))
 FILLED = (list, deque, dict)
 WHOLE = (np.ndarray, torch.Generator, np.random.Generator, np.random.RandomState, Random)
 KINDS = (torch.Tensor, tuple, set, frozenset, *FILLED, *WHOLE)  # what is copied
 LARGE = 1 << 16  # bytes; what is not larger is copied without asking whether it ever moves
+_OF_OPTIONS = _FIXED | {tuple, list} | set(map(type, vars(nn.Module()).values()))
 _COMPARED = 64  # so many times a large tensor is compared with its copy before it is expected to stand still
 
 
 def keep(module: nn.Module, copier: Copier) -> tuple[dict[str, Any], dict[str, Any]]:
     """Give all that is on a module, with copies of what can be written to; and these copies alone, by name."""
     own = vars(module)
-    copied = {"_buffers": copier.copy(own["_buffers"])}
+    buffers = own["_buffers"]
+    copied = {"_buffers": copier.copy(buffers) if buffers else {}}
     if not _is_as_made(own, type(module)):
         for name, value in own.items():
             if name not in SKELETON and type(value) not in _FIXED:
                 copied[name] = copier.copy(value)
     return own | copied, copied
-
-
-def is_torchs_own(kind: type[nn.Module]) -> bool:
-    """Tell whether a class is one of torch.nn's."""
-    return kind.__module__.startswith("torch.nn.modules.")
-
-
-def _is_as_made(own: dict[str, Any], kind: Any) -> bool:
-    """Tell whether all that is on a module, but buffers, is what one of torch's own classes puts there for good."""
-    return is_torchs_own(kind) and own.keys() <= _options(kind) and _OF_OPTIONS.issuperset(map(type, own.values()))
-
-
-@functools.cache
-def _options(kind: Any) -> Set[str]:
-    """Give the names of what a class puts on a module when it is made."""
-    made = (vars(each).get("__init__") for each in kind.__mro__)
-    return SKELETON.union(*(init.__code__.co_names for init in made if isinstance(init, FunctionType)))
 
 
 def put(module: nn.Module, everything: dict[str, Any]) -> None:
@@ -61,6 +45,39 @@ def put(module: nn.Module, everything: dict[str, Any]) -> None:
     if len(own) > len(everything):
         for name in own.keys() - everything.keys():
             del own[name]
+
+
+def runs_torch_alone(module: nn.Module) -> bool:
+    """Tell whether a module runs no other code than torch's, whose outputs don't depend on what it changes."""
+    kind: Any = type(module)
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not hooked and _acts_as_torchs(kind) and _OF_OPTIONS.issuperset(map(type, vars(module).values()))
+
+
+@functools.lru_cache
+def _acts_as_torchs(kind: Any) -> bool:
+    """Tell whether a class is one of torch.nn's, or adds nothing to one but an `__init__`."""
+    others = (vars(each) for each in kind.__mro__[:-1] if not _is_torchs_own(each))
+    added = (name for names in others for name, value in names.items() if name[:2] != "__" or callable(value))
+    return {"__init__"}.issuperset(added)
+
+
+def _is_torchs_own(kind: type) -> bool:
+    return kind.__module__.startswith("torch.nn.modules.")
+
+
+def _is_as_made(own: dict[str, Any], kind: Any) -> bool:
+    """Tell whether all that is on a module, but buffers, is what one of torch's own classes puts there for good."""
+    return own.keys() <= _options(kind) and _OF_OPTIONS.issuperset(map(type, own.values()))
+
+
+@functools.lru_cache
+def _options(kind: Any) -> Set[str]:
+    """Give the names of what one of torch's own classes puts on a module when it is made; of others, none."""
+    if not _is_torchs_own(kind):
+        return frozenset()
+    made = (vars(each).get("__init__") for each in kind.__mro__)
+    return SKELETON.union(*(init.__code__.co_names for init in made if isinstance(init, FunctionType)))
 
 
 class Copier:
@@ -84,6 +101,19 @@ class Copier:
         self._copies: dict[int, tuple[Any, Any]] = {}  # by the value's id; with the value, lest another one gets its id
         if alone:
             self._copies = {id(each): (each, copied) for each, copied in zip(alone, _clones(alone), strict=True)}
+
+    def together(self, tensors: Iterable[Any]) -> None:
+        """Copy those of the tensors that share no memory, and are small, all at once, which is quicker."""
+        alone = dict[Any, torch.Tensor]()
+        for tensor in tensors:
+            if type(tensor) is torch.Tensor and tensor._base is None and not tensor.requires_grad:
+                place = _place(tensor) if tensor.layout is torch.strided and tensor.nbytes <= LARGE else None
+                if place and place not in self._storages:
+                    alone[place] = tensor
+        clones = dict(zip(alone, _clones([*alone.values()]), strict=True))
+        self._storages.update(clones)
+        self.alone.update(clones)
+        self._copies.update((id(tensor), (tensor, clones[place])) for place, tensor in alone.items())
 
     def copy(self, value: Any) -> Any:
         """Give the copy of a value."""
@@ -133,14 +163,13 @@ class Copier:
 
     def _stored(self, tensor: torch.Tensor, own_size: int) -> torch.Tensor:
         """Copy a tensor with its storage, for others may share that without being views of the tensor (`detach`)."""
+        place = _place(tensor)
+        if place and place not in self._storages:
+            self._storages[place] = self.alone[place] = copied = tensor.clone()
+            return copied
         storage = tensor.untyped_storage()
         address, size = storage.data_ptr(), storage.nbytes()
         place = tensor.device, address
-        if place not in self._storages and size == own_size and tensor.is_contiguous() and not tensor.is_conj():
-            copied = tensor.clone()
-            if address:
-                self._storages[place] = self.alone[place] = copied
-            return copied
         if not address or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
             return tensor.clone()
         if place not in self._storages:
@@ -155,8 +184,16 @@ class Copier:
         return id(base) in self._copies or base.numel() <= max(view.numel(), LARGE // base.element_size())
 
 
+def _place(tensor: torch.Tensor) -> Any:
+    """Tell where a tensor is, if it fills the memory that it is in."""
+    storage = tensor.untyped_storage()
+    address = storage.data_ptr()
+    fills = address and storage.nbytes() == tensor.nbytes and tensor.is_contiguous() and not tensor.is_conj()
+    return (tensor.device, address) if fills else None
+
+
 def _clones(tensors: list[torch.Tensor]) -> Iterable[torch.Tensor]:
-    if hasattr(torch, "_foreach_clone"):  # since torch 2.12
+    if tensors and hasattr(torch, "_foreach_clone"):  # since torch 2.12
         return torch._foreach_clone(tensors)
     return [tensor.clone() for tensor in tensors]
 

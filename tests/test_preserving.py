@@ -646,7 +646,29 @@ class Reader(nn.Module):
 
 
 class BlockOfAUser(nn.Sequential):
-    pass
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Iterated(nn.Sequential):
+    def __iter__(self):
+        return super().__iter__()
+
+
+class Looked(nn.Sequential):
+    @property
+    def size(self):
+        return len(self)
+
+
+class OnlyMade(nn.Sequential):
+    """A block of a library, as most are."""
+
+    channels: int
+
+    def __init__(self, *layers):
+        super().__init__(*layers)
+        self.channels = 3
 
 
 def hooked(block):
@@ -662,8 +684,11 @@ def patched(block):
 BLOCKS = {
     "torch's own": (lambda: nn.Sequential(nn.BatchNorm1d(3)), False),
     "a norm alone": (lambda: nn.BatchNorm1d(3), False),
+    "a class that makes a block of torch's": (lambda: OnlyMade(OnlyMade(nn.BatchNorm1d(3))), False),
     "a class of a user's": (lambda: BlockOfAUser(nn.BatchNorm1d(3)), True),
     "a class of a user's below": (lambda: nn.Sequential(BlockOfAUser(nn.BatchNorm1d(3))), True),
+    "a method of a user's": (lambda: Iterated(nn.BatchNorm1d(3)), True),
+    "a property of a user's": (lambda: Looked(nn.BatchNorm1d(3)), True),
     "a hook": (lambda: hooked(nn.Sequential(nn.BatchNorm1d(3))), True),
     "a hook before": (lambda: nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(3, 3)), nn.BatchNorm1d(3)), True),
     "a parametrization": (lambda: nn.Sequential(parametrizations.spectral_norm(nn.Linear(3, 3))), True),
@@ -682,6 +707,22 @@ def test_buffers_are_copied_in_the_forward_if_anything_but_torchs_own_modules_is
     assert len(kept) == len(own) > 0
     assert kept.isdisjoint(own) == copies
     assert (kept == own) == (not copies)
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_an_option_of_torchs_own_module_that_is_set_after_the_forward_is_the_forwards_in_the_replay(ckpt):
+    gradients = []
+    for by in (plainly, ckpt, non_reentrant):
+        block, losses = nn.Sequential(nn.LeakyReLU(0.5), nn.Sigmoid()), []
+        x = torch.tensor([-1.0, 2.0]).requires_grad_()
+        for slope in (0.25, 0.125):  # a schedule
+            losses.append(by(block, x).sum())
+            block[0].negative_slope = slope
+        sum(losses).backward()
+        gradients.append(x.grad)
+        assert block[0].negative_slope == slope
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[0], gradients[2])
 
 
 @pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
