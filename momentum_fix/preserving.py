@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
 from momentum_fix.replay import selective, unseen
-from momentum_fix.state import LARGE, Copier, keep, put, runs_torch_alone
+from momentum_fix.state import LARGE, Copier, keep, put, reads_no_buffer
 
 
 def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -155,11 +155,13 @@ class _Region(AbstractContextManager[None]):
         """Copy the state of each module that is entered."""
         # The reentrant engine runs the forward without gradients; the only way back into a graph is the tensor itself.
         self.detach = torch.is_grad_enabled()
-        if isinstance(function, nn.Module) and all(map(runs_torch_alone, function.modules())):
-            # Nothing in it reads the buffers that it moves. So a replay may have any copies: those of that time.
-            trained = [module for module in function.modules() if module.training]
-            self.state = {module: (vars(module).copy(), {"_buffers": module._buffers}) for module in trained}
-            buffers = (buffer for module in trained for buffer in module._buffers.values())
+        modules = [*function.modules()] if isinstance(function, nn.Module) and reads_no_buffer(function) else []
+        if modules and all(map(reads_no_buffer, modules)):
+            with _own_operations():
+                for each in modules:  # a replay may have any copies of the buffers: those of that time
+                    self.state[each] = vars(each).copy(), {"_buffers": each._buffers}
+                    self.parameters += _parameters(each)
+            buffers = (buffer for each in self.state for buffer in each._buffers.values())
             self.alone = [each for each in buffers if type(each) is torch.Tensor and not each.requires_grad]
             yield
             return
@@ -238,8 +240,7 @@ class _Region(AbstractContextManager[None]):
                 self.copier.together(buffer for each in fresh for buffer in each._buffers.values())
                 for each in fresh:
                     self.state[each] = keep(each, self.copier)
-                    plain = (item for item in each._parameters.items() if _is_plain(item[1]))
-                    self.parameters += [_Parameter(each, *item) for item in plain]
+                    self.parameters += _parameters(each)
             below, self.copier.modules = self.copier.modules, []
 
 
@@ -268,6 +269,10 @@ class _Parameter:
                 stacklevel=2,
             )
         return self.parameter  # type: ignore[no-any-return]
+
+
+def _parameters(module: nn.Module) -> list[_Parameter]:
+    return [_Parameter(module, name, each) for name, each in module._parameters.items() if _is_plain(each)]
 
 
 def _refuse_state(scripted: torch.jit.ScriptModule) -> None:

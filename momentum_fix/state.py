@@ -47,11 +47,11 @@ def put(module: nn.Module, everything: dict[str, Any]) -> None:
             del own[name]
 
 
-def runs_torch_alone(module: nn.Module) -> bool:
-    """Tell whether a module runs no other code than torch's, whose outputs don't depend on what it changes."""
+def reads_no_buffer(module: nn.Module) -> bool:
+    """Tell whether a module runs no code but torch's, in training mode: then its output depends on no buffer it has."""
     kind: Any = type(module)
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return not hooked and _acts_as_torchs(kind) and _OF_OPTIONS.issuperset(map(type, vars(module).values()))
+    as_it_is = module.training and not (module._forward_hooks or module._forward_pre_hooks)
+    return as_it_is and _acts_as_torchs(kind) and _OF_OPTIONS.issuperset(map(type, vars(module).values()))
 
 
 @functools.lru_cache

@@ -454,11 +454,11 @@ def test_evaluation_mode_is_left_alone():
 
 
 def test_evaluation_mode_is_left_alone_in_a_block_of_torchs_own_modules_too():
-    block = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3).eval())
+    block = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()
     region = preserving._Region()
     with region.forward(block):
-        pass
-    assert block[1] not in region.state
+        block(torch.rand(2, 3))
+    assert not region.state
 
 
 def test_what_a_layer_had_when_it_was_first_entered_is_what_a_replay_sees():
@@ -709,20 +709,41 @@ def test_buffers_are_copied_in_the_forward_if_anything_but_torchs_own_modules_is
     assert (kept == own) == (not copies)
 
 
+def steeper(block, slope):
+    block[0].negative_slope = slope
+
+
+def shifted(block, by):
+    block[1].bias.data += by
+
+
+def replaced(block, factor):
+    block[1].weight = nn.Parameter(block[1].weight * factor, requires_grad=False)
+
+
+def thawed(block, slope):
+    block[2].train()
+
+
 @pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
-def test_an_option_of_torchs_own_module_that_is_set_after_the_forward_is_the_forwards_in_the_replay(ckpt):
-    gradients = []
+@pytest.mark.parametrize("moves", [steeper, shifted, replaced, thawed])
+def test_what_is_set_on_torchs_own_modules_after_a_forward_is_not_seen_in_its_replay(moves, ckpt):
+    gradients, pictures = [], []
     for by in (plainly, ckpt, non_reentrant):
-        block, losses = nn.Sequential(nn.LeakyReLU(0.5), nn.Sigmoid()), []
-        x = torch.tensor([-1.0, 2.0]).requires_grad_()
-        for slope in (0.25, 0.125):  # a schedule
-            losses.append(by(block, x).sum())
-            block[0].negative_slope = slope
-        sum(losses).backward()
-        gradients.append(x.grad)
-        assert block[0].negative_slope == slope
+        torch.manual_seed(0)
+        layers = nn.Linear(3, 3).requires_grad_(False), nn.BatchNorm1d(3, momentum=0.0).train(moves is not thawed)
+        block, losses = nn.Sequential(nn.LeakyReLU(0.5), *layers, nn.Sigmoid()), []
+        x = torch.arange(-6.0, 6.0).reshape(4, 3).requires_grad_()
+        for value in (0.25, 0.125):  # a schedule, or a teacher
+            losses.append(by(block, x).square().sum())
+            moves(block, value)
+        with contextlib.suppress(torch.utils.checkpoint.CheckpointError if by is non_reentrant else ()):
+            sum(losses).backward()
+        gradients.append(x.grad if x.grad is not None else torch.zeros(0))
+        pictures.append(picture(block))
     assert torch.equal(gradients[0], gradients[1])
     assert not torch.equal(gradients[0], gradients[2])
+    assert pictures[0] == pictures[1]
 
 
 @pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
