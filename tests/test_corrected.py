@@ -60,6 +60,11 @@ def test_a_momentum_that_people_mean_as_it_stands_is_not_taken_for_a_root(moment
     assert uncorrected(layer) is momentum
 
 
+@pytest.mark.parametrize("momentum", [1 - 0.87655**0.5, 1.23456789, -0.123456789, math.inf, math.nan])
+def test_neither_is_the_root_of_five_digits_nor_what_is_no_momentum(momentum):
+    assert corrected_by_hand(momentum) is None
+
+
 def test_random_momenta_are_not_taken_for_roots():
     generator = random.Random(0)
     for _ in range(2000):
@@ -88,6 +93,14 @@ def test_calibrate_starts_from_the_uncorrected_momentum_of_a_corrected_layer(mom
     assert net[1].momentum == corrected_momentum(0.1, 2)
     assert deviation(net, truth) < 1e-12
     assert restore(net)[1].momentum == (0.1 if momentum == corrected_momentum(0.1) else momentum)
+
+
+def test_a_root_by_hand_that_is_corrected_for_other_passes_is_corrected_from_what_it_is_the_root_of():
+    layer = correct(nn.BatchNorm2d(3, momentum=1 - 0.9**0.5), 3)
+    assert uncorrected(layer) == 0.1
+    assert layer.momentum == corrected_momentum(0.1, 3)
+    assert correct(layer, 4).momentum == corrected_momentum(0.1, 4)
+    assert restore(layer).momentum == 1 - 0.9**0.5
 
 
 def test_a_root_by_hand_where_nothing_is_recomputed_gives_way_to_the_momentum_itself():

@@ -216,6 +216,13 @@ def test_numpy_and_torch_scalars_are_accepted(momentum, passes):
         assert result == function(0.1, 3)
 
 
+def test_a_number_may_have_an_item_that_is_something_else():
+    class Priced(float):
+        item = "a momentum"
+
+    assert corrected_momentum(Priced(0.1)) == corrected_momentum(0.1)
+
+
 @pytest.mark.parametrize("single", [np.float32(0.1), torch.tensor(0.1, dtype=torch.float32)], ids=repr)
 def test_a_float32_stands_for_its_own_value(single):
     assert corrected_momentum(single) == corrected_momentum(float(np.float32(0.1))) != corrected_momentum(0.1)

@@ -135,7 +135,7 @@ def test_a_name_is_no_prefix_of_its_neighbours():
     assert [layer.momentum for layer in model] == [0.1, M2] + [0.1] * 10
 
 
-@pytest.mark.parametrize("name", ["encoder.11", "encodr.1", "enc", 3])
+@pytest.mark.parametrize("name", ["encoder.11", "encodr.1", "enc", "en", 3])
 def test_an_unknown_name_is_refused_with_the_nearest_and_nothing_changes(name):
     model = network()
     with pytest.raises(ValueError, match="no module named") as caught:
