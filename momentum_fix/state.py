@@ -59,7 +59,7 @@ def _acts_as_torchs(kind: Any) -> bool:
     """Tell whether a class is one of torch.nn's, or adds nothing to one but an `__init__`."""
     others = (vars(each) for each in kind.__mro__[:-1] if not _is_torchs_own(each))
     added = (name for names in others for name, value in names.items() if name[:2] != "__" or callable(value))
-    return {"__init__"}.issuperset(added)
+    return {"__init__", "__annotate_func__"}.issuperset(added)  # the second: since Python 3.14
 
 
 def _is_torchs_own(kind: type) -> bool:

@@ -456,7 +456,7 @@ def test_a_name_of_5000_characters_or_a_forbidden_path_does_not_end_the_audit(tm
     assert main(["audit", "x" * 5000, str(tmp_path / "forbidden"), str(tmp_path / "good.pt")]) == 2
     out, err = capsys.readouterr()
     assert out.startswith("Recomputation found: 1 of 2")
-    assert [line[-19:] for line in err.splitlines()] == ["File name too long)", "(Permission denied)"]
+    assert {line[-19:] for line in err.splitlines()} == {"File name too long)", "(Permission denied)"}
     assert len(err) < 1000
 
 
