@@ -44,26 +44,28 @@ class Count:
         # The same for compiled code, which can count in a tensor only: batches, early replays, then a number a batch.
         self.tally = torch.zeros(_SLOTS, dtype=torch.long, device=device)
         self.other_data = False
-        self.batches: list[torch.Tensor] = []  # what each batch has added, as far as that can be told
+        self.added: torch.Tensor | None = None  # what the last batch has added, as far as that can be told
 
     def hear(self, replay: bool, added: torch.Tensor | None, noise: float) -> None:
         """Count one update."""
         self.drain()
         if not replay:
             self.heard.append(0)
-            self.batches += [] if added is None else [added]
+            self.added = added
         elif not self.heard:
             self.early += 1
         else:
             self.heard[-1] += 1
-            if added is not None and self.batches:
-                self.other_data |= all(bool((added - batch).abs().max() > noise) for batch in reversed(self.batches))
+            if added is not None and self.added is not None:
+                self.other_data |= bool((added - self.added).abs().max() > noise)
 
     def drain(self) -> None:
         """Add what compiled code has counted since this was last done."""
         if not has_values(self.tally):
             return
         batches, before_them, *replays = self.tally.tolist()
+        if batches:
+            self.added = None
         if self.heard:
             self.heard[-1] += before_them
         else:

@@ -5,12 +5,15 @@ import copy
 import functools
 import gc
 import inspect
+import pickle
+import random
 import threading
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -331,6 +334,67 @@ def test_what_is_copied_again_is_what_was_copied():
     assert all(torch.equal(kept[name], tensor) for name, tensor in tensors.items())
 
 
+def test_the_small_buffers_of_a_block_are_copied_in_one_call(monkeypatch):
+    calls, clones = [], state._clones
+    monkeypatch.setattr(state, "_clones", lambda tensors: calls.append(len(tensors)) or clones(tensors))
+    monkeypatch.delattr(state.Copier, "_tensor")  # which copies one by one
+    block = BlockOfAUser(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3))
+    region = preserving._Region()
+    with region.forward(block):
+        pass
+    for _ in range(2):
+        with region:
+            assert {id(buffer) for buffer in block.buffers()}.isdisjoint(map(id, region.alone))
+    assert calls == [6, 6, 6]
+
+
+def test_of_a_users_module_what_can_be_written_to_is_copied_and_nothing_else():
+    layer = Steps()
+    layer.history, layer.size, layer.name = [1], (3, 3), "a"
+    _, copied = state.keep(layer, state.Copier(share=True, detach=True))
+    assert copied == {"_buffers": {}, "history": [1], "size": (3, 3)}
+    assert copied["history"] is not layer.history
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.Generator, np.random.default_rng, np.random.RandomState, random.Random, lambda: np.arange(3)]
+)
+def test_generators_and_arrays_are_copied_whole(kind):
+    value = kind()
+    copied = state.Copier(share=False, detach=True).copy([value])[0]
+    before = pickle.dumps(draw(kind()) if isinstance(value, np.ndarray) else draw(copy.deepcopy(value)))
+    draw(value)
+    assert copied is not value
+    assert pickle.dumps(draw(copied)) == before
+
+
+def draw(value):
+    """Move a generator or an array, and give what comes of it."""
+    if isinstance(value, np.ndarray):
+        value += 1
+        return value
+    return torch.rand(3, generator=value).tolist() if isinstance(value, torch.Generator) else value.random()
+
+
+def test_memory_of_an_odd_size_is_copied_to_its_last_byte():
+    memory = torch.arange(5, dtype=torch.uint8)
+    first, last = state.Copier(share=False, detach=True).copy([memory.detach()[:3], memory.detach()[2:]])
+    assert (first.tolist(), last.tolist()) == ([0, 1, 2], [2, 3, 4])
+
+
+def test_a_part_of_a_weight_that_is_out_of_its_graph_is_copied_out_of_its_memory():
+    weight = nn.Parameter(torch.ones(3, 2))
+    row = weight.detach()[0]
+    copied = state.Copier(share=False, detach=True).copy(row)
+    copied += 1
+    assert weight.eq(1).all()
+
+
+def test_a_tuple_of_another_class_stands_for_itself():
+    largest = torch.arange(3.0).max(0)  # a torch.return_types.max
+    assert state.Copier(share=False, detach=True).copy(largest) is largest
+
+
 def test_put_takes_away_what_is_new():
     layer = nn.Linear(1, 1)
     before = vars(layer).copy()
@@ -367,6 +431,18 @@ def test_the_hook_is_on_until_the_outermost_forward_ends(ckpt):
     ckpt(outer, torch.rand(1, requires_grad=True))
     assert hooks == [1]
     assert not torchs_module._global_forward_pre_hooks
+
+
+def test_a_replay_without_compiled_code_meets_no_hook():
+    hooks = []
+
+    class Noting(nn.Module):
+        def forward(self, x):
+            hooks.append(len(torchs_module._global_forward_pre_hooks))
+            return x * x
+
+    by_context(Noting(), torch.rand(1, requires_grad=True)).backward()
+    assert hooks == [1, 0]
 
 
 class Grows(nn.Module):
