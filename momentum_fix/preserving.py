@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torchs_module
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint as torchs_checkpoint
@@ -51,8 +52,8 @@ def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManag
     it runs. To see whether it changed, its values are compared in the first 64 checkpoints, and later only now and then
     (and whenever autograd knows of a change). So if it is written to through `.data` after that, replays may see its
     old values for a while; a warning tells you. A block that consists of torch's own modules, without hooks, keeps no
-    copies, because their outputs never depend on what they change; nor does a class that adds only an `__init__` to
-    one of them.
+    copies of running statistics, because its output doesn't depend on them; nor does a class that adds only an
+    `__init__` to one of torch's.
 
     To combine it with another `context_fn`, such as selective checkpointing, use `momentum_fix.checkpoint` and pass
     that one to it. `checkpoint_sequential` has no `context_fn`: see `checkpoint` for what to do instead.
@@ -156,11 +157,12 @@ class _Region(AbstractContextManager[None]):
         # The reentrant engine runs the forward without gradients; the only way back into a graph is the tensor itself.
         self.detach = torch.is_grad_enabled()
         modules = [*function.modules()] if isinstance(function, nn.Module) and reads_no_buffer(function) else []
-        if modules and all(map(reads_no_buffer, modules)):
+        if modules and all(map(reads_no_buffer, modules)) and not _others_watch():
+            copier = Copier(share=True, detach=self.detach)
             with _own_operations():
                 for each in modules:  # a replay may have any copies of the buffers: those of that time
-                    self.state[each] = vars(each).copy(), {"_buffers": each._buffers}
-                    self.parameters += _parameters(each)
+                    self.state[each] = vars(each).copy(), {"_buffers": each._buffers.copy()}
+                    self.parameters += _parameters(each, copier)
             buffers = (buffer for each in self.state for buffer in each._buffers.values())
             self.alone = [each for each in buffers if type(each) is torch.Tensor and not each.requires_grad]
             yield
@@ -194,9 +196,8 @@ class _Region(AbstractContextManager[None]):
         """Let the modules work on copies of what they had."""
         with _own_operations():
             copier = Copier(share=False, detach=self.detach, alone=self.alone)
+            parameters = [kept.made(copier) for kept in self.parameters]  # first, as lists may have them too
             copies = [{name: copier.copy(value) for name, value in copied.items()} for _, copied in self.state.values()]
-            made: dict[int, nn.Parameter] = {}
-            parameters = [kept.made(made) for kept in self.parameters]
         present = [(each, vars(each).copy(), each._modules.copy(), each._parameters.copy()) for each in self.state]
         self.present.append(present)
         _watch(self.watches_replays)
@@ -240,7 +241,7 @@ class _Region(AbstractContextManager[None]):
                 self.copier.together(buffer for each in fresh for buffer in each._buffers.values())
                 for each in fresh:
                     self.state[each] = keep(each, self.copier)
-                    self.parameters += _parameters(each)
+                    self.parameters += _parameters(each, self.copier)
             below, self.copier.modules = self.copier.modules, []
 
 
@@ -252,16 +253,16 @@ class _Parameter:
 
     __slots__ = ("module", "name", "parameter", "value", "version")
 
-    def __init__(self, module: nn.Module, name: str, parameter: Any) -> None:
+    def __init__(self, module: nn.Module, name: str, parameter: Any, copier: Copier) -> None:
         self.module, self.name, self.parameter = module, name, parameter
         self.version, self.value = _version(parameter), None
-        if not parameter.requires_grad and parameter.nbytes <= LARGE:
-            self.value = parameter.detach().clone()
+        if not parameter.requires_grad and parameter.layout is torch.strided and parameter.nbytes <= LARGE:
+            self.value = copier.copy(parameter.detach())
 
-    def made(self, made: dict[int, nn.Parameter]) -> nn.Parameter:
+    def made(self, copier: Copier) -> nn.Parameter:
         """Give it, or a copy of what it was; one for all modules that share it."""
         if self.value is not None:
-            return made.setdefault(id(self.parameter), nn.Parameter(self.value.clone(), requires_grad=False))
+            return copier.parameter(self.parameter, self.value)
         if self.version != _version(self.parameter):
             warnings.warn(
                 f"a parameter of shape {tuple(self.parameter.shape)} was written to after the forward pass of its "
@@ -271,8 +272,8 @@ class _Parameter:
         return self.parameter  # type: ignore[no-any-return]
 
 
-def _parameters(module: nn.Module) -> list[_Parameter]:
-    return [_Parameter(module, name, each) for name, each in module._parameters.items() if _is_plain(each)]
+def _parameters(module: nn.Module, copier: Copier) -> list[_Parameter]:
+    return [_Parameter(module, name, each, copier) for name, each in module._parameters.items() if _is_plain(each)]
 
 
 def _refuse_state(scripted: torch.jit.ScriptModule) -> None:
@@ -401,8 +402,16 @@ def _entered(module: Any, args: Any) -> None:
     for region in _running.regions:
         if module not in region.entered:
             if _is_uninitialized(module):
+                if not args:  # they came by name, and the hook is not told
+                    continue
                 module.initialize_parameters(*args)
             region.enter(module)
+
+
+def _others_watch() -> bool:
+    """Tell whether somebody else has a global hook on, which may do anything with a module."""
+    hooks = (torchs_module._global_forward_pre_hooks, torchs_module._global_forward_hooks)
+    return any(hook is not _entered for each in hooks for hook in each.values())
 
 
 def _checkpointed() -> tuple[Any, ...]:

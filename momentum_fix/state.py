@@ -7,13 +7,15 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Set
 from copy import copy, deepcopy
-from random import Random
+from random import Random, SystemRandom
 from types import FunctionType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakTensorKeyDictionary
 
 SKELETON = frozenset(vars(nn.Module()))  # buffers, parameters, submodules, hooks, and whether it is in training
@@ -23,6 +25,8 @@ WHOLE = (np.ndarray, torch.Generator, np.random.Generator, np.random.RandomState
 KINDS = (torch.Tensor, tuple, set, frozenset, *FILLED, *WHOLE)  # what is copied
 LARGE = 1 << 16  # bytes; what is not larger is copied without asking whether it ever moves
 _OF_OPTIONS = _FIXED | {tuple, list} | set(map(type, vars(nn.Module()).values()))
+_TORCHS = "torch.nn.modules."
+_LEAVES_A_CHECKPOINT = CheckpointFunction._backward_cls  # the reentrant engine's
 _COMPARED = 64  # so many times a large tensor is compared with its copy before it is expected to stand still
 
 
@@ -48,22 +52,34 @@ def put(module: nn.Module, everything: dict[str, Any]) -> None:
 
 
 def reads_no_buffer(module: nn.Module) -> bool:
-    """Tell whether a module runs no code but torch's, in training mode: then its output depends on no buffer it has."""
+    """Tell whether a module runs no code but torch's, in training mode, and its output depends on no buffer it has."""
     kind: Any = type(module)
-    as_it_is = module.training and not (module._forward_hooks or module._forward_pre_hooks)
-    return as_it_is and _acts_as_torchs(kind) and _OF_OPTIONS.issuperset(map(type, vars(module).values()))
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    if hooked or not module.training or (module._buffers and not isinstance(module, _NormBase)):
+        return False
+    defined_in = getattr(kind.forward, "__globals__", {}).get("__name__", "")  # somebody may have replaced torch's own
+    torchs = defined_in.startswith(_TORCHS) and _acts_as_torchs(kind)
+    return torchs and _OF_OPTIONS.issuperset(map(type, vars(module).values()))
+
+
+class _Made:
+    """A class that only says how its objects are made."""
+
+    of: int
+
+    def __init__(self) -> None:
+        self.of = 0
 
 
 @functools.lru_cache
 def _acts_as_torchs(kind: Any) -> bool:
     """Tell whether a class is one of torch.nn's, or adds nothing to one but an `__init__`."""
-    others = (vars(each) for each in kind.__mro__[:-1] if not _is_torchs_own(each))
-    added = (name for names in others for name, value in names.items() if name[:2] != "__" or callable(value))
-    return {"__init__", "__annotate_func__"}.issuperset(added)  # the second: since Python 3.14
+    others = (vars(each).keys() for each in kind.__mro__[:-1] if not _is_torchs_own(each))
+    return all(names <= vars(_Made).keys() | {"__annotations_cache__"} for names in others)
 
 
 def _is_torchs_own(kind: type) -> bool:
-    return kind.__module__.startswith("torch.nn.modules.")
+    return kind.__module__.startswith(_TORCHS)
 
 
 def _is_as_made(own: dict[str, Any], kind: Any) -> bool:
@@ -84,8 +100,8 @@ class Copier:
     """Copies values, each of them once: what was one value in two places, or a view of another, still is.
 
     Copied are tensors, NumPy arrays, generators of random numbers, and lists, tuples, dictionaries, sets and deques,
-    all the way down. Anything else stands for itself: numbers and parameters, objects of other classes, and modules,
-    which are gathered.
+    all the way down. Anything else stands for itself: numbers, parameters unless they were copied by `parameter`,
+    objects of other classes, and modules, which are gathered.
 
     Args:
         share: whether copies of a large tensor that stands still may be one tensor; then nobody may write to it.
@@ -106,14 +122,22 @@ class Copier:
         """Copy those of the tensors that share no memory, and are small, all at once, which is quicker."""
         alone = dict[Any, torch.Tensor]()
         for tensor in tensors:
-            if type(tensor) is torch.Tensor and tensor._base is None and not tensor.requires_grad:
-                place = _place(tensor) if tensor.layout is torch.strided and tensor.nbytes <= LARGE else None
-                if place and place not in self._storages:
+            if type(tensor) is torch.Tensor and not (tensor.requires_grad or _is_odd(tensor) or vars(tensor)):
+                place = _place(tensor)
+                if tensor.nbytes <= LARGE and place not in self._storages and _fills_its_memory(tensor):
                     alone[place] = tensor
         clones = dict(zip(alone, _clones([*alone.values()]), strict=True))
         self._storages.update(clones)
         self.alone.update(clones)
         self._copies.update((id(tensor), (tensor, clones[place])) for place, tensor in alone.items())
+
+    def parameter(self, parameter: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
+        """Give one with a copy of this value, which from now on is the copy of the parameter."""
+        if id(parameter) not in self._copies:
+            made = nn.Parameter(self.copy(value), requires_grad=False)
+            vars(made).update(vars(parameter))
+            self._copies[id(parameter)] = parameter, made
+        return self._copies[id(parameter)][1]  # type: ignore[no-any-return]
 
     def copy(self, value: Any) -> Any:
         """Give the copy of a value."""
@@ -123,20 +147,22 @@ class Copier:
         if id(value) in self._copies:
             return self._copies[id(value)][1]
         copied = value
-        if kind is torch.Tensor:
+        if isinstance(value, torch.Tensor):
             copied = self._tensor(value)
+            if copied is not value and vars(value):
+                vars(copied).update(vars(value))
         elif isinstance(value, FILLED):
             copied = value.copy() if kind in (dict, list) else copy(value)
             self._copies[id(value)] = value, copied  # now, as it may have itself in it
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                copied[key] = self.copy(item)
-        elif isinstance(value, torch.Tensor):
-            copied = self._tensor(value)
-        elif kind in (tuple, set, frozenset):
-            copied = kind(map(self.copy, value))
+                twin = self.copy(item)
+                if twin is not item:  # a list may refuse to be written to
+                    copied[key] = twin
+        elif kind in (tuple, set, frozenset) or hasattr(kind, "n_sequence_fields"):  # as what torch.max gives
+            copied = kind([*map(self.copy, value)])
         elif isinstance(value, tuple) and hasattr(value, "_make"):
             copied = value._make(map(self.copy, value))
-        elif isinstance(value, WHOLE):
+        elif isinstance(value, WHOLE) and kind is not SystemRandom:
             copied = deepcopy(value)
         elif isinstance(value, nn.Module):
             self.modules.append(value)
@@ -144,52 +170,56 @@ class Copier:
         return copied
 
     def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        base = tensor._base
-        if base is not None and self._is_worth_a_copy(base, tensor):
-            copied = self.copy(base)
-            if copied is not base and (copied.stride(), base.dtype) == (base.stride(), tensor.dtype):
-                return copied.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())  # type: ignore
         if tensor.requires_grad:
-            if tensor.is_leaf or not self.detach:
+            if tensor.is_leaf:
                 return tensor
-            with torch.enable_grad():
-                return tensor.detach().requires_grad_().clone()  # no leaf, which could not be written to
-        if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
+            if self.detach:
+                with torch.enable_grad():
+                    return tensor.detach().requires_grad_().clone()  # no leaf, which could not be written to
+            if not isinstance(tensor.grad_fn, _LEAVES_A_CHECKPOINT):
+                return tensor
+            tensor = tensor.detach()  # lest every checkpoint holds the one before it
+        if type(tensor) is not torch.Tensor or _is_odd(tensor):
             return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
-        size = tensor.nbytes
-        if self.share and size > LARGE and not (tensor.is_meta or tensor.is_inference()):
-            return _shared_copy(tensor)
-        return self._stored(tensor, size)
+        return self._stored(tensor)
 
-    def _stored(self, tensor: torch.Tensor, own_size: int) -> torch.Tensor:
-        """Copy a tensor with its storage, for others may share that without being views of the tensor (`detach`)."""
+    def _stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Copy a tensor with its storage, which others may share, views of it or not (`detach`)."""
         place = _place(tensor)
-        if place and place not in self._storages:
-            self._storages[place] = self.alone[place] = copied = tensor.clone()
-            return copied
-        storage = tensor.untyped_storage()
-        address, size = storage.data_ptr(), storage.nbytes()
-        place = tensor.device, address
-        if not address or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        if not place[1]:  # it is empty, or on the meta device
             return tensor.clone()
         if place not in self._storages:
-            if size > max(own_size, LARGE):
+            stands = self.share and tensor.nbytes > LARGE and not tensor.is_inference()
+            if _fills_its_memory(tensor):
+                self._storages[place] = copied = _shared_copy(tensor) if stands else tensor.clone()
+                if not (stands or vars(tensor)):
+                    self.alone[place] = copied
+                return copied
+            if stands:
+                return _shared_copy(tensor)
+            if tensor.untyped_storage().nbytes() > max(tensor.nbytes, LARGE):
                 return tensor.clone()
-            self._storages[place] = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage).clone()
+            memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+            self._storages[place] = memory.clone()
         self.alone.pop(place, None)
         twin, whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device), self._storages[place].untyped_storage()
-        return twin.set_(whole, tensor.storage_offset(), tensor.size(), tensor.stride())
+        twin.set_(whole, tensor.storage_offset(), tensor.size(), tensor.stride())
+        twin = twin.conj() if tensor.is_conj() else twin
+        return torch._neg_view(twin) if tensor.is_neg() else twin
 
-    def _is_worth_a_copy(self, base: torch.Tensor, view: torch.Tensor) -> bool:
-        return id(base) in self._copies or base.numel() <= max(view.numel(), LARGE // base.element_size())
+
+def _is_odd(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor is more or less than one piece of memory."""
+    return tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized
 
 
-def _place(tensor: torch.Tensor) -> Any:
-    """Tell where a tensor is, if it fills the memory that it is in."""
-    storage = tensor.untyped_storage()
-    address = storage.data_ptr()
-    fills = address and storage.nbytes() == tensor.nbytes and tensor.is_contiguous() and not tensor.is_conj()
-    return (tensor.device, address) if fills else None
+def _place(tensor: torch.Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def _fills_its_memory(tensor: torch.Tensor) -> bool:
+    size = tensor.untyped_storage().nbytes()
+    return size == tensor.nbytes > 0 and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 
 
 def _clones(tensors: list[torch.Tensor]) -> Iterable[torch.Tensor]:

@@ -274,15 +274,127 @@ def test_what_shares_memory_and_is_conjugate_or_negative_keeps_its_value():
 
 
 def test_a_view_of_something_much_larger_is_copied_alone_unless_that_is_state_too():
+    def memory(tensor):
+        return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+
     base = torch.zeros(state.LARGE)
+    assert memory(state.Copier(share=True, detach=True).copy(base[3:4]))[1] == base.element_size()
+    for whole, part in ((base, base[3:4]), (base.reshape(2, -1), base[3:4]), (base, base.detach())):
+        copied, view = state.Copier(share=True, detach=True).copy([whole, part])
+        assert memory(view) == memory(copied) != memory(base)
+        assert (view.shape, view.storage_offset()) == (part.shape, part.storage_offset())
+
+
+def test_views_of_any_kind_are_views_of_the_copy():
+    table = torch.complex(torch.arange(6.0), torch.ones(6)).reshape(2, 3)
+    copier = state.Copier(share=False, detach=True)
+    views = [table.mH, table.conj()[1], table.imag, table.conj().imag, table.T, table[1, 1:], table.data[1]]
+    copied, *copies = copier.copy([table, *views])
+    assert all(torch.equal(mine, true) for mine, true in zip(copies, views, strict=True))
+    table *= 1 + 2j
+    copied *= 1 + 2j
+    assert all(torch.equal(mine, true) for mine, true in zip(copies, views, strict=True))
+    table.zero_()
+    assert all(mine.ne(0).any() for mine in copies)
+
+
+def test_a_part_of_what_is_itself_a_part_is_where_it_was():
+    rows = copy.deepcopy(list(torch.arange(30000.0).reshape(3, 10000)))  # each has an offset in memory of its own
+    rows.append(torch.arange(60000.0)[10000:40000].data)
+    for row in rows:
+        copied, part = state.Copier(share=True, detach=True).copy([row, row[2:5]])
+        assert torch.equal(copied, row)
+        assert torch.equal(part, row[2:5])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel and other quantized")
+@pytest.mark.parametrize("odd", ["sparse", "values", "nested", "jagged", "quantized", "empty", "meta"])
+def test_odd_tensors_can_be_copied_too(odd):
+    sparse = torch.eye(3).to_sparse().coalesce()
+    tensor = {
+        "sparse": sparse,
+        "values": sparse.values(),
+        "nested": torch.nested.nested_tensor([torch.rand(3), torch.rand(2)]),
+        "jagged": torch.nested.nested_tensor([torch.rand(3), torch.rand(2)], layout=torch.jagged),
+        "quantized": torch.quantize_per_tensor(torch.rand(3).float(), 0.1, 0, torch.quint8),
+        "empty": torch.zeros(0),
+        "meta": torch.zeros(3, device="meta"),
+    }[odd]
     copier = state.Copier(share=True, detach=True)
-    assert copier.copy(base[3:4])._base is None
-    copied, view = state.Copier(share=True, detach=True).copy([base, base[3:4]])
-    assert view._base is copied
-    reshaped = base.reshape(2, -1)
-    copied, row = state.Copier(share=True, detach=True).copy([reshaped, reshaped[1]])
-    assert copied._base is row._base is not None
-    assert copied._base is not base
+    copier.together([tensor])
+    copied = copier.copy([tensor, tensor.detach()])[0]
+    assert copied is not tensor
+    assert (copied.layout, copied.dtype, copied.device) == (tensor.layout, tensor.dtype, tensor.device)
+
+
+class Two(nn.Module):
+    """Writes to one name, and reads another one of the same memory."""
+
+    def __init__(self, written, read):
+        super().__init__()
+        for name, value in (("read", read), ("written", written)):
+            if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.written *= 2
+        return x * (self.read[0] if isinstance(self.read, list) else self.read)[:3].clone()
+
+
+def frozen():
+    return nn.Parameter(torch.ones(3), requires_grad=False)
+
+
+def two_of(make, of):
+    value = make()
+    return Two(value, of(value))
+
+
+SHARED = {
+    "a large buffer and the same out of its graph": lambda: two_of(lambda: torch.ones(10**4), lambda t: t.detach()),
+    "the same, the other one first": lambda: two_of(lambda: torch.ones(10**4).detach(), lambda t: t.data),
+    "a frozen parameter and a buffer": lambda: two_of(frozen, lambda p: p.data),
+    "a frozen parameter and a list": lambda: two_of(frozen, lambda p: [p]),
+    "a negative view": lambda: two_of(lambda: torch.ones(3), lambda t: torch._neg_view(t.detach()).detach()),
+}
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("make", SHARED.values(), ids=SHARED)
+def test_what_shares_memory_shares_it_in_the_replay(make, ckpt):
+    gradients = []
+    for by in (plainly, ckpt, non_reentrant):
+        layer, x = make(), torch.ones(3, requires_grad=True)
+        losses = [by(layer, x).square().sum() for _ in range(2)]
+        sum(losses).backward()
+        gradients.append(x.grad)
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[0], gradients[2])
+
+
+def test_what_is_set_on_a_tensor_is_on_its_copy():
+    layer, gradients = Scaled(), []
+    for by in (plainly, by_context):
+        x = torch.ones(3, requires_grad=True)
+        by(layer, x).sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("buffer", torch.ones(3))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.plain = torch.ones(3)
+        self.buffer.scale = self.frozen.scale = self.plain.scale = 2.0
+
+    def forward(self, x):
+        return (x * self.buffer.scale * self.frozen.scale * self.plain.scale).sin()
 
 
 def test_tensors_in_a_graph_are_copied_out_of_it_or_stand_for_themselves():
@@ -318,10 +430,15 @@ def test_what_anybody_else_has_put_on_torchs_own_modules_is_copied(name):
 
 def test_what_is_copied_again_is_what_was_copied():
     tensors = {"whole": torch.rand(3), "other": torch.rand(2, 2), "empty": torch.zeros(0)}
-    tensors |= {"same": tensors["whole"], "in its memory": tensors["other"].detach()[1], "view": tensors["whole"][1:]}
+    tensors |= {
+        "alone": torch.rand(4),
+        "same": tensors["whole"],
+        "in its memory": tensors["other"].detach()[1],
+        "view": tensors["whole"][1:],
+    }
     first = state.Copier(share=True, detach=True)
     kept = first.copy(tensors)
-    assert [kept["whole"]] == list(first.alone.values())  # `other` has its memory in common with another one
+    assert [kept["alone"]] == list(first.alone.values())  # the others have memory in common
     again = state.Copier(share=False, detach=True, alone=[*first.alone.values()]).copy(kept)
     for name, tensor in tensors.items():
         assert torch.equal(again[name], tensor)
@@ -390,9 +507,18 @@ def test_a_part_of_a_weight_that_is_out_of_its_graph_is_copied_out_of_its_memory
     assert weight.eq(1).all()
 
 
-def test_a_tuple_of_another_class_stands_for_itself():
+def test_a_tuple_with_names_is_copied_as_one():
     largest = torch.arange(3.0).max(0)  # a torch.return_types.max
-    assert state.Copier(share=False, detach=True).copy(largest) is largest
+    copied = state.Copier(share=False, detach=True).copy(largest)
+    assert type(copied) is type(largest)
+    assert copied.values is not largest.values
+    assert torch.equal(copied.indices, largest.indices)
+
+
+def test_a_list_that_refuses_to_be_written_to_is_let_be():
+    sizes = torch.fx.immutable_collections.immutable_list([1, [2, 3]])
+    assert state.Copier(share=False, detach=True).copy(sizes[:1]) == [1]
+    assert state.Copier(share=False, detach=True).copy(random.SystemRandom()) is not None
 
 
 def test_put_takes_away_what_is_new():
@@ -652,6 +778,20 @@ COUNTED = {
 }
 
 
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_an_object_without_a_dictionary_may_have_the_method(ckpt):
+    class Slotted:
+        __slots__ = ("layer",)
+
+        def run(self, x):
+            return self.layer(x).tanh()
+
+    owner = Slotted()
+    owner.layer = nn.BatchNorm1d(3)
+    ckpt(owner.run, torch.rand(2, 3, requires_grad=True)).sum().backward()
+    assert owner.layer.num_batches_tracked == 1
+
+
 def calling_itself(root):
     def function(x, times=1):
         return root.count(x) if times == 0 else function(x, times - 1)
@@ -820,6 +960,85 @@ def test_what_is_set_on_torchs_own_modules_after_a_forward_is_not_seen_in_its_re
     assert torch.equal(gradients[0], gradients[1])
     assert not torch.equal(gradients[0], gradients[2])
     assert pictures[0] == pictures[1]
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_a_loss_may_get_other_weights_after_the_forward(ckpt):
+    gradients = []
+    for by in (plainly, ckpt, non_reentrant):
+        loss, losses = nn.CrossEntropyLoss(weight=torch.ones(3)), []
+        x = torch.arange(12.0).sin().reshape(4, 3).requires_grad_()
+        for weight in (1.0, 2.0):
+            loss.weight = torch.tensor([weight, 2, 3])
+            losses.append(by(loss, x, torch.tensor([0, 1, 2, 0])))
+        sum(losses).backward()
+        gradients.append(x.grad)
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_a_norm_may_lose_its_statistics_after_the_forward(ckpt):
+    gradients = []
+    for by in (plainly, ckpt):
+        layer = nn.BatchNorm1d(3)
+        x = torch.arange(12.0).sin().reshape(4, 3).requires_grad_()
+        loss = by(layer, x).square().sum()
+        layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+        loss.backward()
+        assert all(buffer is None for buffer in layer._buffers.values())
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_global_hook_of_somebody_elses_may_read_buffers():
+    block, region = nn.Sequential(nn.BatchNorm1d(3)), preserving._Region()
+    with_hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    with region.forward(block):
+        pass
+    with_hook.remove()
+    assert region.state[block[0]][1]["_buffers"]["running_mean"] is not block[0].running_mean
+
+
+def test_a_class_that_gets_a_forward_of_its_own_is_no_longer_torchs():
+    class Sub(nn.BatchNorm1d):
+        pass
+
+    assert state.reads_no_buffer(Sub(3))
+    Sub.forward = lambda self, x: x * self.running_mean
+    assert not state.reads_no_buffer(Sub(3))
+    Sub.forward = functools.partialmethod(nn.BatchNorm1d.forward)
+    assert not state.reads_no_buffer(Sub(3))
+
+
+def test_outputs_that_a_module_keeps_do_not_keep_each_other():
+    class Keeps(nn.Linear):
+        def forward(self, x):
+            self.last = super().forward(x)
+            return self.last
+
+    layer, outputs = Keeps(3, 3), []
+    for _ in range(4):
+        y = drop_in_reentrant(layer, torch.rand(2, 3, requires_grad=True))
+        outputs.append(weakref.ref(y.grad_fn))
+        y.sum().backward()
+        del y
+    gc.collect()
+    assert [output() is not None for output in outputs] == [False, False, False, True]
+
+
+def test_a_lazy_layer_may_get_its_first_batch_by_name():
+    class Names(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.LazyLinear(3)
+
+        def forward(self, x):
+            return self.layer(input=x).tanh()
+
+    net = Names()
+    by_context(net, torch.rand(2, 3, requires_grad=True)).sum().backward()
+    assert net.layer.weight.grad is not None
 
 
 @pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
