@@ -171,7 +171,8 @@ def page(runs: list[Run]) -> str:
         "# Versions",
         f"""The core's tests pass with torch {listed(tested(runs, "torch"))}, and with Python
         {listed(tested(runs, "python"))}. All ran on Linux, on a CPU. Not tried:
-        {listed(["other systems", *untried, "torch versions between these"])}. Older torch is known to fail ([limits](limits.md)).""",
+        {listed(["other systems", *untried, "torch versions between these"])}. Older torch is known to fail
+        ([limits](limits.md)).""",
         f"""The core's tests are those that need no library but {listed(sorted(libraries("core")))}, and the examples in
         the docstrings. `make compat TORCH=2.9.1` runs them with that torch in an environment of its own
         (`PYTHON=python3.12` for another Python) and notes what came of it in [the data](../tests/versions.json) that
