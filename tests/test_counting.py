@@ -148,9 +148,39 @@ def test_other_data_is_told_from_rounding_at_every_size_of_the_statistics(size, 
     assert report.passes == {"": 2}
 
 
+class Scaling(nn.BatchNorm2d):
+    def forward(self, x, *, scale):
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_keywords_of_a_forward_reach_the_layer_in_the_block_too(momentum, late):
+    layer, gradients = Scaling(3, momentum=momentum), []
+    run = functools.partial(layer, scale=2.0)
+    for ckpt in (plainly, reentrant):
+        x = data(1)[0].requires_grad_()
+        before = [ckpt(run, x).sum() for _ in range(late)]
+        with calibrate(layer):
+            for loss in before:
+                loss.backward()
+            ckpt(run, x).tanh().sum().backward()
+        gradients.append(x.grad)
+    assert torch.allclose(*gradients)
+
+
+def test_a_class_of_ones_own_that_is_updated_once_may_read_what_it_likes():
+    layer = Scaling(3)
+    with calibrate(layer) as report:
+        layer(data(1)[0].requires_grad_(), scale=2.0).sum().backward()
+    assert report.passes == {"": 1}
+    assert report.rows[0].note == ""
+
+
 @pytest.mark.parametrize("late", [0, 3])
 def test_replays_of_batches_from_before_the_block_count_in_a_cumulative_average(late):
     layer = nn.BatchNorm2d(3, momentum=None)
+    layer.num_batches_tracked += 100  # pretrained
     before = [reentrant(layer, x.requires_grad_()).sum() for x in data(late)]
     with calibrate(layer) as report:
         for loss in before:
