@@ -258,6 +258,7 @@ class _Parameter:
         self.version, self.value = _version(parameter), None
         if not parameter.requires_grad and parameter.layout is torch.strided and parameter.nbytes <= LARGE:
             self.value = copier.copy(parameter.detach())
+            vars(self.value).update(vars(parameter))
 
     def made(self, copier: Copier) -> nn.Parameter:
         """Give it, or a copy of what it was; one for all modules that share it."""

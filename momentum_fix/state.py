@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import warnings
 from collections import deque
 from collections.abc import Iterable, Set
@@ -27,6 +28,17 @@ LARGE = 1 << 16  # bytes; what is not larger is copied without asking whether it
 _OF_OPTIONS = _FIXED | {tuple, list} | set(map(type, vars(nn.Module()).values()))
 _TORCHS = "torch.nn.modules."
 _LEAVES_A_CHECKPOINT = CheckpointFunction._backward_cls  # the reentrant engine's
+_COMPARABLE = {
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+}
+_COMPARABLE |= {torch.float32, torch.float64, torch.complex64, torch.complex128}  # not all dtypes can be
 _COMPARED = 64  # so many times a large tensor is compared with its copy before it is expected to stand still
 
 
@@ -113,7 +125,8 @@ class Copier:
         self.share, self.detach = share, detach
         self.modules: list[nn.Module] = []
         self.alone: dict[Any, torch.Tensor] = {}  # copies that share no memory, by where what they are made of is
-        self._storages: dict[Any, torch.Tensor] = {}  # copies of whole ones, by where they are
+        # Copies of whole storages, by where those are; with the storage, lest another one gets its place.
+        self._storages: dict[Any, tuple[torch.Tensor, torch.UntypedStorage]] = {}
         self._copies: dict[int, tuple[Any, Any]] = {}  # by the value's id; with the value, lest another one gets its id
         if alone:
             self._copies = {id(each): (each, copied) for each, copied in zip(alone, _clones(alone), strict=True)}
@@ -124,10 +137,10 @@ class Copier:
         for tensor in tensors:
             if type(tensor) is torch.Tensor and not (tensor.requires_grad or _is_odd(tensor) or vars(tensor)):
                 place = _place(tensor)
-                if tensor.nbytes <= LARGE and place not in self._storages and _fills_its_memory(tensor):
+                if place not in self._storages and 0 < tensor.nbytes <= LARGE and _fills_its_memory(tensor):
                     alone[place] = tensor
         clones = dict(zip(alone, _clones([*alone.values()]), strict=True))
-        self._storages.update(clones)
+        self._storages.update((place, (copied, alone[place].untyped_storage())) for place, copied in clones.items())
         self.alone.update(clones)
         self._copies.update((id(tensor), (tensor, clones[place])) for place, tensor in alone.items())
 
@@ -135,7 +148,7 @@ class Copier:
         """Give one with a copy of this value, which from now on is the copy of the parameter."""
         if id(parameter) not in self._copies:
             made = nn.Parameter(self.copy(value), requires_grad=False)
-            vars(made).update(vars(parameter))
+            vars(made).update(vars(value))
             self._copies[id(parameter)] = parameter, made
         return self._copies[id(parameter)][1]  # type: ignore[no-any-return]
 
@@ -150,6 +163,7 @@ class Copier:
         if isinstance(value, torch.Tensor):
             copied = self._tensor(value)
             if copied is not value and vars(value):
+                copied = copied.detach() if copied.is_leaf else copied  # it may be shared
                 vars(copied).update(vars(value))
         elif isinstance(value, FILLED):
             copied = value.copy() if kind in (dict, list) else copy(value)
@@ -158,10 +172,12 @@ class Copier:
                 twin = self.copy(item)
                 if twin is not item:  # a list may refuse to be written to
                     copied[key] = twin
-        elif kind in (tuple, set, frozenset) or hasattr(kind, "n_sequence_fields"):  # as what torch.max gives
-            copied = kind([*map(self.copy, value)])
-        elif isinstance(value, tuple) and hasattr(value, "_make"):
-            copied = value._make(map(self.copy, value))
+        elif isinstance(value, tuple):
+            items = [*map(self.copy, value)]
+            if any(map(operator.is_not, items, value)):  # what torch.max gives is made in another way than tuples are
+                copied = kind(items) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, items)
+        elif isinstance(value, (set, frozenset)):
+            copied = kind(map(self.copy, value)) if kind in (set, frozenset) else copy(value)
         elif isinstance(value, WHOLE) and kind is not SystemRandom:
             copied = deepcopy(value)
         elif isinstance(value, nn.Module):
@@ -185,24 +201,27 @@ class Copier:
 
     def _stored(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor with its storage, which others may share, views of it or not (`detach`)."""
-        place = _place(tensor)
-        if not place[1]:  # it is empty, or on the meta device
+        place, storage = _place(tensor), tensor.untyped_storage()
+        size = storage.nbytes()
+        if not storage.data_ptr():  # it is empty, or on the meta device
             return tensor.clone()
         if place not in self._storages:
-            stands = self.share and tensor.nbytes > LARGE and not tensor.is_inference()
-            if _fills_its_memory(tensor):
-                self._storages[place] = copied = _shared_copy(tensor) if stands else tensor.clone()
-                if not (stands or vars(tensor)):
+            large = self.share and min(tensor.nbytes, size) > LARGE and _can_be_compared(tensor)
+            fills = _fills_its_memory(tensor)
+            if fills or large:
+                copied = _shared_copy(tensor) if large else tensor.clone()
+                if fills:
+                    self._storages[place] = copied, storage
+                if fills and not (large or vars(tensor)):
                     self.alone[place] = copied
                 return copied
-            if stands:
-                return _shared_copy(tensor)
-            if tensor.untyped_storage().nbytes() > max(tensor.nbytes, LARGE):
+            if size > max(tensor.nbytes, LARGE):
                 return tensor.clone()
-            memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-            self._storages[place] = memory.clone()
+            memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            self._storages[place] = memory.clone(), storage
         self.alone.pop(place, None)
-        twin, whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device), self._storages[place].untyped_storage()
+        whole = self._storages[place][0].untyped_storage()
+        twin = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         twin.set_(whole, tensor.storage_offset(), tensor.size(), tensor.stride())
         twin = twin.conj() if tensor.is_conj() else twin
         return torch._neg_view(twin) if tensor.is_neg() else twin
@@ -213,13 +232,20 @@ def _is_odd(tensor: torch.Tensor) -> bool:
     return tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized
 
 
-def _place(tensor: torch.Tensor) -> tuple[torch.device, int]:
-    return tensor.device, tensor.untyped_storage().data_ptr()
+def _place(tensor: torch.Tensor) -> tuple[torch.device, int, int]:
+    storage = tensor.untyped_storage()
+    return tensor.device, storage.data_ptr(), storage.nbytes()
 
 
 def _fills_its_memory(tensor: torch.Tensor) -> bool:
-    size = tensor.untyped_storage().nbytes()
-    return size == tensor.nbytes > 0 and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+    """Tell whether a tensor is all that is in its memory, each value once, and means what is there."""
+    if tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.is_conj() or tensor.is_neg():
+        return False
+    return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+
+
+def _can_be_compared(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in _COMPARABLE and not tensor.is_inference()
 
 
 def _clones(tensors: list[torch.Tensor]) -> Iterable[torch.Tensor]:

@@ -7,6 +7,7 @@ import gc
 import inspect
 import pickle
 import random
+import sys
 import threading
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -331,9 +332,9 @@ def test_odd_tensors_can_be_copied_too(odd):
 class Two(nn.Module):
     """Writes to one name, and reads another one of the same memory."""
 
-    def __init__(self, written, read):
+    def __init__(self, **tensors):
         super().__init__()
-        for name, value in (("read", read), ("written", written)):
+        for name, value in tensors.items():
             if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:
@@ -349,17 +350,27 @@ def frozen():
     return nn.Parameter(torch.ones(3), requires_grad=False)
 
 
-def two_of(make, of):
-    value = make()
-    return Two(value, of(value))
+def aliased(tensor, of):
+    return Two(written=tensor, read=of(tensor))
+
+
+def reversed_alias(tensor, of):
+    return Two(read=of(tensor), written=tensor)
 
 
 SHARED = {
-    "a large buffer and the same out of its graph": lambda: two_of(lambda: torch.ones(10**4), lambda t: t.detach()),
-    "the same, the other one first": lambda: two_of(lambda: torch.ones(10**4).detach(), lambda t: t.data),
-    "a frozen parameter and a buffer": lambda: two_of(frozen, lambda p: p.data),
-    "a frozen parameter and a list": lambda: two_of(frozen, lambda p: [p]),
-    "a negative view": lambda: two_of(lambda: torch.ones(3), lambda t: torch._neg_view(t.detach()).detach()),
+    "a transposed large buffer and a row": lambda: aliased(torch.ones(200, 200).t(), lambda t: t[0]),
+    "a large buffer with channels last": lambda: aliased(
+        torch.ones(1, 64, 32, 32).to(memory_format=torch.channels_last), lambda t: t.detach()[0, :3, 0, 0]
+    ),
+    "a tensor and before it what it was expanded to": lambda: reversed_alias(
+        torch.ones(1), lambda t: [t.expand(20000)]
+    ),
+    "a large buffer and the same out of its graph": lambda: aliased(torch.ones(10**4), lambda t: t.detach()),
+    "the same, the other one first": lambda: reversed_alias(torch.ones(10**4), lambda t: t.data),
+    "a frozen parameter and a buffer": lambda: aliased(frozen(), lambda p: p.data),
+    "a frozen parameter and a list": lambda: aliased(frozen(), lambda p: [p]),
+    "a negative view": lambda: reversed_alias(torch.ones(3), lambda t: torch._neg_view(t.detach()).detach()),
 }
 
 
@@ -383,6 +394,65 @@ def test_what_is_set_on_a_tensor_is_on_its_copy():
         by(layer, x).sum().backward()
         gradients.append(x.grad)
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("size", [3, state.LARGE])
+@pytest.mark.parametrize("kind", [nn.Buffer, lambda t: nn.Parameter(t, requires_grad=False)])
+def test_what_is_counted_on_a_tensor_is_the_forwards_in_the_replay(kind, size):
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tensor = kind(torch.ones(size))
+            self.tensor.steps = 0
+
+        def forward(self, x):
+            self.tensor.steps += 1
+            return x * self.tensor.steps
+
+    if size > 3 and kind is not nn.Buffer:
+        pytest.skip("a parameter above 64 KiB is not preserved")
+    layer, x = Counts(), torch.ones(1, requires_grad=True)
+    sum(drop_in_reentrant(layer, x) for _ in range(3)).backward()
+    assert x.grad == 1 + 2 + 3
+    assert layer.tensor.steps == 3
+
+
+def test_what_leads_from_a_large_tensor_to_its_module_does_not_keep_it():
+    layer = nn.Linear(3, 3)
+    layer.register_buffer("mask", torch.ones(state.LARGE))
+    layer.mask.owner = layer
+    by_context(nn.Sequential(layer), torch.ones(2, 3, requires_grad=True)).sum().backward()
+    reference = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert reference() is None
+
+
+def test_tensors_at_one_address_are_told_apart_by_their_size():
+    array = np.arange(6.0)
+    whole, part = torch.from_numpy(array), torch.from_numpy(array[:3])
+    for tensors in ([whole, part], [part, whole]):
+        copier = state.Copier(share=True, detach=True)
+        copier.together(tensors)
+        for tensor, copied in zip(tensors, copier.copy(tensors), strict=True):
+            assert torch.equal(copied, tensor)
+
+
+def test_memory_that_was_copied_is_not_taken_by_something_else():
+    for size in (4, 100, 1000, 8000):
+        for _ in range(20):
+            copier, buffer = state.Copier(share=True, detach=True), torch.zeros(size)
+            copier.together([buffer])
+            buffer.data = torch.ones(size)
+            others = [torch.full((size,), 7.0) for _ in range(20)]
+            assert all(torch.equal(copier.copy(other), other) for other in others)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_a_large_tensor_that_cannot_be_compared_is_copied_each_time():
+    tensor = torch.zeros(20000, dtype=torch.complex64).to(torch.complex32)
+    copies = [state.Copier(share=True, detach=True).copy(tensor) for _ in range(2)]
+    assert copies[0] is not copies[1]
 
 
 class Scaled(nn.Module):
@@ -513,6 +583,24 @@ def test_a_tuple_with_names_is_copied_as_one():
     assert type(copied) is type(largest)
     assert copied.values is not largest.values
     assert torch.equal(copied.indices, largest.indices)
+
+
+def test_tuples_and_sets_of_another_class_are_copied_as_such():
+    class Pair(tuple):
+        def __new__(cls, one, other):
+            return super().__new__(cls, (one, other))
+
+    class Names(set):
+        pass
+
+    pair, names = Pair(torch.ones(1), 2), Names("ab")
+    copied, others = state.Copier(share=False, detach=True).copy([pair, names])
+    assert (type(copied), type(others)) == (Pair, Names)
+    assert copied[0] is not pair[0]
+    assert copied[1] == 2
+    assert others == names
+    assert others is not names
+    assert state.Copier(share=False, detach=True).copy(sys.version_info) is sys.version_info
 
 
 def test_a_list_that_refuses_to_be_written_to_is_let_be():
