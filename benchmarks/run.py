@@ -140,7 +140,7 @@ def checkpoint_unet(wrap):
 
 NETWORKS = {
     "overhead-only network": (overhead_only, 200),
-    "BatchNorm and 1 by 1 convolutions": (pointwise_net, 60),
+    "BatchNorm and 1 by 1 convolutions": (pointwise_net, 300),
     "MONAI CheckpointUNet": (checkpoint_unet, 20),
     "ResNet-like 2-D net": (residual_net, 20),
 }
