@@ -65,7 +65,7 @@ class Count:
             return
         batches, before_them, *replays = self.tally.tolist()
         if batches:
-            self.added = None
+            self.added = None  # of the last of them that is not known
         if self.heard:
             self.heard[-1] += before_them
         else:

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torchs_module
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
 from momentum_fix.replay import selective, unseen
@@ -394,7 +393,7 @@ def _watch(users: int) -> None:
 
 @functools.cache
 def _handle() -> Any:
-    return register_module_forward_pre_hook(_entered)
+    return torchs_module.register_module_forward_pre_hook(_entered)
 
 
 def _entered(module: Any, args: Any) -> None:

@@ -28,17 +28,9 @@ LARGE = 1 << 16  # bytes; what is not larger is copied without asking whether it
 _OF_OPTIONS = _FIXED | {tuple, list} | set(map(type, vars(nn.Module()).values()))
 _TORCHS = "torch.nn.modules."
 _LEAVES_A_CHECKPOINT = CheckpointFunction._backward_cls  # the reentrant engine's
-_COMPARABLE = {
-    torch.bool,
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.float16,
-    torch.bfloat16,
-}
-_COMPARABLE |= {torch.float32, torch.float64, torch.complex64, torch.complex128}  # not all dtypes can be
+_WHOLE_NUMBERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_FRACTIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
+_COMPARABLE = frozenset((*_WHOLE_NUMBERS, *_FRACTIONS))  # torch.equal knows not all dtypes
 _COMPARED = 64  # so many times a large tensor is compared with its copy before it is expected to stand still
 
 
@@ -133,16 +125,18 @@ class Copier:
 
     def together(self, tensors: Iterable[Any]) -> None:
         """Copy those of the tensors that share no memory, and are small, all at once, which is quicker."""
-        alone = dict[Any, torch.Tensor]()
+        alone = dict[Any, tuple[torch.Tensor, torch.UntypedStorage]]()
         for tensor in tensors:
             if type(tensor) is torch.Tensor and not (tensor.requires_grad or _is_odd(tensor) or vars(tensor)):
-                place = _place(tensor)
-                if place not in self._storages and 0 < tensor.nbytes <= LARGE and _fills_its_memory(tensor):
-                    alone[place] = tensor
-        clones = dict(zip(alone, _clones([*alone.values()]), strict=True))
-        self._storages.update((place, (copied, alone[place].untyped_storage())) for place, copied in clones.items())
-        self.alone.update(clones)
-        self._copies.update((id(tensor), (tensor, clones[place])) for place, tensor in alone.items())
+                storage = tensor.untyped_storage()
+                place = _place(storage)
+                if place not in self._storages and 0 < tensor.nbytes <= LARGE and _fills(tensor, storage):
+                    alone[place] = tensor, storage
+        copies = _clones([tensor for tensor, _ in alone.values()])
+        for (place, (tensor, storage)), copied in zip(alone.items(), copies, strict=True):
+            self._copies[id(tensor)] = tensor, copied
+            self._storages[place] = copied, storage
+            self.alone[place] = copied
 
     def parameter(self, parameter: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
         """Give one with a copy of this value, which from now on is the copy of the parameter."""
@@ -201,13 +195,13 @@ class Copier:
 
     def _stored(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor with its storage, which others may share, views of it or not (`detach`)."""
-        place, storage = _place(tensor), tensor.untyped_storage()
-        size = storage.nbytes()
-        if not storage.data_ptr():  # it is empty, or on the meta device
+        storage = tensor.untyped_storage()
+        place = _, address, size = _place(storage)
+        if not address:  # it is empty, or on the meta device
             return tensor.clone()
         if place not in self._storages:
             large = self.share and min(tensor.nbytes, size) > LARGE and _can_be_compared(tensor)
-            fills = _fills_its_memory(tensor)
+            fills = _fills(tensor, storage)
             if fills or large:
                 copied = _shared_copy(tensor) if large else tensor.clone()
                 if fills:
@@ -232,14 +226,13 @@ def _is_odd(tensor: torch.Tensor) -> bool:
     return tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized
 
 
-def _place(tensor: torch.Tensor) -> tuple[torch.device, int, int]:
-    storage = tensor.untyped_storage()
-    return tensor.device, storage.data_ptr(), storage.nbytes()
+def _place(storage: torch.UntypedStorage) -> tuple[torch.device, int, int]:
+    return storage.device, storage.data_ptr(), storage.nbytes()
 
 
-def _fills_its_memory(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor is all that is in its memory, each value once, and means what is there."""
-    if tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.is_conj() or tensor.is_neg():
+def _fills(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
+    """Tell whether a tensor is all that is in its storage, each value once, and means what is there."""
+    if storage.nbytes() != tensor.nbytes or tensor.is_conj() or tensor.is_neg():
         return False
     return tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 

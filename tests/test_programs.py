@@ -9,9 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
 from states import CHANNELS, KINDS, picture
-from twins import ROUNDING, by_context, drop_in, drop_in_reentrant, non_reentrant, plainly
+from twins import EXACT, ROUNDING, drop_in_reentrant, non_reentrant, plainly
 
-EXACT = {"context_fn": by_context, "drop-in": drop_in, "drop-in, reentrant": drop_in_reentrant}
 PROGRAMS = 60
 
 

@@ -41,6 +41,9 @@ def drop_in_reentrant(function, *args):
     return momentum_fix.checkpoint(function, *args, use_reentrant=True)
 
 
+EXACT = {"context_fn": by_context, "drop-in": drop_in, "drop-in, reentrant": drop_in_reentrant}
+
+
 def batches(count, *shape, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(*shape, generator=generator) * (1 + i % 3) + i % 2 for i in range(count)]
