@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from momentum_fix.corrected import uncorrected
-from momentum_fix.covering import ONLY_WRITES, Covering, on_copies
+from momentum_fix.covering import Covering, on_copies, only_writes
 from momentum_fix.layers import Buffers, NormLayer, tracks
 from momentum_fix.once import Once
 from momentum_fix.replay import selective, unseen
@@ -119,7 +119,7 @@ class Counted(Covering):
             return count.passes, NOT_CONSECUTIVE
         if count.other_data:
             return count.passes, OTHER_DATA
-        return count.passes, MAY_READ if count.passes > 1 and type(layer).forward not in ONLY_WRITES else ""
+        return count.passes, MAY_READ if count.passes > 1 and not only_writes(layer) else ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Counted:
         """Let a copy of the model that is made in the block be cleaned up with the original."""
@@ -197,7 +197,7 @@ def _added(layer: NormLayer, before: Buffers) -> tuple[torch.Tensor | None, floa
     """
     now, m = layer._buffers, float(layer.momentum or 0)
     names = ("running_mean", "running_var")
-    known = type(layer).forward in ONLY_WRITES and all(has_values(before.get(name)) for name in names)
+    known = only_writes(layer) and all(has_values(before.get(name)) for name in names)
     if not known or not m:
         return None, 0.0
     values = torch.cat([now[name].flatten() for name in names])

@@ -16,7 +16,8 @@ from momentum_fix.replay import replaying, selective, unseen
 
 _NEED_NO_COUNTER = (_BatchNorm.forward, _InstanceNorm.forward)  # SyncBatchNorm insists on num_batches_tracked
 _COVERING = "_momentum_fix_covering"  # on a layer: what covers it, to be found though something has wrapped its forward
-ONLY_WRITES = (*_NEED_NO_COUNTER, nn.SyncBatchNorm.forward)  # the output in training does not read the statistics
+_ONLY_WRITE = (*_NEED_NO_COUNTER, nn.SyncBatchNorm.forward)
+_TIMMS = ("BatchNormAct2d.forward", "SyncBatchNormAct.forward")  # torch's, with an activation; in timm.layers.norm_act
 
 
 class Covering:
@@ -68,8 +69,8 @@ class Covering:
         A checkpoint compares the tensors that are saved for backward; and it can stop a replay by an exception.
         """
         layer, own = self.layer, self.layer._buffers
-        only_writes = self.inner is None and type(layer).forward in _NEED_NO_COUNTER and not selective()
-        if not only_writes or own.get("running_mean") is None or own.get("running_var") is None:
+        scratch_will_do = self.inner is None and type(layer).forward in _NEED_NO_COUNTER and not selective()
+        if not scratch_will_do or own.get("running_mean") is None or own.get("running_var") is None:
             with on_copies(layer):
                 return self.run(*args, **kwargs)
         if not layer.training:
@@ -141,6 +142,13 @@ def covering(layer: nn.Module) -> Covering | None:
     """Give what covers the layer. A `copy.copy` shares the attribute of the original, but is not covered."""
     each: Covering | None = vars(layer).get(_COVERING)
     return each if each is not None and each.layer is layer and "forward" in vars(layer) else None
+
+
+def only_writes(layer: nn.Module) -> bool:
+    """Tell whether a layer's class is known, torch's own or timm's: its output in training reads no statistics."""
+    forward: Any = type(layer).forward
+    timms = getattr(forward, "__module__", "") == "timm.layers.norm_act" and forward.__qualname__ in _TIMMS
+    return timms or forward in _ONLY_WRITE
 
 
 def has_foreign_forward(layer: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from momentum_fix.corrected import is_corrected, uncorrected
-from momentum_fix.covering import ONLY_WRITES, Covering, cover, covering, refuse_foreign_forward, uncover
+from momentum_fix.covering import Covering, cover, covering, only_writes, refuse_foreign_forward, uncover
 from momentum_fix.layers import named, the, tracked_layers, warn_of_none
 from momentum_fix.tables import number
 
@@ -102,7 +102,8 @@ def update_once(model: nn.Module) -> Handle:
 
     Warns:
         UserWarning: no layer tracks running statistics; a layer's class has its own forward, whose output may
-            read them; or, in training, a layer is updated in the backward pass only.
+            read them (timm's `BatchNormAct2d` is known not to); or, in training, a layer is updated in the backward
+            pass only.
 
     Example:
         >>> import torch
@@ -129,7 +130,7 @@ def update_once(model: nn.Module) -> Handle:
             added.append(Once(layer, name))
     cover(added)
     warn_of_none(layers, "to update once")
-    own = [once.name for once in added if type(once.layer).forward not in ONLY_WRITES]
+    own = [once.name for once in added if not only_writes(once.layer)]
     if own:
         warnings.warn(
             f"{named(own)}: the class has a forward of its own. Its statistics will move once per batch. But if its "

@@ -169,8 +169,6 @@ CLIENTS = {
 # mmcv imports parts of torch that torch has deprecated, and leaves the choice of the engine to torch's default
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant parameter should be passed explicitly")
-# timm's norm with an activation has a forward of its own, which does not read the statistics in training
-@pytest.mark.filterwarnings("ignore:.*the class has a forward of its own")
 @pytest.mark.parametrize(("client", "passes"), CLIENTS.items(), ids=[client.__name__ for client in CLIENTS])
 def test_the_statistics_are_those_of_the_unchanged_twin(client, passes):
     model, shapes = client()

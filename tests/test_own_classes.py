@@ -194,6 +194,40 @@ def test_a_class_with_a_forward_of_its_own_is_named_since_its_output_may_read_th
     assert not same_path(net, truth)
 
 
+def with_activation(module, name):
+    """Give a class like timm's, with a forward of this name."""
+
+    def forward(self, x):
+        return nn.BatchNorm2d.forward(self, x).relu()
+
+    forward.__module__, forward.__qualname__ = module, name
+    return type("BatchNormAct2d", (nn.BatchNorm2d,), {"forward": forward})
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "known"),
+    [
+        ("timm.layers.norm_act", "BatchNormAct2d.forward", True),
+        ("timm.layers.norm_act", "SyncBatchNormAct.forward", True),
+        ("timm.layers.norm_act", "BatchNormAct3d.forward", False),
+        ("mine", "BatchNormAct2d.forward", False),
+    ],
+)
+def test_timms_norms_with_an_activation_are_known_not_to_read_their_statistics(module, name, known):
+    net = Net(with_activation(module, name))
+    truth = train(copy.deepcopy(net), one, data(3), plainly)
+    with calibrate(calibrated := copy.deepcopy(net)) as report:
+        train(calibrated, one, data(1), non_reentrant)
+    assert {row.note for row in report.rows} == {"" if known else MAY_READ}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        update_once(net)
+    assert len(caught) == (0 if known else 1)
+    train(net, one, data(3), non_reentrant)
+    assert same_path(net, truth)
+    assert deviation(net, truth) == 0
+
+
 def tracking_in_the_replay_only(net):
     """Do what fairscale's checkpoint_wrapper does."""
     for layer in norms(net):
