@@ -161,6 +161,8 @@ def test_a_greater_claim_needs_something_that_is_seen_to_be_positive(claim, posi
     assert refused(Theorem("Sign", "", (greater(claim.rhs, claim.lhs),), (Step(-start, negative, ""),)))
     assert not symbolic._is_reached(None, m)  # m may be 0
     assert not symbolic._is_reached(None, sp.Integral(symbolic.q, (symbolic.u, 0, symbolic.h)))
+    assert symbolic._is_reached(None, sp.Integral(1, (symbolic.u, 0, symbolic.h)))
+    assert not symbolic._is_reached(None, sp.Integral(1, (symbolic.u, symbolic.h, 0)))
 
 
 @every_step
