@@ -42,7 +42,7 @@ class LayerAudit:
         """Give the row's text."""
         layer = self.layer or "(the model)"
         if self.passes is None:
-            return layer, "-" if self.batches is None else str(self.batches), *"----", self.note
+            return layer, *"-----", self.note
         return (
             layer,
             str(self.batches),

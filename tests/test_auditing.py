@@ -21,9 +21,9 @@ from torch import nn
 
 from momentum_fix import audit, correct, corrected_momentum, effective_momentum
 from momentum_fix.__main__ import main
-from momentum_fix.auditing import UnreadableError
+from momentum_fix.auditing import LayerAudit, UnreadableError
 from momentum_fix.formula import power_of_decay
-from momentum_fix.tables import show
+from momentum_fix.tables import printable, show
 from twins import batches, non_reentrant, plainly, train
 
 
@@ -101,8 +101,10 @@ def test_the_numbers_follow_from_the_passes():
     assert row.corrected == corrected_momentum(0.1, 2)
     assert row.variance_ratio == pytest.approx((0.19 / 1.81) / (0.1 / 1.9))
     assert uncounted.note == "counter is 0: never updated, or a layer that does not count (InstanceNorm)"
-    _, row, _ = audit(trained().state_dict(), steps=5, momentum=0.5).rows
+    assert uncounted == LayerAudit(source="", layer="1.2", batches=None, steps=5, inferred=True, note=uncounted.note)
+    _, row, uncounted = audit(trained().state_dict(), steps=5, momentum=0.5).rows
     assert (row.inferred, row.effective_momentum, row.corrected) == (False, 0.75, corrected_momentum(0.5, 2))
+    assert (uncounted.steps, uncounted.inferred) == (5, False)
 
 
 def test_a_corrected_model_is_recomputed_but_effectively_right():
@@ -116,9 +118,14 @@ def test_a_corrected_model_is_recomputed_but_effectively_right():
 
 @pytest.mark.parametrize("momentum", [None, 0.0, 1.0])
 def test_a_momentum_that_passes_cannot_change_gives_no_ratio_or_one(momentum):
-    _, row = audit(counters(a=5, b=10), momentum=momentum).rows
-    assert row.effective_momentum == row.corrected == momentum
-    assert row.variance_ratio == (1.0 if momentum else None)
+    _, row, odd = (result := audit(counters(a=5, b=10, c=7), momentum=momentum)).rows
+    assert row.effective_momentum == row.corrected == odd.effective_momentum == odd.corrected == momentum
+    assert row.variance_ratio == odd.variance_ratio == (1.0 if momentum else None)
+    number, ratio = {None: ("None", "-"), 0.0: ("0", "-"), 1.0: ("1", "1.00")}[momentum]
+    assert [line.split() for line in str(result).splitlines()[-2:]] == [
+        ["b", "10", "2", number, ratio, number],
+        ["c", "7", "1.4", number, ratio, number],
+    ]
 
 
 @pytest.mark.parametrize("save", SAVERS)
@@ -129,6 +136,22 @@ def test_every_format_gives_what_the_state_dict_gives(save, tmp_path):
     assert {row.source for row in rows} == {str(file)}
     assert sorted((row.layer, row.batches, row.passes) for row in rows if row.passes) == [("0.1", 5, 1), ("1.1", 10, 2)]
     assert found(tmp_path) == found(str(file)) == found(file)
+
+
+def test_steps_and_momentum_count_for_models_state_dicts_files_and_directories(tmp_path):
+    model = trained()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    for source, used in (
+        (model, 0.1),
+        (model.state_dict(), 0.5),
+        (tmp_path / "model.pt", 0.5),
+        (tmp_path, 0.5),
+    ):
+        once, twice, _ = audit(source, steps=10, momentum=0.5).rows
+        assert (once.passes, twice.passes) == (Fraction(1, 2), 1)
+        assert (once.steps, once.inferred, twice.inferred) == (10, False, False)
+        assert twice.effective_momentum == twice.corrected == used
+        assert str(audit(source, steps=10)).startswith("Clean: none of 2 layers")
 
 
 def test_a_whole_training_checkpoint_is_searched_and_each_state_dict_is_judged_by_itself(tmp_path):
@@ -241,6 +264,8 @@ def test_steps_that_are_no_integer_are_a_type_error(steps):
 def test_a_wrong_momentum_or_source_is_refused():
     with pytest.raises(ValueError, match=r"momentum is 1\.5"):
         audit({}, momentum=1.5)
+    with pytest.raises(ValueError, match=r"steps is 0, but .*: the batches trained on, or None to infer them"):
+        audit({}, steps=0)
     with pytest.raises(TypeError, match="source is a int, but must be a model, a state dict or a path"):
         audit(3)
 
@@ -469,6 +494,7 @@ def test_an_audit_has_a_short_repr_and_a_table_for_notebooks(tmp_path):
     assert "\x1b" not in html
     (tmp_path / "x.pt").touch()
     assert "x.pt: is empty</p>" in audit(tmp_path)._repr_html_()
+    assert html.startswith(f"<p>{result.verdict}</p>")
 
 
 def test_names_from_a_file_cannot_write_lines_or_control_the_terminal():
@@ -580,7 +606,22 @@ def test_a_table_is_drawn_from_the_width_on_that_its_longest_words_need(capsys, 
     assert "┃ layer     ┃ passes ┃ note              ┃ momentum ┃" in drawn
     assert "│ c         │ 3      │ twenty-five-words │ 0.05     │" in drawn
     assert {len(line) for line in drawn.splitlines()} == {least}
+    wider = shown(ROWS, least + 5, capsys, monkeypatch)  # which one column gets
+    assert {len(line) for line in wider.splitlines()} == {least + 5}
     assert "left alone: did not run │ -            │" in shown(ROWS, 80, capsys, monkeypatch)
+    assert "│ encoder.1 │ 2      │" in shown(ROWS[:2], 80, capsys, monkeypatch)
+
+
+def test_no_word_is_cut_or_broken_where_it_cannot_fit(capsys, monkeypatch):
+    assert "note\n    twenty-five-words\n    in it," in shown(ROWS, 18, capsys, monkeypatch)
+    wide = [ROWS[0], ("層" * 20, "2", "", "", "0.05")]  # two places each
+    folded = shown(wide, 60, capsys, monkeypatch)
+    assert folded.count("層") == 20
+    assert "…" not in folded
+
+
+def test_only_what_does_not_print_is_escaped():
+    assert printable("é\\層\n\x1b") == "é\\層\\n\\x1b"
 
 
 def test_a_table_of_very_many_rows_is_not_drawn(capsys, monkeypatch):
@@ -601,11 +642,12 @@ def test_several_files_get_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
 
 
 def test_json_is_for_programs(tmp_path, capsys):
-    torch.save(counters(a=5, b=10), tmp_path / "model.pt")
+    torch.save(counters(a=5, b=10, c=0), tmp_path / "model.pt")
     assert main(["audit", str(tmp_path / "model.pt"), "--json", "--momentum", "0.5", "--steps", "5"]) == 1
     result = json.loads(capsys.readouterr().out)
     assert (result["recomputed"], result["errors"]) == (1, {})
     assert result["verdict"].startswith("Recomputation found: 1 of 2")
+    assert result["layers"][2]["passes"] is None
     assert result["layers"][1] == {
         "source": str(tmp_path / "model.pt"),
         "layer": "b",
@@ -625,3 +667,5 @@ def test_an_empty_directory_and_wrong_numbers_are_one_line_and_status_2(tmp_path
     assert "holds no file that ends in" in capsys.readouterr().err
     assert main(["audit", str(tmp_path / "x.pt"), "--steps", "0"]) == 2
     assert capsys.readouterr().err.startswith("momentum-fix audit: steps is 0, but must be an integer of at least 1: ")
+    assert main(["audit", str(tmp_path / "x.pt"), "--momentum", "7"]) == 2  # said before any file is looked for
+    assert capsys.readouterr().err.startswith("momentum-fix audit: momentum is 7.0, but must")

@@ -1,5 +1,6 @@
 """The curves: their data without Matplotlib, and what is drawn of it."""
 
+import random
 import subprocess
 import sys
 
@@ -14,6 +15,10 @@ from momentum_fix.weights import batch_weights
 def drawn(ax):
     """The curves on the axes by label."""
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines}
+
+
+def as_drawn(curves):
+    return {label: (pytest.approx(xs), pytest.approx(ys)) for label, (xs, ys) in curves.items()}
 
 
 PLOTS = {
@@ -90,9 +95,33 @@ def test_a_signal_is_the_same_for_the_same_seed_only():
     assert plots.signal_data(seed=3) == plots.signal_data(seed=3) != plots.signal_data(seed=4)
 
 
+def test_a_signal_rests_drifts_and_is_averaged_from_zero_on():
+    data = plots.signal_data(0.5, 2, batches=100)
+    numbers, means = data["batch mean"]
+    truth = data["true mean"][1]
+    assert numbers == list(range(1, 101))
+    assert truth == pytest.approx([0.0] * 50 + [0.1 * step for step in range(1, 51)])
+    noise = [mean - true for mean, true in zip(means, truth, strict=True)]
+    generator = random.Random(0)
+    assert noise == pytest.approx([generator.gauss(0, 1) for _ in numbers])
+    assert data["1 pass"][1][:2] == pytest.approx([means[0] / 2, means[0] / 4 + means[1] / 2])
+
+
+def test_a_plot_draws_what_it_is_asked_for():
+    for plot, data, asked in (
+        (plots.decay, plots.decay_data, (0.3, (4,), 7)),
+        (plots.cumulative, plots.cumulative_data, (0.3, (4,), 7)),
+        (plots.shares, plots.shares_data, (0.3, 4)),
+        (plots.signal, plots.signal_data, (0.3, 2, 20, 5)),
+    ):
+        assert drawn(plot(*asked)) == as_drawn(data(*asked))
+        assert "0.3" in plot(*asked).get_legend().get_title().get_text()
+    assert drawn(plots.effective((1, 7), momentum=0.3)) == as_drawn(plots.effective_data((1, 7), momentum=0.3))
+
+
 @each_plot
 def test_a_plot_draws_its_data(plot):
-    assert drawn(plot()) == {label: (pytest.approx(xs), pytest.approx(ys)) for label, (xs, ys) in PLOTS[plot]().items()}
+    assert drawn(plot()) == as_drawn(PLOTS[plot]())
 
 
 @each_plot
@@ -103,17 +132,41 @@ def test_a_plot_says_what_is_seen_labels_its_axes_and_names_every_curve(plot):
     title = ax.get_legend().get_title().get_text()
     assert "0.1" in title or (plot is plots.effective and title)  # that one marks it
     assert ax.get_ylabel()
-    assert "(batches)" in ax.get_xlabel() or plot is plots.effective  # that one has no batches
+    assert ("momentum" if plot is plots.effective else "(batches)") in ax.get_xlabel()
+    assert not ax.spines["top"].get_visible()
     assert not ax.texts  # nothing placed by hand
 
 
 @each_plot
-def test_the_largest_value_of_every_curve_is_seen(plot):
+def test_the_largest_value_of_every_curve_is_seen_and_the_axes_show_little_else(plot):
     ax = plot()
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     for xs, ys in drawn(ax).values():
         assert bottom < max(ys) <= top
         assert left <= min(xs) <= max(xs) <= right
+    largest = max(max(ys) for _, ys in drawn(ax).values())
+    assert top <= largest * (1.5 if plot is plots.decay else 1.1)
+    scale, least = {plots.decay: ("log", 1e-3), plots.signal: ("linear", bottom)}.get(plot, ("linear", 0))
+    assert (ax.get_yscale(), bottom) == (scale, least)
+
+
+def test_each_number_of_passes_has_one_colour_on_all_plots_and_a_band_lies_under_its_line():
+    for curves in (plots.decay(passes=(2, 3, 5)), plots.cumulative(passes=(5, 2)), plots.effective((1, 2, 5))):
+        lines = {line.get_label(): line for line in curves.lines}
+        for k, colour in ((1, "#000000"), (2, "#0072B2"), (5, "#CC79A7")):
+            assert lines["1 pass" if k == 1 else f"{k} passes"].get_color() == colour
+        if band := lines.get("5 passes, corrected"):
+            assert (band.get_color(), band.get_zorder() < lines["1 pass"].get_zorder()) == (plots.GREEN, True)
+            assert band.get_linewidth() > 3 * lines["1 pass"].get_linewidth()
+
+
+def test_what_is_no_run_is_drawn_otherwise():
+    lines = {line.get_label(): line for line in [*plots.signal().lines, *plots.effective().lines]}
+    styles = {name: (lines[name].get_linestyle(), lines[name].get_marker()) for name in lines}
+    assert styles["batch mean"] == styles["momentum 0.1"] == ("None", "o")
+    assert styles["true mean"] == ("--", "None")
+    assert styles["1 pass"] == styles["2 passes"] == ("-", "None")
+    assert {line.get_marker() for line in plots.shares().lines} == {"o", "^", "s"}
 
 
 @each_plot
@@ -182,7 +235,7 @@ def test_the_same_curves_give_the_same_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["curves.gif", "curves"])
 def test_another_kind_of_file_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=r"must end in \.png, \.svg or \.pdf"):
+    with pytest.raises(ValueError, match=rf"{name}', but its name must end in \.png, \.svg or \.pdf"):
         plots.save(tmp_path / name)
 
 

@@ -235,6 +235,7 @@ def test_a_sum_is_split_at_n_alone_and_only_upwards(monkeypatch, numbers_first):
     upto = [sp.Sum(xs[j], (j, 1, last)) for last in (n - 1, n, n + 2, n + k)]
     single, double = (sp.Sum(xs[i], (i, 1, n + 1), *outer) for outer in ((), ((j, 1, 2),)))
     assert symbolic._is_zero(upto[2] - upto[1] - xs[n + 1] - xs[n + 2])
+    assert double.replace(sp.Sum, symbolic._split) == double
     for different in (upto[1] - upto[0], upto[2] - upto[1], upto[3] - upto[1], double - single):
         assert not symbolic._is_zero(different)
 
