@@ -13,7 +13,7 @@ from momentum_fix.corrected import uncorrected
 from momentum_fix.covering import Covering, on_copies, only_writes
 from momentum_fix.layers import Buffers, NormLayer, tracks
 from momentum_fix.once import Once
-from momentum_fix.replay import selective, unseen
+from momentum_fix.replay import is_preserved, selective, unseen
 
 _EXACT = "; exact: `restore(model)`, then `update_once(model)`"
 NOT_CONSECUTIVE = "only the decay is right: the passes of a batch do not follow one another, or their number varies"
@@ -150,24 +150,28 @@ class Counted(Covering):
             return self._heard(True, *args, **kwargs)
 
     def compiled(self, replay: torch.Tensor) -> None:
-        tally, again = self.count.tally, replay.long().reshape(1)
-        tally[:1] += 1 - again
+        tally = self.count.tally
+        again = torch.ops.momentum_fix.replaying(tally, preserved=False).long().reshape(1)
+        tally[:1] += 1 - replay.long().reshape(1)
         tally.scatter_add_(0, (tally[:1] + 1).clamp(max=_SLOTS - 1), again)
 
     def _heard(self, replay: bool, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
-        if not (layer.training and tracks(layer)):
+        if not (layer.training and tracks(layer)) or (replay and is_preserved(layer)):
             return self.run(*args, **kwargs)
         with unseen():
             before, counted, finished = copied(layer), self.count.updates, False
+        runs = not selective()  # which may give a norm's saved result and leave its statistics alone
         try:
             output = self.run(*args, **kwargs)
-            finished = not selective()  # which may give a norm's saved result and leave its statistics alone
+            finished = runs
             return output
         finally:
             with unseen():
                 own = self.count.updates == counted  # not that of a call within this one, by `self.forward`
-                if own and (finished or moved(before, layer._buffers)):
+                # The first replay of all leaves a cumulative average as it is, and may be stopped: the counter tells.
+                counts = runs and only_writes(layer)
+                if own and (finished or moved(before, layer._buffers, counts)):
                     self.count.hear(replay, *_added(layer, before))
 
 
@@ -177,12 +181,12 @@ def copied(layer: nn.Module) -> Buffers:
     return {name: b.detach().clone() for name, b in own.items() if b is not None and not nn.parameter.is_lazy(b)}
 
 
-def moved(before: Buffers, now: Buffers) -> bool:
+def moved(before: Buffers, now: Buffers, counts: bool = False) -> bool:
     """Tell whether the statistics have changed; those without values (on the meta device, fake) never do.
 
-    The counter does not tell: it is replayed also where selective checkpointing gives a norm's saved result.
+    The counter may not tell: it is replayed also where selective checkpointing gives a norm's saved result.
     """
-    held = (name for name, value in before.items() if has_values(value) and name != "num_batches_tracked")
+    held = (name for name, value in before.items() if has_values(value) and (counts or name != "num_batches_tracked"))
     return any(now.get(name) is None or not torch.equal(before[name], now[name]) for name in held)
 
 

@@ -1,15 +1,27 @@
-"""The one place that knows whether a forward is a replay: it is, if it runs while a backward pass is running."""
+"""The one place that knows whether a forward is a replay: it is, if it runs while a backward pass is running.
+
+And whether what a replay changes is dropped afterwards, as `preserve_state` does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 from torch.utils.module_tracker import ModuleTracker
 
 _tracker = ModuleTracker()
+
+
+class _Preserving(threading.local):
+    modules: tuple[Collection[nn.Module], ...] = ()  # for each replay that is running in this thread, whose state it is
+
+
+preserving = _Preserving()
 
 
 def replaying() -> bool:
@@ -18,21 +30,27 @@ def replaying() -> bool:
     return replay
 
 
+def is_preserved(module: nn.Module) -> bool:
+    """Tell whether a replay is running that drops what this module changes."""
+    return any(module in modules for modules in preserving.modules)
+
+
 # Compiled code is traced before anybody knows what it will be part of, so it asks at run time, by an operator. Where
 # several calls of a layer are in one graph, each depends on the buffer as the one before has left it, so that they
 # cannot be merged into one.
 
 
-def _replaying(buffer: torch.Tensor) -> torch.Tensor:
-    return torch.full((), replaying(), device=buffer.device)
+def _replaying(buffer: torch.Tensor, preserved: bool = True) -> torch.Tensor:
+    return torch.full((), replaying() and (preserved or not preserving.modules), device=buffer.device)
 
 
-def _fake_replaying(buffer: torch.Tensor) -> torch.Tensor:
+def _fake_replaying(buffer: torch.Tensor, preserved: bool = True) -> torch.Tensor:
     return torch.empty((), dtype=torch.bool, device=buffer.device)
 
 
 if not hasattr(torch.ops.momentum_fix, "replaying"):  # it is there if this module is imported anew
-    torch.library.define("momentum_fix::replaying", "(Tensor buffer) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
+    signature = "(Tensor buffer, bool preserved=True) -> Tensor"  # whether also in replays that drop what changes
+    torch.library.define("momentum_fix::replaying", signature, tags=torch.Tag.cudagraph_unsafe)
     torch.library.impl("momentum_fix::replaying", "CompositeExplicitAutograd", _replaying)
     torch.library.register_fake("momentum_fix::replaying", _fake_replaying)
 

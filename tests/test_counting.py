@@ -15,7 +15,19 @@ from torch.utils.checkpoint import CheckpointPolicy
 import recipes as by
 from momentum_fix import calibrate, corrected_momentum, update_once
 from recipes import ENGINES, Net, Uncounted, data, instance_norm, same, seeded_pair
-from twins import ROUNDING, calibrating, deviation, momenta, non_reentrant, plainly, reentrant, same_path, three, train
+from twins import (
+    EXACT,
+    ROUNDING,
+    calibrating,
+    deviation,
+    momenta,
+    non_reentrant,
+    plainly,
+    reentrant,
+    same_path,
+    three,
+    train,
+)
 
 INNER = {"a.1": 2, "b.1": 3, "c.1": 2}
 LAST = {"a.1": 2, "b.1": 2, "c.1": 1}
@@ -113,6 +125,37 @@ def test_layers_in_a_compiled_block_are_counted_if_they_do_not_count_themselves(
     assert calibrated.found.passes["b.1"] == 3
     assert deviation(uncorrected, truth) > 1e-3
     assert deviation(calibrated, truth) < ROUNDING
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, instance_norm, by.cumulative], ids=lambda norm: norm.__name__)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_replay_that_preserves_the_state_is_no_pass(compiled, norm, ckpt):
+    def step(net, x, ckpt):
+        run = torch.compile(net.b, backend="aot_eager") if compiled else net.b
+        ckpt(run, x.requires_grad_()).sum().backward()
+
+    model = Net(norm)
+    uncorrected, truth = copy.deepcopy(model), train(copy.deepcopy(model), step, data(3), plainly)
+    with calibrate(model) as report:
+        train(model, step, data(3)[:1], ckpt)
+    train(model, step, data(3)[1:], ckpt)
+    assert report.passes == {"b.1": 1}
+    assert model.b[1].momentum == uncorrected.b[1].momentum
+    assert deviation(model, truth) == 0
+    with calibrate(uncorrected) as report:
+        train(uncorrected, step, data(1), non_reentrant)
+    assert report.passes == {"b.1": 2}
+
+
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+def test_the_first_replay_of_a_cumulative_average_counts_though_it_changes_no_value(ckpt):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, momentum=None)).double()  # where a replay stops early
+    with calibrate(model) as report:
+        for x in data(2):
+            ckpt(model, x.requires_grad_()).sum().backward()
+    assert report.passes == {"1": 2}
+    assert report.rows[0].note == "left alone: equal passes do not change a cumulative average"
 
 
 @pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
