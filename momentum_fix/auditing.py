@@ -104,8 +104,8 @@ class Audit:
             return "Nothing to judge: no layer with running statistics has counted a batch."
         if inferred:
             return (
-                f"Nothing found: none of {len(counted)} layers has counted more batches than another. If all were "
-                "recomputed equally often, only the number of steps can tell: pass `steps`."
+                f"Nothing found: none of {len(counted)} layers has counted more batches than another of its state "
+                "dict. If all were recomputed equally often, only the number of steps can tell: pass `steps`."
             )
         return f"Clean: none of {len(counted)} layers was updated more than once per step."
 

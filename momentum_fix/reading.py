@@ -17,11 +17,22 @@ import stat
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from momentum_fix.tables import printable, shortened
-from momentum_fix.unpickling import NO_MORE_THAN_OBJECTS, TOO_MUCH, Dictionary, Name, Refused, Tensor, damaged, unpickle
+from momentum_fix.unpickling import (
+    NO_MORE_THAN_OBJECTS,
+    STEPS,
+    TOO_MUCH,
+    Dictionary,
+    Name,
+    Refused,
+    Tensor,
+    damaged,
+    unpickle,
+)
 
 COUNTER = "num_batches_tracked"
 _NAMES = (COUNTER, "running_mean", "running_var")
@@ -33,7 +44,9 @@ _NO_MODELS = re.compile(  # what trainers save beside a model, by exact name
 _LARGEST = 2**25  # bytes of a pickle or a header; 200,000 tensors need 20 MB
 _MANY = 350_000  # entries of an index or a header
 _LAYERS = 2**17
+_WORDS = 2**24  # characters of the names of all layers, each with the way to it
 _DEEP = 10_000  # containers in containers
+_NOTE = 80  # characters of what is said about one counter
 
 Layers = dict[str, Any]  # the counter of each layer, or None
 
@@ -87,7 +100,10 @@ def read(path: Path) -> list[tuple[str, Layers]]:
     collects = gc.isenabled()
     gc.disable()  # which would look for garbage among a file's objects again and again, and there is none
     try:
-        return _read(path)
+        found = _read(path)
+        if sum(sum(map(len, layers)) + len(way) * len(layers) for way, layers in found) > _WORDS:
+            raise Refused(TOO_MUCH)
+        return found
     except Refused as error:
         raise _unreadable(path, str(error)) from error
     except OSError as error:
@@ -154,6 +170,8 @@ def _open(path: Path) -> _Limited:
 def search(tree: Any, most: float = math.inf) -> Iterator[tuple[str, Layers]]:
     """Find the mappings that hold running statistics or counters, wherever they are, with the way to each.
 
+    Names are fit to be printed.
+
     Raises:
         Refused: there are more than `most` layers, or twice as many containers.
     """
@@ -170,13 +188,13 @@ def search(tree: Any, most: float = math.inf) -> Iterator[tuple[str, Layers]]:
             inner = way if key is None and way is None else (way, key)
             layers: Layers = {}
             for text, value in _items(node):
-                if found + len(layers) > most or len(seen) > 2 * most:
-                    raise Refused(TOO_MUCH)
                 if isinstance(text, str) and text.endswith(_NAMES):
                     if text not in names:
                         name, _, kind = text.rpartition(".")
-                        names[text] = shortened(name), kind
+                        names[text] = _readable(name), kind
                     _enter(layers, *names[text], value)
+                if found + len(layers) > most or len(seen) > 2 * most:
+                    raise Refused(TOO_MUCH)
             if layers:
                 found += len(layers)
                 yield _written(inner), layers
@@ -206,10 +224,19 @@ def _written(way: Any) -> str:
     while way is not None and len(keys) < 20:
         way, key = way
         small = type(key) is int and abs(key) < 10**20
-        keys.append(shortened(key) if isinstance(key, str) else str(key) if small else f"({type(key).__name__})")
+        keys.append(_readable(key) if isinstance(key, str) else str(key) if small else f"({type(key).__name__})")
     if way is not None:
         keys.append("…")
     return shortened("".join(f"{key}/" for key in reversed(keys)))
+
+
+def _readable(text: str, longest: int = 300) -> str:
+    return _escaped(shortened(text, longest), longest)
+
+
+@lru_cache
+def _escaped(text: str, longest: int) -> str:
+    return shortened(printable(text), longest)
 
 
 # What a counter is worth.
@@ -233,11 +260,11 @@ def _number(kind: str, shape: Any, fetch: Callable[[int], bytes]) -> Any:
     if len(shape) > 64 or not all(type(length) is int and abs(length) < 10**20 for length in shape):
         raise damaged("a shape is not made of numbers")
     if any(length != 1 for length in shape):
-        return Odd(shortened(f"has shape {tuple(shape)}"))
+        return Odd(shortened(f"has shape {tuple(shape)}", _NOTE))
     if kind in _BFLOAT16:
         return struct.unpack("<f", b"\0\0" + fetch(2))[0]
     if kind not in _FORMATS:
-        return Odd(shortened(f"is of type {kind}, not a whole number"))
+        return Odd(f"is of type {_readable(kind, _NOTE)}, not a whole number")
     return struct.unpack(f"<{_FORMATS[kind]}", fetch(_size(kind)))[0]
 
 
@@ -253,7 +280,8 @@ def _resolved(value: Any, fetch: Fetch) -> Any:
         kind, key, offset = _place(value)
         return _number(kind, value.shape, lambda size: fetch(key, offset * size, size))
     if isinstance(value, (Name, Dictionary)):
-        return Odd(shortened(f"is of type {value if isinstance(value, Name) else 'dict'}, not a whole number"))
+        kind = _readable(value, _NOTE) if isinstance(value, Name) else "dict"
+        return Odd(f"is of type {kind}, not a whole number")
     return value
 
 
@@ -272,15 +300,19 @@ def _open_archive(file: _Limited) -> tuple[Any, bool, Fetch]:
     """Read the pickle of a zip archive; give what it says, whether it holds objects, and a way to the storages."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise Refused("is TorchScript. Save `model.state_dict()` of what it was made from, and audit that")
         for entry in entries:
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-                name = shortened(entry.filename)
+                name = _readable(entry.filename)
                 raise damaged(f"its entry {name} is compressed or encrypted, which torch.save never does")
         root = entries[0].filename.partition("/")[0] + "/"
         inside = (entry for entry in entries if entry.filename.startswith(root))
         places = {entry.filename[len(root) :]: (entry.header_offset, entry.file_size) for entry in inside}
         if len(places) != len(entries):
             raise damaged("it has two entries of one name, or several roots")
+        if min(places.values())[0] != 0:
+            raise damaged("something stands before its first entry")
     del archive, entries, entry, inside  # which take more memory than all that follows
 
     def whole(name: str, start: int = 0, size: int | None = None) -> bytes:
@@ -299,13 +331,16 @@ def _open_legacy(file: _Limited) -> tuple[Any, bool, Fetch]:
     """Read a file from before torch 1.6: pickles in a row, and each storage after its length."""
     end = file.seek(0, io.SEEK_END)
     data = file.exactly(0, min(end, _LARGEST))
-    magic, at, _, _ = unpickle(data)
+    few, left = 2**16, iter(STEPS)
+    magic, at, objects, _ = unpickle(data, 0, few, left)
+    if objects:
+        raise Refused(NO_MORE_THAN_OBJECTS)
     if magic != 0x1950A86A20F9469CFC6C:
         raise damaged("it begins like none")
-    _, at, _, _ = unpickle(data, at)
-    machine, at, _, _ = unpickle(data, at)
-    tree, at, objects, storages = unpickle(data, at)
-    keys, at, _, _ = unpickle(data, at)
+    _, at, _, _ = unpickle(data, at, few, left)
+    machine, at, _, _ = unpickle(data, at, few, left)
+    tree, at, objects, storages = unpickle(data, at, steps=left)
+    keys, at, _, _ = unpickle(data, at, _LARGEST, left)
     order = 1 if machine[machine.index("little_endian") + 1] is True else -1
     kinds = {key: kind for kind, key, _ in (_place(Tensor(storage, 0, ())) for storage in storages)}
     places = {}
@@ -340,7 +375,7 @@ def _read_safetensors(file: _Limited) -> Layers:
 
     for key, text in _described(file.exactly(8, end - 8).decode()):
         name, _, kind = key.rpartition(".")
-        name = shortened(name)
+        name = _readable(name)
         if kind == COUNTER and layers.get(name) is not None:
             raise damaged(f"it describes {name} twice")
         _enter(layers, name, kind, counted(json.loads(text)) if kind == COUNTER else None)
@@ -383,7 +418,8 @@ def _read_shards(index: Path) -> list[tuple[str, Layers]]:
     """Read the shards that hold norm layers as one state dict."""
     needed = {file for name, file in _weight_map(index).items() if name.rpartition(".")[2] in _NAMES}
     merged: Layers = {}
-    for file in sorted(needed):
+    shards = {os.path.realpath(index.parent / file): file for file in sorted(needed)}  # each once, under any names
+    for file in shards.values():
         try:
             parts = read(index.parent / file)
         except UnreadableError as error:
@@ -392,6 +428,8 @@ def _read_shards(index: Path) -> list[tuple[str, Layers]]:
             for name, value in layers.items():
                 if value is not None or way + name not in merged:  # another shard may have the counter
                     merged[way + name] = value
+            if len(merged) > _LAYERS:
+                raise Refused(TOO_MUCH)
     return [("", merged)]
 
 

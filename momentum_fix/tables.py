@@ -10,12 +10,15 @@ from html import escape
 from importlib.util import find_spec
 
 _MANY = 1000  # rows, from which on drawing takes too long
+_LARGE = 2**24  # characters, from which on columns are not aligned: one long name would make all rows as long
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Lay rows of equal length out in columns, two spaces apart, with no trailing spaces."""
     rows = [[printable(shortened(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if len(rows) * sum(widths) > _LARGE:
+        widths = [0] * len(widths)
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )

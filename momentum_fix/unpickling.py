@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,14 +48,17 @@ class Tensor:
 # The operations that torch.save writes, by their codes (the standard library's pickletools explains each).
 _PUT, _GET, _MARK, _TEXT, _TUPLE, _CALL, _STORAGE, _COUNT, _GLOBAL, _STOP = b"qh(XtRQKc."
 _NEGATIVE, _FLOAT, _LONG, _ADD, _SET, _ADD_ALL, _SET_ALL, _BUILD, _NEW, _PROTOCOL = b"JG\x8aaseub\x81\x80"
-_ALIKE = bytes.maketrans(b"rjUM\x8b", b"qhXK\x8a")  # those that differ in the size of their argument
-_ARGUMENTS = {1: b"qhKU\x80\x8a", 2: b"M", 4: b"rjJX\x8b", 8: b"G"}  # bytes
+_NOTE, _NAMED = b"\x94\x93"  # of protocol 4 and 5, which torch.save writes if it is told to
+# Those that differ in the size of their argument, or in what does not matter here: a set is read as a list.
+_ALIKE = bytes.maketrans(b"rjUT\x8cCBM\x8b\x95\x8f\x90\x91", b"qhXXXXXK\x8a\x80]et")
+_ARGUMENTS = {1: b"qhKUC\x80\x8a\x8c", 2: b"M", 4: b"rjJXTB\x8b", 8: b"G\x95"}  # bytes
+_BYTES = b"UTCB"  # texts of Python 2, which may be any bytes, and bytes
 _SIZES = [sum(size for size, codes in _ARGUMENTS.items() if code in codes) for code in range(256)]
 _CONSTANTS = dict(zip(b"N\x88\x89)", (None, True, False, ()), strict=True))
 _EMPTY: dict[int, type[list[Any]]] = dict(zip(b"]}", (list, Dictionary), strict=True))
 _TUPLES = dict(zip(b"\x85\x86\x87", (1, 2, 3), strict=True))
 
-_STEPS = 8_000_000  # operations; a tensor of a state dict is 30
+STEPS = range(8_000_000)  # one an operation; a tensor of a state dict is 30
 _BUDGET = 120 * 2**20  # bytes that the rest may make; a tensor makes 600
 _MADE = 96  # bytes that a container takes at most while it is empty, or a tensor
 _DEEP = 10_000  # dictionaries in dictionaries
@@ -67,8 +71,12 @@ NO_MORE_THAN_OBJECTS = (
 TOO_MUCH = "holds more than any network's state dict. Save `model.state_dict()` and audit that"
 
 
-def unpickle(data: bytes, at: int = 0) -> tuple[Any, int, bool, list[Any]]:
+def unpickle(
+    data: bytes, at: int = 0, budget: int = _BUDGET, steps: Iterable[int] = STEPS
+) -> tuple[Any, int, bool, list[Any]]:
     """Read one pickle; give it, where it ends, whether it holds objects, and the storages that it names.
+
+    The pickles of one file share their steps by an iterator.
 
     Raises:
         Refused: it is no pickle of torch's, or holds more than a state dict can.
@@ -80,8 +88,8 @@ def unpickle(data: bytes, at: int = 0) -> tuple[Any, int, bool, list[Any]]:
     storages: list[Any] = []
     made: Any
     objects = False
-    left, number, from_bytes = _BUDGET, 0, int.from_bytes
-    for _ in range(_STEPS):
+    left, number, from_bytes = budget, 0, int.from_bytes
+    for _ in steps:
         code = data[at]
         at += 1
         size = _SIZES[code]
@@ -104,7 +112,7 @@ def unpickle(data: bytes, at: int = 0) -> tuple[Any, int, bool, list[Any]]:
         elif op in _CONSTANTS:
             stack.append(_CONSTANTS[op])
         elif op == _TEXT:
-            text = data[at : at + number].decode("utf-8", "surrogatepass")
+            text = data[at : at + number].decode("utf-8", "backslashreplace" if code in _BYTES else "surrogatepass")
             at += number
             left -= sys.getsizeof(text)
             stack.append(text)
@@ -119,7 +127,10 @@ def unpickle(data: bytes, at: int = 0) -> tuple[Any, int, bool, list[Any]]:
             objects = objects or isinstance(made, Name)
             left -= _MADE + (16 * len(made) if isinstance(made, Dictionary) else 0)
         elif op == _STORAGE:
-            storages.append(stack[-1])
+            if isinstance(stack[-1], tuple) and stack[-1][:1] == ("module",):  # a class, with its source
+                stack[-1] = stack[-1][1]
+            else:
+                storages.append(stack[-1])
         elif op == _COUNT:
             left -= _MADE // 2 * (number > 255)
             stack.append(number)
@@ -142,6 +153,16 @@ def unpickle(data: bytes, at: int = 0) -> tuple[Any, int, bool, list[Any]]:
             end = data.index(b"\n", data.index(b"\n", at, at + _NAME) + 1, at + _NAME)
             stack.append(Name(data[at:end].decode().replace("\n", ".")))
             at = end + 1
+        elif op == _NAMED:
+            left -= 2 * _MADE
+            name = stack.pop()
+            if not isinstance(name, str) or not isinstance(stack[-1], str) or len(name) + len(stack[-1]) > _NAME:
+                raise damaged("a name is no text")
+            stack[-1] = Name(f"{stack[-1]}.{name}")
+        elif op == _NOTE:
+            if memo == [None]:
+                memo.clear()
+            memo.append(stack[-1])
         elif op == _NEGATIVE:
             left -= _MADE // 2
             stack.append(number - (number >> 31 << 32))
@@ -179,7 +200,8 @@ def _made(function: Any, arguments: Any) -> Any:
     if not isinstance(function, Name) or not isinstance(arguments, tuple):
         raise damaged("it calls what is no function")
     if function == "torch._utils._rebuild_tensor_v2" or function == "torch._utils._rebuild_tensor":
-        return Tensor(*arguments[:3])
+        changed = arguments[6:] and arguments[6]  # it is the negative, say, of what is stored
+        return function if changed else Tensor(*arguments[:3])
     if function == "collections.OrderedDict":
         return Dictionary(part for key, value in arguments[0] for part in (key, value)) if arguments else Dictionary()
     if function in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):

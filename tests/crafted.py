@@ -231,7 +231,60 @@ TORCH = {
     "meta": lambda: saved({**state(a=5), f"s.{COUNTER}": torch.ones(1, device="meta")}),
     "parameter": lambda: saved({**state(a=5), f"s.{COUNTER}": torch.nn.Parameter(torch.ones(()))}),
     "of size 0": lambda: saved({**state(a=5), f"s.{COUNTER}": torch.ones(0)}),
+    # names and counters that grow when they are printed
+    **{
+        f"{layers} layers under one way of {kind}": partial(
+            lambda way, layers: program(
+                b"}" + text(way) + b"}(" + b"".join(text(f"{i}.{COUNTER}") + b"M\1\1" for i in range(layers)) + b"us"
+            ),
+            way,
+            layers,
+        )
+        for kind, way, layers in (
+            ("escapes", "\U000e0001" * 300, 130_000),
+            ("wide letters", "\U00020000" * 300, 50_000),
+            ("letters", "x" * 300, 50_000),
+        )
+    },
+    "one name in many mappings": lambda: program(
+        b"}"
+        + text("\U000e0001" * 300)
+        + b"("
+        + text("\U000e0001" * 250 + f".{COUNTER}")
+        + b"q\0"
+        + b"}h\0Ns" * 130_000
+        + b"ts"
+    ),
+    "one type of many counters": lambda: program(
+        b"c"
+        + ("\U000e0001" * 48).encode()
+        + b"\n"
+        + ("\U000e0001" * 48).encode()
+        + b"\nq\0}("
+        + b"".join(text(f"{i}.{COUNTER}") + b"h\0" for i in range(130_000))
+        + b"u"
+    ),
     # from before 1.6
+    "legacy, each pickle slow": lambda: b"".join(
+        b"\x80\x02(N" + b"Nb" * 3_000_000 + each + b"."
+        for each in (
+            b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19",
+            b"K\1",
+            text("little_endian") + b"\x88t",
+            b"}",
+            b"]",
+        )
+    ),
+    "legacy, each pickle large": lambda: b"".join(
+        b"\x80\x02(" + b"}" * 1_200_000 + b"N" * 5_000_000 + each + b"."
+        for each in (
+            b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19",
+            b"K\1",
+            text("little_endian") + b"\x88t",
+            b"t",
+            b"t",
+        )
+    ),
     "legacy, cut": lambda: legacy(state(a=5, b=6))[:-20],
     "legacy, huge storage": lambda: legacy(state(a=5))[:-16] + struct.pack("<q", 2**62) + bytes(8),
     "legacy, negative storage": lambda: legacy(state(a=5))[:-16] + struct.pack("<q", -1) + bytes(8),
@@ -274,6 +327,9 @@ SAFETENSORS = {
     "a hundred thousand": lambda: safetensors(
         {f"{i}.{COUNTER}": described(offsets=(8 * i, 8 * i + 8)) for i in range(100_000)},
         b"".join(struct.pack("<q", i + 1) for i in range(100_000)),
+    ),
+    "name that grows when it is printed": lambda: safetensors(
+        b'{"\xf0\x9f\x98\x80' + b"\\n" * 15 * MB + b'.num_batches_tracked":' + json.dumps(described()).encode() + b"}"
     ),
     "name of a megabyte": lambda: safetensors({"x" * MB + f".{COUNTER}": described(), NAME: described()}),
 }

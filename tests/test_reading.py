@@ -1,14 +1,20 @@
 """Reading files that were made to break the reader: a result or one sentence, at once, in little memory."""
 
+import gc
 import json
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
 
 import crafted
-from momentum_fix import audit
+from momentum_fix import audit, reading
 from momentum_fix.__main__ import main
+from momentum_fix.reading import UnreadableError, search
+from momentum_fix.unpickling import Refused
 
 MEGABYTES = 350  # a process with torch in it has 220 before it reads anything; this one has 15
 
@@ -91,3 +97,137 @@ def test_a_directory_of_crafted_files_is_read_through(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "good.pt" in out
     assert len(err.splitlines()) == len(crafted.INDEXES) + 2
+
+
+COUNTERS = {f"{name}.{crafted.COUNTER}": 5 for name in "abc"}
+
+
+def test_layers_and_containers_have_a_number_from_which_on_they_are_refused():
+    several = [{name: value} for name, value in COUNTERS.items()]
+    for tree in (COUNTERS, several):
+        assert sum(len(layers) for _, layers in search(tree, 3)) == 3
+        with pytest.raises(Refused, match="holds more than any network"):
+            list(search(tree, 2))
+    nested = {"x": {"y": [{}, {"z": [1]}, {"z": [2]}, {"z": [3]}]}}  # nine that are not empty
+    assert list(search(nested, 5)) == []
+    with pytest.raises(Refused, match="holds more than any network"):
+        list(search(nested, 4))
+    assert list(search([[[1]]] * 100, 3)) == []  # one list a hundred times
+
+
+def test_names_have_a_length_together_from_which_on_a_file_is_refused(tmp_path, monkeypatch):
+    torch.save({"way": COUNTERS}, tmp_path / "x.pt")
+    save = {name: torch.tensor(value) for name, value in COUNTERS.items()}
+    (tmp_path / "x.safetensors").write_bytes(crafted.safetensors({name: crafted.described() for name in save}))
+    for file, words in (("x.pt", 3 * len("way/a")), ("x.safetensors", 3)):
+        monkeypatch.setattr(reading, "_WORDS", words)
+        assert len(audit(tmp_path / file).rows) == 3
+        monkeypatch.setattr(reading, "_WORDS", words - 1)
+        with pytest.raises(UnreadableError, match="holds more than any network"):
+            audit(tmp_path / file)
+
+
+def test_names_that_do_not_print_or_are_absurdly_long_stay_short_when_they_are_escaped(tmp_path):
+    name = "\U000e0001" * 10**6
+    torch.save({name: {f"{name}.{crafted.COUNTER}": 5, "x" * 301 + f".{crafted.COUNTER}": 5}}, tmp_path / "x.pt")
+    rows = audit(tmp_path / "x.pt").rows
+    assert all(row.layer.isprintable() and len(row.layer) < 600 for row in rows)
+    assert rows[0].layer.startswith("\\U000e0001\\U000e0001")
+    assert rows[1].layer.endswith("/" + "x" * 150 + "…" + "x" * 75)
+    ((way, _),) = search({"x" * 300: COUNTERS})
+    assert way == "x" * 150 + "…" + "x" * 74 + "/"  # with the slash it is one too long
+
+
+def test_garbage_is_collected_as_before(tmp_path):
+    torch.save(COUNTERS, tmp_path / "x.pt")
+    for source in (tmp_path / "x.pt", tmp_path / "nowhere.pt"):
+        for enabled in (True, False):
+            (gc.enable if enabled else gc.disable)()
+            try:
+                audit(source)
+            except UnreadableError:
+                assert source.name == "nowhere.pt"
+            assert gc.isenabled() is enabled
+    gc.enable()
+
+
+def test_a_file_gives_no_more_than_a_part_at_once(tmp_path):
+    with open(tmp_path / "x", "wb") as file:
+        file.truncate(2**25 + 1)
+    with reading._Limited(tmp_path / "x") as file:
+        assert len(file.read(2**24)) == 2**24
+        with pytest.raises(Refused, match="holds more than any network"):
+            file.read(2**24 + 1)
+        assert file.exactly(2**25, 1) == b"\0"
+        assert len(file.exactly(1, 2**25)) == 2**25
+        with pytest.raises(Refused, match="holds more than any network"):
+            file.exactly(0, 2**25 + 1)
+        with pytest.raises(Refused, match="is shorter than it says"):
+            file.exactly(2**25, 2)
+
+
+def test_what_is_no_file_is_said(tmp_path):
+    os.mkfifo(tmp_path / "fifo.pt")
+    with pytest.raises(UnreadableError, match=r"fifo\.pt: is a device, a FIFO or a socket, no file$"):
+        audit(tmp_path / "fifo.pt")
+    (tmp_path / "folder.pt").mkdir()
+    index = tmp_path / "x.index.json"
+    index.write_text(json.dumps({"weight_map": {crafted.NAME: "folder.pt"}}))
+    with pytest.raises(UnreadableError, match=r"index\.json: a shard is unreadable: .*folder\.pt: is a directory$"):
+        audit(index)
+    with pytest.raises(UnreadableError, match=r"^.*folder\.pt: holds no file that ends in"):
+        audit(tmp_path / "folder.pt")
+
+
+def test_shards_of_a_directory_stand_under_their_index_though_another_index_is_broken(tmp_path):
+    (tmp_path / "a.index.json").write_text("{")
+    (tmp_path / "b.index.json").write_text(json.dumps({"weight_map": {crafted.NAME: "shard.pt"}}))
+    (tmp_path / "shard.pt").write_bytes(crafted.GOOD)
+    result = audit(tmp_path)
+    assert {row.source for row in result.rows} == {str(tmp_path / "b.index.json")}
+    assert list(result.errors) == [str(tmp_path / "a.index.json")]
+
+
+def test_a_shard_with_many_names_is_read_once(tmp_path, monkeypatch):
+    (tmp_path / "shard.pt").write_bytes(crafted.GOOD)
+    for number in range(5):
+        (tmp_path / f"{number}.pt").symlink_to("shard.pt")
+    (tmp_path / "x.index.json").write_text(
+        json.dumps({"weight_map": {f"{number}.running_mean": f"{number}.pt" for number in range(5)}})
+    )
+    opened, of_reading = [], reading._open
+    monkeypatch.setattr(reading, "_open", lambda path: opened.append(path.name) or of_reading(path))
+    assert len(audit(tmp_path / "x.index.json").rows) == 2
+    assert opened == ["x.index.json", "4.pt"]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_files_of_every_protocol_are_read(protocol, legacy, tmp_path):
+    norm = nn.BatchNorm1d(3)
+    norm(torch.rand(4, 3))
+    tree = {"state_dict": norm.state_dict(), "best": float("nan"), "names": {"a"}, "random": bytes(300)}
+    torch.save(tree, tmp_path / "x.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
+    (row,) = audit(tmp_path / "x.pt").rows
+    assert (row.layer, row.batches) == ("state_dict/", 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*serialization")
+def test_a_legacy_file_with_a_module_in_it_is_read_beside_it(tmp_path):
+    norm = nn.BatchNorm1d(3)
+    for tree, layers in (({"model": norm, "weights": norm.state_dict()}, {"weights/": 0}), (norm, None)):
+        torch.save(tree, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+        if layers is None:
+            with pytest.raises(UnreadableError, match=r"Save `model\.state_dict\(\)` and audit that"):
+                audit(tmp_path / "x.pt")
+        else:
+            assert [row.layer for row in audit(tmp_path / "x.pt").rows] == list(layers)
+
+
+def test_an_archive_that_is_another_loaders_is_refused(tmp_path):
+    (tmp_path / "x.pt").write_bytes(crafted.GOOD * 2)
+    with pytest.raises(UnreadableError, match="something stands before its first entry"):
+        audit(tmp_path / "x.pt")
+    torch.jit.script(nn.BatchNorm1d(3)).save(tmp_path / "x.pt")
+    with pytest.raises(UnreadableError, match="is TorchScript"):
+        audit(tmp_path / "x.pt")
