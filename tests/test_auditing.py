@@ -620,6 +620,18 @@ def test_no_word_is_cut_or_broken_where_it_cannot_fit(capsys, monkeypatch):
     assert "…" not in folded
 
 
+def test_a_table_is_measured_in_the_cells_of_the_terminal(capsys, monkeypatch):
+    name, note = "層" * 20, "層層層 層層層"  # two cells a character
+    wide = [ROWS[0], (name, "2", note, "", "0.05")]
+    least = len(f"│ {name}{name} │ passes │ 層層層層層層 │ momentum │")
+    paragraph = shown(wide, least - 1, capsys, monkeypatch)
+    assert "┃" not in paragraph
+    assert paragraph.startswith(f"{name}\n    passes 2, note {note}, ")
+    assert f"│ {name} │ 2      │ 層層層 │ 0.05     │" in shown(wide, least, capsys, monkeypatch)
+    for columns in (80, 120, 200):
+        assert f"│ {name} │ 2      │ {note} │ 0.05" in shown(wide, columns, capsys, monkeypatch)
+
+
 def test_only_what_does_not_print_is_escaped():
     assert printable("é\\層\n\x1b") == "é\\層\\n\\x1b"
 
