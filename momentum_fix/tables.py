@@ -71,7 +71,7 @@ def _paragraph(header: Sequence[str], row: Sequence[str], width: int) -> str:
     whole = ", ".join(
         text.replace(" ", "\0") if len(text) < width // 2 else text for text in named
     )  # \0: no break here
-    lines = textwrap.wrap(whole, width - 4, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(whole, max(1, width - 4), break_long_words=False, break_on_hyphens=False)
     return "\n    ".join([row[0], *lines]).replace("\0", " ")
 
 

@@ -620,6 +620,13 @@ def test_no_word_is_cut_or_broken_where_it_cannot_fit(capsys, monkeypatch):
     assert "…" not in folded
 
 
+@pytest.mark.parametrize("columns", [1, 4, 5])
+def test_a_terminal_of_a_few_columns_gets_a_word_a_line(columns, capsys, monkeypatch):
+    first = "encoder.1\n passes\n 2,\n note\n left\n alone:\n did\n not\n run\n"
+    last = "c\n passes\n 3,\n note\n twenty-five-words\n in\n it,\n set\n momentum\n 0.05\n"
+    assert shown(ROWS, columns, capsys, monkeypatch).replace("    ", " ") == f"{first}b\n{last}"
+
+
 def test_a_table_is_measured_in_the_cells_of_the_terminal(capsys, monkeypatch):
     name, note = "層" * 20, "層層層 層層層"  # two cells a character
     wide = [ROWS[0], (name, "2", note, "", "0.05")]
