@@ -9,12 +9,11 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import momentum_fix
-from momentum_fix.tables import printable, show
+from momentum_fix.tables import can_draw, printable, show
 
 EXAMPLES = """\
 examples:
@@ -112,7 +111,7 @@ def audit(arguments: argparse.Namespace) -> int:
 
 def _with_progress(files: Sequence[Path]) -> Iterable[Path]:
     """Show a bar where there is a terminal to show it on, several files, and a library to draw it."""
-    if len(files) < 2 or not sys.stderr.isatty() or find_spec("rich") is None:
+    if len(files) < 2 or not sys.stderr.isatty() or not can_draw():
         return files
     from rich.console import Console
     from rich.progress import track

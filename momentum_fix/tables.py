@@ -7,7 +7,6 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from html import escape
-from importlib.util import find_spec
 
 _MANY = 1000  # rows, from which on drawing takes too long
 
@@ -40,8 +39,17 @@ def show(rows: Sequence[Sequence[str]]) -> None:
     columns = [[printable(shortened(cell)) for cell in column] for column in zip(*rows, strict=True) if any(column[1:])]
     rows = list(zip(*columns, strict=True))
     width = shutil.get_terminal_size().columns
-    if len(rows) > _MANY or find_spec("rich") is None or not _drawn(columns, width):
+    if len(rows) > _MANY or not can_draw() or not _drawn(columns, width):
         print(*(_paragraph(rows[0], row, width) for row in rows[1:]), sep="\n")
+
+
+def can_draw() -> bool:
+    """Tell whether rich can be imported, for it may also be there and broken."""
+    try:
+        import rich.progress  # noqa: F401  # which imports all of rich that is used here
+    except ImportError:
+        return False
+    return True
 
 
 def _drawn(columns: Sequence[Sequence[str]], width: int) -> bool:

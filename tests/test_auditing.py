@@ -639,6 +639,26 @@ def test_a_table_is_measured_in_the_cells_of_the_terminal(capsys, monkeypatch):
         assert f"│ {name} │ 2      │ {note} │ 0.05" in shown(wide, columns, capsys, monkeypatch)
 
 
+@pytest.fixture
+def _broken_rich(tmp_path, monkeypatch):
+    for module in [module for module in sys.modules if module.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, module)
+    (tmp_path / "rich").mkdir()
+    (tmp_path / "rich" / "__init__.py").write_text("raise ImportError('cannot import name')")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("_broken_rich")
+def test_a_rich_that_cannot_be_imported_is_done_without(tmp_path, capsys, monkeypatch):
+    assert shown(ROWS, 80, capsys, monkeypatch).startswith("encoder.1\n    passes 2, ")
+    files = [str(tmp_path / name) for name in ("a.pt", "b.pt")]
+    for file in files:
+        torch.save(counters(a=5, b=5), file)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert main(["audit", *files]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_only_what_does_not_print_is_escaped():
     assert printable("é\\層\n\x1b") == "é\\層\\n\\x1b"
 
