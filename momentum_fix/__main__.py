@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` can meet Ctrl-C: no traceback from the imports below
+
 import argparse
 import errno
 import io
@@ -168,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     name = parser.prog
     try:
+        if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # as it was before the imports
         with _flushed(sys.stdout):  # here, where a closed pipe or a full disk can be met
             arguments = parser.parse_args(argv)
             if arguments.command is None:

@@ -161,6 +161,21 @@ def test_a_signal_from_outside_ends_a_command_without_a_traceback():
     assert process.returncode == 130
 
 
+@pytest.mark.parametrize(
+    ("handler", "expected"),
+    [(signal.SIG_DFL, (-signal.SIGINT, "", "")), (signal.SIG_IGN, (0, "0.051316701949486204\n", ""))],
+)
+def test_ctrl_c_during_the_imports_is_silent_and_may_be_ignored(handler, expected, tmp_path):
+    def as_started():
+        signal.signal(signal.SIGINT, handler)
+
+    at_import_and_at_the_end = "raise_signal(SIGINT); import atexit; atexit.register(raise_signal, SIGINT)"
+    (tmp_path / "json.py").write_text(f"from signal import SIGINT, raise_signal; {at_import_and_at_the_end}")
+    run = [sys.executable, "-m", "momentum_fix", "value", "0.1"]  # which imports json from where it is started
+    done = subprocess.run(run, capture_output=True, text=True, check=False, cwd=tmp_path, preexec_fn=as_started)
+    assert (done.returncode, done.stdout, done.stderr) == expected
+
+
 def in_a_shell(command, folder, unbuffered=""):
     """Run `momentum_fix` with redirections; give its status and output."""
     torch.save({f"{i}.num_batches_tracked": torch.tensor(5 + i) for i in range(2000)}, folder / "model.pt")
