@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import momentum_fix
-from momentum_fix.tables import can_draw, printable, show
+from momentum_fix.tables import can_draw, printable, shortened, show
 
 EXAMPLES = """\
 examples:
@@ -36,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        _tell(f"{self.prog}: {printable(message)}")  # one line, without the usage
+        _tell(f"{self.prog}: {printable(shortened(message))}")  # one line, without the usage
         sys.exit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(f"{parser.prog}: interrupted")
         return 128 + 2
     except (ImportError, OSError, TypeError, ValueError) as error:
-        _tell(f"{name}: {printable(_reason(error))}")
+        _tell(f"{name}: {printable(shortened(_reason(error)))}")
         return 2
 
 

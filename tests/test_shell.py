@@ -112,6 +112,18 @@ def test_an_error_is_one_line_with_exit_status_2(capsys, arguments, message):
     assert message in err
 
 
+@pytest.mark.parametrize("arguments", [["plot", "-o", f"{'x' * 5000}.png"], ["value", "x" * 5000], ["x" * 5000]])
+def test_an_error_with_a_text_of_absurd_length_is_shortened(capsys, arguments):
+    try:
+        status = main(arguments)
+    except SystemExit as end:  # argparse's own errors
+        status = end.code
+    assert status == 2
+    err = capsys.readouterr().err
+    assert "xxx…" in err
+    assert len(err) < 300
+
+
 def test_without_arguments_the_help_is_printed(capsys):
     assert main([]) == 0
     out, err = capsys.readouterr()
