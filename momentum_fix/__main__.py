@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` can meet Ctrl-C: no traceback from the imports below
+
 import argparse
 import errno
 import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import momentum_fix
-from momentum_fix.tables import printable, show
+from momentum_fix.tables import can_draw, printable, shortened, show
 
 EXAMPLES = """\
 examples:
@@ -31,7 +36,11 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {printable(message)}\n")  # one line, without the usage
+        _tell(f"{self.prog}: {printable(shortened(message))}")  # one line, without the usage
+        sys.exit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file)  # argparse's own hides that it could not
 
 
 def value(arguments: argparse.Namespace) -> int:
@@ -106,13 +115,14 @@ def audit(arguments: argparse.Namespace) -> int:
         for source, cells in found.tables():
             print(f"\n{source}")
             show(cells)
-    print(*found.errors.values(), sep="\n", end="\n" * bool(found.errors), file=sys.stderr)
+    for sentence in found.errors.values():
+        _tell(sentence)
     return 2 if found.errors else 1 if found.recomputed else 0
 
 
 def _with_progress(files: Sequence[Path]) -> Iterable[Path]:
     """Show a bar where there is a terminal to show it on, several files, and a library to draw it."""
-    if len(files) < 2 or not sys.stderr.isatty() or find_spec("rich") is None:
+    if len(files) < 2 or not sys.stderr.isatty() or not can_draw():
         return files
     from rich.console import Console
     from rich.progress import track
@@ -157,42 +167,65 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 fine, 1 a finding (a failed proof, say), 2 an error."""
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a tick must not break a terminal that cannot show it
     parser = _parser()
+    name = parser.prog
     try:
-        try:
-            return _run(parser, argv)
-        finally:
-            sys.stdout.flush()  # here, where a closed pipe can be met
+        if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # as it was before the imports
+        with _flushed(sys.stdout):  # here, where a closed pipe or a full disk can be met
+            arguments = parser.parse_args(argv)
+            if arguments.command is None:
+                parser.print_help()
+                return 0
+            name = f"{parser.prog} {arguments.command}"
+            status: int = arguments.run(arguments)
+            return status
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
         return 128 + 13  # as if ended by SIGPIPE
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        _tell(f"{parser.prog}: interrupted")
         return 128 + 2
-
-
-def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    arguments = parser.parse_args(argv)
-    if arguments.command is None:
-        parser.print_help()
-        return 0
-    try:
-        status: int = arguments.run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except ModuleNotFoundError as error:
-        name = (error.name or "").partition(".")[0]
-        extra = f"[{_EXTRAS[name]}]" if name in _EXTRAS else ""
-        reason = f"needs {name}: in a clone of momentum_fix, pip install -c constraints.txt '.{extra}'"
     except (ImportError, OSError, TypeError, ValueError) as error:
-        reason = str(error)
-    else:
-        return status
-    print(f"{parser.prog} {arguments.command}: {printable(reason)}", file=sys.stderr)
-    return 2
+        _tell(f"{name}: {printable(shortened(_reason(error)))}")
+        return 2
+
+
+def _open_closed_streams() -> None:
+    """Give output that was closed from outside, which is None then, a place to vanish in."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: SIM115
+
+
+@contextmanager
+def _flushed(stream: TextIO) -> Iterator[None]:
+    """Flush at the end. What cannot be written is dropped, or Python would meet it again when it ends."""
+    try:
+        yield
+    finally:
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            raise
+
+
+def _tell(message: str) -> None:
+    """Print a line to stderr; where it cannot be written, there is nobody to tell."""
+    with suppress(OSError), _flushed(sys.stderr):
+        print(message, file=sys.stderr)
+
+
+def _reason(error: Exception) -> str:
+    """Give the error's text, or for a missing library what to install."""
+    if not isinstance(error, ModuleNotFoundError):
+        return str(error)
+    name = (error.name or "").partition(".")[0]
+    extra = f"[{_EXTRAS[name]}]" if name in _EXTRAS else ""
+    return f"needs {name}: in a clone of momentum_fix, pip install -c constraints.txt '.{extra}'"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from html import escape
-from importlib.util import find_spec
 
 _MANY = 1000  # rows, from which on drawing takes too long
 _LARGE = 2**24  # characters, from which on columns are not aligned: one long name would make all rows as long
@@ -42,24 +41,40 @@ def show(rows: Sequence[Sequence[str]]) -> None:
         return
     columns = [[printable(shortened(cell)) for cell in column] for column in zip(*rows, strict=True) if any(column[1:])]
     rows = list(zip(*columns, strict=True))
-    widths = [max(len(word) for cell in column for word in cell.split() or [""]) for column in columns]
     width = shutil.get_terminal_size().columns
-    room = width - sum(widths) - 3 * len(widths) - 1
-    if len(rows) > _MANY or room < 0 or find_spec("rich") is None:
+    if len(rows) > _MANY or not can_draw() or not _drawn(columns, width):
         print(*(_paragraph(rows[0], row, width) for row in rows[1:]), sep="\n")
-        return
+
+
+def can_draw() -> bool:
+    """Tell whether rich can be imported, for it may also be there and broken."""
+    try:
+        import rich.progress  # noqa: F401  # which imports all of rich that is used here
+    except ImportError:
+        return False
+    return True
+
+
+def _drawn(columns: Sequence[Sequence[str]], width: int) -> bool:
+    """Draw the table if its longest words have room, in the terminal's cells, of which some characters take two."""
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    widths = [max(cell_len(word) for cell in column for word in cell.split() or [""]) for column in columns]
+    room = width - sum(widths) - 3 * len(widths) - 1
+    if room < 0:
+        return False
     table = Table()
     for column, least in zip(columns, widths, strict=True):  # by hand, for rich would take from the longest column
-        more = min(room, max(map(len, column)) - least)
+        more = min(room, max(map(cell_len, column)) - least)
         room -= more
         table.add_column(column[0], width=least + more, overflow="fold")
-    for row in rows[1:]:
+    for row in zip(*(column[1:] for column in columns), strict=True):
         table.add_row(*map(Text, row))
     Console(width=width).print(table)
+    return True
 
 
 def _paragraph(header: Sequence[str], row: Sequence[str], width: int) -> str:
@@ -67,7 +82,7 @@ def _paragraph(header: Sequence[str], row: Sequence[str], width: int) -> str:
     whole = ", ".join(
         text.replace(" ", "\0") if len(text) < width // 2 else text for text in named
     )  # \0: no break here
-    lines = textwrap.wrap(whole, width - 4, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(whole, max(1, width - 4), break_long_words=False, break_on_hyphens=False)
     return "\n    ".join([row[0], *lines]).replace("\0", " ")
 
 

@@ -620,6 +620,45 @@ def test_no_word_is_cut_or_broken_where_it_cannot_fit(capsys, monkeypatch):
     assert "…" not in folded
 
 
+@pytest.mark.parametrize("columns", [1, 4, 5])
+def test_a_terminal_of_a_few_columns_gets_a_word_a_line(columns, capsys, monkeypatch):
+    first = "encoder.1\n passes\n 2,\n note\n left\n alone:\n did\n not\n run\n"
+    last = "c\n passes\n 3,\n note\n twenty-five-words\n in\n it,\n set\n momentum\n 0.05\n"
+    assert shown(ROWS, columns, capsys, monkeypatch).replace("    ", " ") == f"{first}b\n{last}"
+
+
+def test_a_table_is_measured_in_the_cells_of_the_terminal(capsys, monkeypatch):
+    name, note = "層" * 20, "層層層 層層層"  # two cells a character
+    wide = [ROWS[0], (name, "2", note, "", "0.05")]
+    least = len(f"│ {name}{name} │ passes │ 層層層層層層 │ momentum │")
+    paragraph = shown(wide, least - 1, capsys, monkeypatch)
+    assert "┃" not in paragraph
+    assert paragraph.startswith(f"{name}\n    passes 2, note {note}, ")
+    assert f"│ {name} │ 2      │ 層層層 │ 0.05     │" in shown(wide, least, capsys, monkeypatch)
+    for columns in (80, 120, 200):
+        assert f"│ {name} │ 2      │ {note} │ 0.05" in shown(wide, columns, capsys, monkeypatch)
+
+
+@pytest.fixture
+def _broken_rich(tmp_path, monkeypatch):
+    for module in [module for module in sys.modules if module.partition(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, module)
+    (tmp_path / "rich").mkdir()
+    (tmp_path / "rich" / "__init__.py").write_text("raise ImportError('cannot import name')")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("_broken_rich")
+def test_a_rich_that_cannot_be_imported_is_done_without(tmp_path, capsys, monkeypatch):
+    assert shown(ROWS, 80, capsys, monkeypatch).startswith("encoder.1\n    passes 2, ")
+    files = [str(tmp_path / name) for name in ("a.pt", "b.pt")]
+    for file in files:
+        torch.save(counters(a=5, b=5), file)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert main(["audit", *files]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_only_what_does_not_print_is_escaped():
     assert printable("é\\層\n\x1b") == "é\\層\\n\\x1b"
 

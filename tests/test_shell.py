@@ -1,5 +1,6 @@
 """The shell commands: what they print, what they write, and how they refuse."""
 
+import os
 import re
 import signal
 import subprocess
@@ -111,6 +112,18 @@ def test_an_error_is_one_line_with_exit_status_2(capsys, arguments, message):
     assert message in err
 
 
+@pytest.mark.parametrize("arguments", [["plot", "-o", f"{'x' * 5000}.png"], ["value", "x" * 5000], ["x" * 5000]])
+def test_an_error_with_a_text_of_absurd_length_is_shortened(capsys, arguments):
+    try:
+        status = main(arguments)
+    except SystemExit as end:  # argparse's own errors
+        status = end.code
+    assert status == 2
+    err = capsys.readouterr().err
+    assert "xxx…" in err
+    assert len(err) < 300
+
+
 def test_without_arguments_the_help_is_printed(capsys):
     assert main([]) == 0
     out, err = capsys.readouterr()
@@ -160,6 +173,47 @@ def test_a_signal_from_outside_ends_a_command_without_a_traceback():
     assert process.returncode == 130
 
 
+@pytest.mark.parametrize(
+    ("handler", "expected"),
+    [(signal.SIG_DFL, (-signal.SIGINT, "", "")), (signal.SIG_IGN, (0, "0.051316701949486204\n", ""))],
+)
+def test_ctrl_c_during_the_imports_is_silent_and_may_be_ignored(handler, expected, tmp_path):
+    def as_started():
+        signal.signal(signal.SIGINT, handler)
+
+    at_import_and_at_the_end = "raise_signal(SIGINT); import atexit; atexit.register(raise_signal, SIGINT)"
+    (tmp_path / "json.py").write_text(f"from signal import SIGINT, raise_signal; {at_import_and_at_the_end}")
+    run = [sys.executable, "-m", "momentum_fix", "value", "0.1"]  # which imports json from where it is started
+    done = subprocess.run(run, capture_output=True, text=True, check=False, cwd=tmp_path, preexec_fn=as_started)
+    assert (done.returncode, done.stdout, done.stderr) == expected
+
+
+def in_a_shell(command, folder, unbuffered=""):
+    """Run `momentum_fix` with redirections; give its status and output."""
+    torch.save({f"{i}.num_batches_tracked": torch.tensor(5 + i) for i in range(2000)}, folder / "model.pt")
+    run = f"{sys.executable} -m momentum_fix {command}"
+    options = {"cwd": folder, "env": {**os.environ, "PYTHONUNBUFFERED": unbuffered}}
+    done = subprocess.run(run, shell=True, capture_output=True, text=True, check=False, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "status"), [("value 0.1", 0), ("audit model.pt", 1), ("--help", 0), ("--version", 0), ("", 0)]
+)
+def test_closed_output_is_no_error(command, status, tmp_path):
+    assert in_a_shell(f"{command} >&-", tmp_path) == (status, "", "")
+    assert in_a_shell(f"{command} >&- 2>&-", tmp_path) == (status, "", "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("nowhere", ["2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("command", ["value 2", "audit nowhere.pt", "fly"])
+def test_where_an_error_cannot_be_told_the_status_tells_it(command, nowhere, unbuffered, tmp_path):
+    status, out, err = in_a_shell(f"{command} {nowhere}", tmp_path, unbuffered)
+    assert (status, err) == (2, "")
+    assert out == ("Nothing read: no file with norm layers could be read.\n" if "audit" in command else "")
+
+
 @pytest.mark.parametrize("command", ["prove", "--help", "audit model.pt", "audit model.pt --json", "value 0.1"])
 def test_a_closed_pipe_is_silent(command, tmp_path):
     torch.save({f"{i}.num_batches_tracked": torch.tensor(5) for i in range(2000)}, tmp_path / "model.pt")
@@ -168,11 +222,21 @@ def test_a_closed_pipe_is_silent(command, tmp_path):
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_a_full_disk_is_one_line():
-    run = f"{sys.executable} -m momentum_fix value 0.1 > /dev/full"
-    done = subprocess.run(run, shell=True, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr == "momentum-fix value: [Errno 28] No space left on device\n"
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("value 0.1", "momentum-fix value"),
+        ("audit model.pt", "momentum-fix audit"),
+        ("--help", "momentum-fix"),
+        ("--version", "momentum-fix"),
+        ("", "momentum-fix"),
+    ],
+)
+def test_a_full_disk_is_one_line(command, name, unbuffered, tmp_path):
+    done = in_a_shell(f"{command} >/dev/full", tmp_path, unbuffered)
+    assert done == (2, "", f"{name}: [Errno 28] No space left on device\n")
+    assert in_a_shell(f"{command} >/dev/full 2>/dev/full", tmp_path, unbuffered) == (2, "", "")
 
 
 def test_version_and_help_with_examples(capsys):
