@@ -109,7 +109,8 @@ def audit(arguments: argparse.Namespace) -> int:
     read = auditing.audit_files(_with_progress(files), arguments.steps, arguments.momentum)
     found = auditing.Audit(read.rows, errors | read.errors)
     if arguments.json:
-        print(json.dumps(found.as_json(), indent=2))
+        json.dump(found.as_json(), sys.stdout, indent=2)  # bit by bit: as one text it can take hundreds of MB
+        print()
     else:
         print(found.verdict)
         for source, cells in found.tables():

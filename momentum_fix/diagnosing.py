@@ -21,7 +21,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from momentum_fix.corrected import uncorrected
+from momentum_fix.corrected import is_corrected, uncorrected
 from momentum_fix.formula import corrected_momentum
 from momentum_fix.layers import at_gradients, tracks
 from momentum_fix.preserving import is_compiled
@@ -88,6 +88,7 @@ _VERDICTS = {  # by whether outputs read it
     None: "Gradients may be wrong: could not find out whether outputs read the state that moves ({}).",
     False: "Gradients are right, but recomputation moves state again ({}).",
 }
+_OVERCORRECTED = "Gradients are right, but a momentum is corrected for passes that this step did not make ({})."
 _CLEAN = "Clean: recomputation leaves the state of this model as it should be."
 _NO_REPLAY = "Nothing found, but no recomputation was seen: is checkpointing on, and did backward run inside the block?"
 
@@ -212,11 +213,13 @@ def _diagnosing(model: nn.Module) -> Iterator[Diagnosis]:
     watch.look(watch.names)
     report.update({finding.name: finding for finding in watch.findings(model)})
     harmful = [finding.read for finding in report.values() if finding.remedy]
+    moved_again = any(finding.times != 1 for finding in report.values() if finding.remedy)
     report.complete = watch.backward or bool(watch.replayed)
     report.verdict = _CLEAN if watch.replayed else _NO_REPLAY
     for read in (False, None, True):
         if count := harmful.count(read):
-            report.verdict = _VERDICTS[read].format(f"{count} piece{'s' * (count > 1)}")
+            verdict = _VERDICTS[read] if moved_again or read is not False else _OVERCORRECTED
+            report.verdict = verdict.format(f"{count} piece{'s' * (count > 1)}")
 
 
 # How it is found.
@@ -365,10 +368,12 @@ class _Watch:
         for module, name in self.names.items():
             row = partial(Finding, name, module_class=type(module).__name__)
             known: dict[str, tuple[_Moves, bool | None, str]] = {}
+            corrected = (self.backward or self.replayed) and tracks(module) and is_corrected(module)
             for attribute, moves in self.moves[module].items():
                 note = "; ".join(sorted(map(str, filter(None, moves.read - {True}))))
-                read = True in moves.read or (None if note or module not in self.replayed else False)
-                if moves.replays or read or note:
+                unknown = note or (moves.replays and module not in self.replayed)
+                read = True in moves.read or (None if unknown else False)
+                if moves.replays or read or note or (corrected and moves.passes):
                     known[attribute] = moves, read, note
                 elif module not in self.called and (compiled or moves.between):
                     yield row(
@@ -412,6 +417,8 @@ def _of_norms(layer: Any, times: Fraction) -> tuple[str, str]:
     right = plain is None if plain is layer.momentum else isclose(corrected_momentum(plain, int(times)), layer.momentum)
     if right and times == int(times):
         return "", "its momentum makes up for it"
+    if times == 1:
+        return "restore", "its momentum is corrected, but it moves once"
     return "update_once", "" if plain is layer.momentum else "its momentum is corrected for another number of passes"
 
 

@@ -20,7 +20,7 @@ import recipes as by
 from momentum_fix import correct, diagnose, update_once
 from recipes import ENGINES, Net, data
 from states import CountsInAnArray, OwnNoise, ReadsItsChild, Steps
-from twins import non_reentrant, on_two_ranks, plainly, train
+from twins import EXACT, non_reentrant, on_two_ranks, plainly, train
 
 # Kinds of state. Each is a layer of three channels that changes itself.
 
@@ -537,6 +537,38 @@ def test_a_corrected_momentum_is_ok_if_it_is_corrected_for_that_number(passes, n
     assert report.ok is (passes == 2)
     assert len(report) == 9
     assert all(finding.note.endswith(note) for finding in report.values())
+
+
+@pytest.mark.parametrize("ckpt", [plainly, *EXACT.values()], ids=["plainly", *EXACT])
+def test_a_corrected_momentum_is_not_ok_where_the_layer_moves_once(ckpt):
+    report = diagnosed(correct(Net(), passes=2), by.one, ckpt)
+    assert not report.ok
+    assert report.verdict == (
+        "Gradients are right, but a momentum is corrected for passes that this step did not make (9 pieces)."
+    )
+    rows = {(f.times, f.read, f.remedy, f.note) for f in report.values()}
+    assert rows == {(1, False, "restore", "its momentum is corrected, but it moves once")}
+    assert diagnosed(Net(), by.one, ckpt).ok
+    assert diagnosed(correct(Net(), passes=2).eval(), by.one, ckpt).ok
+
+
+def test_a_correction_of_layers_outside_of_the_checkpoint_is_found_beside_a_right_one():
+    report = diagnosed(correct(Net(), passes=2), by.each_its_own)
+    assert {name.partition(".")[0]: (f.times, f.remedy) for name, f in report.items()} == {
+        "a": (1, "restore"),
+        "b": (2, ""),
+        "c": (2, ""),
+    }
+    wrong = diagnosed(correct(Net(), passes=3), by.each_its_own)
+    assert wrong.verdict == "Gradients are right, but recomputation moves state again (9 pieces)."
+
+
+def test_a_step_without_a_backward_pass_says_nothing_of_a_corrected_momentum():
+    net = correct(Net())
+    with diagnose(net) as report:
+        net(data(1)[0])
+    assert not report
+    assert not report.ok
 
 
 def test_a_corrected_momentum_is_not_ok_where_the_number_varies():
