@@ -205,7 +205,9 @@ def in_short(data: dict) -> str:
         so = [f"{name}: {SO[percent(group, name).sign()]}" for name in ("k = 2", "k = 5")]
         rows.append([*row, ", ".join(so)])
     texts = ("points of error", "intervals", "loss, %")
-    return table(["rate", "batch", *(f"{name}: {text}" for name in ("k = 2", "k = 5") for text in texts), "so"], rows)
+    return table(
+        ["rate", "batch", *(f"{name}: {text}" for name in ("k = 2", "k = 5") for text in texts), "verdict"], rows
+    )
 
 
 def planned(data: dict) -> str:
@@ -522,10 +524,11 @@ def brief(data: dict) -> str:
     many, rise = rises(data)
     mean = {key: f"{difference.mean:+.1f} %" for key, difference in rise.items()}
     return (
-        f"That depends on the batch size. In small tasks, the uncorrected extra updates changed the evaluation loss by "
-        f"{mean[2, 'k = 2']} (two passes per batch) and {mean[2, 'k = 5']} (five) at batch size 2, and by "
-        f"{mean[many, 'k = 2']} and {mean[many, 'k = 5']} at batch size {many}. The median change in the final error "
-        f"over {len(effects(data))} comparisons was {median(effects(data)):+.2f} points."
+        "That depends on the batch size and the learning rate. In small tasks with an annealed learning rate, the "
+        f"uncorrected extra updates changed the evaluation loss by {mean[2, 'k = 2']} (two passes per batch) and "
+        f"{mean[2, 'k = 5']} (five) at batch size 2, and by {mean[many, 'k = 2']} and {mean[many, 'k = 5']} at batch "
+        f"size {many}. The median change in the final error over all {len(effects(data))} comparisons was "
+        f"{median(effects(data)):+.2f} points."
     )
 
 
@@ -615,15 +618,15 @@ this page and compare.
 
 k is how often a layer's running statistics are updated for one batch, with an uncorrected momentum of 0.1 unless
 another is named; k = 1 is training without checkpoints, or with them corrected. *Nested* is the mixed k of MONAI's
-nested `CheckpointUNet`, 2 to 5 by depth. *Error* is the share of test examples classed wrongly in percent, for the
+nested `CheckpointUNet`, 2 to 5 by depth. *Error* is the share of misclassified test examples in percent, for the
 brain 100 (1 - Dice). A difference is in points of that, from k = 1 on the same weights, with its 95 % interval over
 seeds; above 0 the uncorrected run is worse. "Annealed" is a cosine to 0, "constant" a constant learning rate.
 
-## To decide from
+## A table to decide with
 
 Over the tasks: the median of their differences, the smallest and the largest; how many of their intervals lie above
-0 (worse) or below (better); and the change of the loss, in the geometric mean over the tasks, with its interval, from
-which *so* follows.
+0 (worse) or below (better); and the change of the loss, in the geometric mean over the tasks, with its interval, which
+decides the verdict.
 
 {in_short(data)}
 
@@ -670,7 +673,7 @@ each with its own statistics ({verdicts(shipped)}); *by choice alone* gives both
 ## Does recomputing the statistics make this moot?
 
 A full pass over the training data with the weights standing still (PreciseBN; `torch.optim.swa_utils.update_bn` does
-it) does not depend on k, so with it nothing is left to correct. Beside it, k = 1: {verdicts(gain)};
+it) does not depend on k, so with it nothing is left to correct. Compared with it, k = 1: {verdicts(gain)};
 k = 5: {verdicts(gain_five)}. The pass costs the forward half of one epoch, each time that the model is evaluated.
 
 {full_pass(data)}

@@ -209,14 +209,16 @@ def page(data: dict[str, Any]) -> str:
     parts = [
         "# Real models",
         sentence(data),
-        f"""Made by `make zoo` from [its data](../benchmarks/zoo.json) with {versions}, on a CPU. Each model is built
-        with random weights and trained for {STEPS} steps in float64, on batches of {images} images of {height} by
-        {width} pixels, with timm's `set_grad_checkpointing()` or torchvision's `memory_efficient=True`, beside the same
-        model without. k is how often a layer updates its running statistics for one batch, by its own counter.""",
-        f"""*Right* is: each running_mean and running_var is the twin's, to {RIGHT:.0e} of its largest value; the
-        largest deviation among those is {worst:.0e}, and *to the bit* is none. A number is the largest deviation of a
-        layer, relative to the largest value in its buffer. {mixed} of the {len(data["models"])} models have layers
-        that differ in k (stems and heads are not recomputed, for one): no one momentum is right for such a model.""",
+        f"""Made by `make zoo` from [its data](../benchmarks/zoo.json) with {versions}, on a CPU. Each model is
+        built with random weights and trained for {STEPS} steps in float64, on batches of {images} images of
+        {height} by {width} pixels, with timm's `set_grad_checkpointing()` or torchvision's
+        `memory_efficient=True`, and compared with the same model without it. k is how often a layer updates its
+        running statistics for one batch, by its own counter.""",
+        f"""*Right* means that each running_mean and running_var is the twin's, to {RIGHT:.0e} of its largest value
+        (the largest deviation among those is {worst:.0e}), and *to the bit* that there is no deviation. A
+        number is the largest deviation of a layer, relative to the largest value in its buffer. {mixed} of the
+        {len(data["models"])} models have layers that differ in k (stems and heads are not recomputed, for one):
+        no single momentum is right for such a model.""",
         "\n".join(table(data)),
     ]
     return "\n\n".join(part if part.startswith(("#", "|")) else wrapped(part) for part in parts) + "\n"

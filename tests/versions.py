@@ -175,14 +175,15 @@ def page(runs: list[Run]) -> str:
         ([limits](limits.md)).""",
         f"""The core's tests are those that need no library but {listed(sorted(libraries("core")))}, and the examples in
         the docstrings. `make compat TORCH=2.9.1` runs them with that torch in an environment of its own
-        (`PYTHON=python3.12` for another Python) and notes what came of it in [the data](../tests/versions.json) that
-        this page is made of. Skipped are tests that need a GPU or one of the libraries that the core does without.""",
+        (`PYTHON=python3.12` for another Python) and records the result in [the data](../tests/versions.json) behind
+        this page. Tests that need a GPU, or a library that the core does without, are skipped. The number of tests
+        grows from one development version to the next, and not every row was measured with the last one.""",
         "\n".join(table(suites["core"])),
         failures(suites["core"]),
         "## The recipes for other libraries",
         """`make test` runs the recipes of [configs](configs.md) and [trainers](trainers.md) beside the pinned torch,
         where torchvision, timm and segmentation-models-pytorch do not load and have stand-ins. `make zoo` runs them
-        with these libraries themselves. Skipped is detectron2, which is in no package index.""",
+        with these libraries themselves. detectron2 is skipped: it is in no package index.""",
         "\n".join(table(suites["recipes"])),
         failures(suites["recipes"]),
     ]
