@@ -24,14 +24,14 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def html(rows: Sequence[Sequence[str]], caption: str) -> str:
-    """Write a table for a notebook, its header in the first row."""
+    """Write a table for a notebook, its header in the first row; without other rows, the caption alone."""
+    kinds = ["th"] + ["td"] * (len(rows) - 1) if len(rows) > 1 else []
     lines = [
-        "".join(f"<{kind}>{escape(printable(cell))}</{kind}>" for cell in row)
-        for kind, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)
+        "".join(f"<{kind}>{escape(printable(shortened(cell)))}</{kind}>" for cell in row)
+        for kind, row in zip(kinds, rows, strict=False)
     ]
-    return "\n".join(
-        [f"<table><caption>{escape(caption)}</caption>", *(f"<tr>{line}</tr>" for line in lines), "</table>"]
-    )
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return "\n".join([f"<table>{title}", *(f"<tr>{line}</tr>" for line in lines), "</table>"])
 
 
 def show(rows: Sequence[Sequence[str]]) -> None:

@@ -494,7 +494,8 @@ def test_an_audit_has_a_short_repr_and_a_table_for_notebooks(tmp_path):
     assert "\x1b" not in html
     (tmp_path / "x.pt").touch()
     assert "x.pt: is empty</p>" in audit(tmp_path)._repr_html_()
-    assert html.startswith(f"<p>{result.verdict}</p>")
+    assert html.startswith(f"<p>{result.verdict}</p>\n<table>\n<tr><th>layer</th>")
+    assert "<td>" + "x" * 150 + "…" in audit(counters(**{"x" * 1000: 5}))._repr_html_()
 
 
 def test_names_from_a_file_cannot_write_lines_or_control_the_terminal():
