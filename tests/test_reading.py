@@ -1,10 +1,14 @@
 """Reading files that were made to break the reader: a result or one sentence, at once, in little memory."""
 
 import gc
+import io
 import json
 import os
+import pickle
 import subprocess
 import sys
+import warnings
+import zipfile
 
 import pytest
 import torch
@@ -231,3 +235,134 @@ def test_an_archive_that_is_another_loaders_is_refused(tmp_path):
     torch.jit.script(nn.BatchNorm1d(3)).save(tmp_path / "x.pt")
     with pytest.raises(UnreadableError, match="is TorchScript"):
         audit(tmp_path / "x.pt")
+
+
+STORAGE = b"(" + crafted.text("storage") + b"ctorch\nLongStorage\n" + crafted.text("0") + crafted.text("cpu") + b"K\1"
+TORCHS = b"ctorch._utils\n_rebuild_tensor_v2\n("
+
+
+def with_counter(operations):
+    return crafted.program(crafted.one(operations))
+
+
+def entry(name, **fields):
+    info = zipfile.ZipInfo(name)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info
+
+
+def zipped(*entries):
+    """Make an archive of entries, each a name or a ZipInfo with its data."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of two entries of one name
+        for name, data in entries:
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+PICKLED = b"\x80\x02" + crafted.one(crafted.tensor()) + b"."
+SEVEN = b"\x07" + bytes(7)
+SAYS = {  # what is wrong with a file, and what is said of it
+    "a shape of text": (with_counter(crafted.tensor(shape=crafted.text("x") + b"\x85")), "a shape is not made of"),
+    "a shape of truths": (with_counter(crafted.tensor(shape=b"\x88\x85")), "a shape is not made of numbers"),
+    "a shape of 65": (with_counter(crafted.tensor(shape=b"(" + b"K\1" * 65 + b"t")), "a shape is not made of numbers"),
+    "a shape that is huge": (
+        with_counter(crafted.tensor(shape=b"\x8a\x0a" + b"\x7f" * 10 + b"\x85")),
+        "a shape is not",
+    ),
+    "a list for a shape": (with_counter(crafted.tensor(shape=b"]")), "a tensor is not described as torch does"),
+    "no storage": (with_counter(TORCHS + b"NK\0)tR"), "a tensor has no storage"),
+    "a short storage": (with_counter(TORCHS + STORAGE[:-2] + b"tQK\0)tR"), "a tensor has no storage"),
+    "a long storage": (with_counter(TORCHS + STORAGE + b"NNtQK\0)tR"), "a tensor has no storage"),
+    "a list for a storage": (with_counter(TORCHS + b"](K\1K\1K\1K\1K\1eK\0)tR"), "a tensor has no storage"),
+    "a view of a storage": (with_counter(TORCHS + STORAGE + b"K\1tQK\0)tR"), "a tensor is not described"),
+    "a type that is text": (
+        with_counter(TORCHS + STORAGE.replace(b"ctorch\nLongStorage\n", crafted.text("x")) + b"tQK\0)tR"),
+        "a tensor is not described",
+    ),
+    "a key that is a number": (
+        with_counter(TORCHS + STORAGE.replace(crafted.text("0"), b"K\0") + b"tQK\0)tR"),
+        "a tensor is not described",
+    ),
+    "a key of 100 letters": (with_counter(crafted.tensor(key="k" * 100)), "a tensor is not described"),
+    "an offset below 0": (with_counter(crafted.tensor(offset=b"J\xff\xff\xff\xff")), "a tensor is not described"),
+    "an offset that is text": (with_counter(crafted.tensor(offset=crafted.text("x"))), "a tensor is not described"),
+    "an offset that is a truth": (with_counter(crafted.tensor(offset=b"\x88")), "a tensor is not described"),
+    "an offset beyond the storage": (with_counter(crafted.tensor(offset=b"K\1")), "its entries are not where it says"),
+    "an encrypted entry": (
+        crafted.GOOD.replace(b"PK\1\2\x14\x03\x14\0\0\0", b"PK\1\2\x14\x03\x14\0\1\0", 1),
+        "is compressed or encrypted",
+    ),
+    "two entries of one name": (
+        zipped(("m/data.pkl", PICKLED), ("m/data/0", SEVEN), ("m/data/0", SEVEN)),
+        "two entries of",
+    ),
+    "two roots": (zipped(("m/data.pkl", PICKLED), ("n/data/0", SEVEN)), "two entries of one name, or several roots"),
+    "a header that is none": (
+        crafted.GOOD.replace(b"PK\3\4", b"PK\3\5").replace(b"PK\3\5", b"PK\3\4", 1),
+        "its entries are not where it says",
+    ),
+    "no magic number": (pickle.dumps(5, 2) * 5, "it begins like none"),
+    "keys that are no texts": (
+        crafted.legacy({}).replace(b"\x80\x02]q\0.", b"\x80\x02](K\1K\2e."),
+        "a storage has no name",
+    ),
+    "an old file that is cut": (crafted.legacy(crafted.state(a=5))[:-1], "it is shorter than it says"),
+}
+SAFE = {
+    "offsets below 0": (crafted.described(offsets=(-8, 8)), "a tensor ends before it starts"),
+    "offsets in reverse": (crafted.described(offsets=(8, 0)), "a tensor ends before it starts"),
+    "data that are too few": (crafted.described(offsets=(4, 12)), "it is shorter than it says"),
+    "a long description": ({**crafted.described(), "x": "x" * 1000}, "is damaged or no checkpoint"),
+    "a description of text": ("x", "its header is not of safetensors"),
+}
+
+
+@pytest.mark.parametrize(("data", "said"), SAYS.values(), ids=SAYS)
+def test_what_is_wrong_with_a_file_is_said(data, said, tmp_path):
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(UnreadableError, match=said):
+        audit(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(("description", "said"), SAFE.values(), ids=SAFE)
+def test_what_is_wrong_with_a_file_of_safetensors_is_said(description, said, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(crafted.safetensors({crafted.NAME: description}))
+    with pytest.raises(UnreadableError, match=said):
+        audit(tmp_path / "x.safetensors")
+    twice = json.dumps({crafted.NAME: crafted.described()}).encode()
+    (tmp_path / "x.safetensors").write_bytes(crafted.safetensors(twice[:-1] + b"," + twice[1:]))
+    with pytest.raises(UnreadableError, match="it describes a twice"):
+        audit(tmp_path / "x.safetensors")
+
+
+def test_an_old_file_of_a_big_endian_machine_is_read(tmp_path):
+    data = crafted.legacy(crafted.state(a=5))
+    tail = b"".join(number.to_bytes(8, "big") for number in (1, 5))
+    at = data.index(b"\x88", data.index(b"little_endian"))
+    (tmp_path / "x.pt").write_bytes(data[:at] + b"\x89" + data[at + 1 : -16] + tail)
+    assert [row.batches for row in audit(tmp_path / "x.pt").rows] == [5]
+
+
+def test_statistics_and_counters_may_be_in_different_shards(tmp_path):
+    for first, second in (("running_mean", crafted.COUNTER), (crafted.COUNTER, "running_mean")):
+        for number, kind in enumerate((first, second)):
+            value = torch.tensor(5) if kind == crafted.COUNTER else torch.zeros(3)
+            torch.save({f"a.{kind}": value}, tmp_path / f"{number}.pt")
+        index = {f"a.{first}": "0.pt", f"a.{second}": "1.pt"}
+        (tmp_path / "x.index.json").write_text(json.dumps({"weight_map": index}))
+        assert [(row.layer, row.batches) for row in audit(tmp_path / "x.index.json").rows] == [("a", 5)]
+
+
+def test_the_way_to_a_state_dict_is_written_as_it_was_gone():
+    ((way, _),) = search({"a": [{(1, 2): {None: {10**19: {10**20: COUNTERS}}}}]})
+    assert way == f"a/0/(tuple)/(NoneType)/{10**19}/(int)/"
+    deep = COUNTERS
+    for number in range(21):
+        deep = {f"k{number}": deep}
+    ((way, _),) = search(deep)
+    assert way == "…/" + "".join(f"k{number}/" for number in reversed(range(20)))
+    ((way, _),) = search(deep["k20"])
+    assert way == "".join(f"k{number}/" for number in reversed(range(20)))
