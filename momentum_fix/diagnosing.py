@@ -265,7 +265,6 @@ class _Watch:
             if not replaying():
                 self.starts[module].append(start)
             elif self.starts[module]:
-                self.backward = True  # also where no parameter is trained
                 # Of several forward passes, it is taken for a replay of one that began with the most equal state.
                 origin = min(self.starts[module], key=lambda origin: len(_differing(origin, start)))
                 trial = (origin, start, copied((args, kwargs))) if _differing(origin, start) else ()

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 import recipes as by
 from momentum_fix import correct, diagnose, update_once
+from momentum_fix.diagnosing import Finding, same
 from recipes import ENGINES, Net, data
 from states import CountsInAnArray, OwnNoise, ReadsItsChild, Steps
 from twins import EXACT, non_reentrant, on_two_ranks, plainly, train
@@ -531,6 +532,11 @@ def test_what_is_moved_and_put_back_within_a_replay_has_not_moved():
     assert len(diagnosed(plain)) == 12
 
 
+def test_a_momentum_may_be_corrected_for_three_passes():
+    assert diagnosed(correct(Net(), passes=3), by.two_backwards).ok
+    assert not diagnosed(correct(Net(), passes=2), by.two_backwards).ok
+
+
 @pytest.mark.parametrize(("passes", "note"), [(2, "its momentum makes up for it"), (3, "another number of passes")])
 def test_a_corrected_momentum_is_ok_if_it_is_corrected_for_that_number(passes, note):
     report = diagnosed(correct(Net(), passes))
@@ -862,6 +868,52 @@ def test_nan_equals_nan():
             return x
 
     assert diagnosed(net_of(Spoilt)).ok
+
+
+def test_a_nan_differs_from_a_number():
+    for other in (1.0, None, torch.tensor(1.0)):
+        nan = torch.tensor(float("nan")) if isinstance(other, torch.Tensor) else float("nan")
+        assert not same(nan, other)
+        assert not same(other, nan)
+        assert same(nan, copy.copy(nan))
+
+
+def test_what_is_not_known_has_a_question_mark():
+    cells = Finding("a", "b", "C", None, None, "", "").cells()
+    assert cells == ("a.b", "C", "?", "?", "nothing", "")
+
+
+def test_a_large_buffer_is_as_well_looked_into_as_a_small_one():
+    class Large(Normalizer):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.zeros(20_000))
+
+        def forward(self, x):
+            self.table += 1
+            return super().forward(x) * self.table.sum()
+
+    net = net_of(Large)
+    report = diagnosed(net, count=3)
+    assert {name.partition(".")[2] for name, finding in report.items() if finding.read} >= {"1.table", "1.mean"}
+    assert net.b[1].table.unique().tolist() == [6]
+
+
+def test_state_that_is_read_later_only_is_found_by_more_steps():
+    class Late(Steps):
+        def forward(self, x):
+            self.steps += 1
+            return x * max(self.steps - 3, 1)
+
+    assert not any(finding.read for finding in diagnosed(net_of(Late), count=1).values())
+    assert all(finding.read for finding in diagnosed(net_of(Late), count=4).values())
+
+
+def test_modules_in_a_list_of_the_model_itself_are_named_by_the_list():
+    model = KeptInAList().double()
+    with diagnose(model) as report:
+        non_reentrant(lambda x: model(x).tanh(), data(1)[0].requires_grad_()).sum().backward()
+    assert [*report] == ["store[0].mean"]
 
 
 def test_tensors_without_values_do_not_move_and_other_objects_are_left_alone():

@@ -25,6 +25,23 @@ def test_value_prints_the_corrected_momentum_and_nothing_else(capsys):
     assert float(capsys.readouterr().out) == momentum_fix.corrected_momentum(0.5, 7)
 
 
+HELP = {
+    "": "BatchNorm's running statistics as if|value print the|prove check every|plot draw the|audit find recomputed",
+    "value": "momentum PyTorch's momentum, the weight|--passes PASSES updates per batch (default: 2)",
+    "plot": "--output FILE file to write",
+    "audit": "file a checkpoint, a|--steps STEPS batches|--momentum MOMENTUM the model's momentum (default: 0.1)|"
+    "--json print JSON",
+}
+
+
+@pytest.mark.parametrize(("command", "said"), HELP.items(), ids=lambda text: text[:5])
+def test_the_help_says_what_each_command_and_option_is_for(command, said, capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main([*command.split(), "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(each in shown for each in said.split("|"))
+
+
 def test_prove_prints_every_theorem_and_a_tick_for_every_step(capsys):
     assert main(["prove"]) == 0
     out = capsys.readouterr().out
@@ -34,6 +51,7 @@ def test_prove_prints_every_theorem_and_a_tick_for_every_step(capsys):
     assert all(theorem.name in out and theorem.statement in out for theorem in symbolic.theorems())
     assert all(step.reason in out and f"{step.lhs} = {step.rhs}" in out for step in steps)
     assert out.splitlines()[-1] == f"{len(symbolic.theorems())} theorems, {len(steps)} steps: all hold"
+    assert out.splitlines()[0] == f"1. {symbolic.theorems()[0].name}"
 
 
 def spoilt(first, second):
