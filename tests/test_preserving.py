@@ -610,6 +610,37 @@ def test_a_generator_without_a_state_stands_for_itself():
     assert state.Copier(share=False, detach=True).copy(generator) is generator
 
 
+class MovesTheLast(nn.Module):
+    """Moves the state of its last child before it calls it."""
+
+    def __init__(self, *children):
+        super().__init__()
+        self.parts = nn.ModuleList(children)
+
+    def forward(self, x):
+        *_, last = self.parts
+        last.steps += 1
+        return last(x).square()
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize(
+    "before", [lambda shared: shared, lambda _: torch.jit.script(nn.Tanh())], ids=["met", "scripted"]
+)
+def test_a_child_behind_one_that_is_passed_over_is_copied_too(ckpt, before):
+    gradients, nets = [], []
+    for way in (plainly, ckpt, non_reentrant):
+        shared = nn.Tanh()
+        net = nn.Sequential(shared, MovesTheLast(before(shared), Steps()))
+        x = torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
+        way(net, x).sum().backward()
+        gradients.append(x.grad)
+        nets.append(net[1].parts[1].steps)
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[0], gradients[2])
+    assert nets[0] == nets[1] != nets[2]
+
+
 def test_put_takes_away_what_is_new():
     layer = nn.Linear(1, 1)
     before = vars(layer).copy()
