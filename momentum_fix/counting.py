@@ -151,7 +151,7 @@ class Counted(Covering):
 
     def compiled(self, replay: torch.Tensor) -> None:
         tally = self.count.tally
-        again = torch.ops.momentum_fix.replaying(tally, preserved=False).long().reshape(1)
+        again = torch.ops.momentum_fix.replaying(tally, dropped=False).long().reshape(1)
         tally[:1] += 1 - replay.long().reshape(1)
         tally.scatter_add_(0, (tally[:1] + 1).clamp(max=_SLOTS - 1), again)
 
@@ -170,7 +170,7 @@ class Counted(Covering):
             with unseen():
                 own = self.count.updates == counted  # not that of a call within this one, by `self.forward`
                 # The first replay of all leaves a cumulative average as it is, and may be stopped: the counter tells.
-                counts = runs and only_writes(layer)
+                counts = replay and runs and only_writes(layer)
                 if own and (finished or moved(before, layer._buffers, counts)):
                     self.count.hear(replay, *_added(layer, before))
 

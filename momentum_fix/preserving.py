@@ -17,7 +17,7 @@ from torch.nn.modules import module as torchs_module
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
-from momentum_fix.replay import preserving, selective, unseen
+from momentum_fix.replay import preserved, selective, unseen
 from momentum_fix.state import LARGE, Copier, keep, put, reads_no_buffer
 
 
@@ -199,7 +199,7 @@ class _Region(AbstractContextManager[None]):
             copies = [{name: copier.copy(value) for name, value in copied.items()} for _, copied in self.state.values()]
         present = [(each, vars(each).copy(), each._modules.copy(), each._parameters.copy()) for each in self.state]
         self.present.append(present)
-        preserving.modules = (*preserving.modules, self.state)
+        preserved.modules = (*preserved.modules, self.state)
         _watch(self.watches_replays)
         for (module, (everything, _)), copied in zip(self.state.items(), copies, strict=True):
             put(module, everything)
@@ -209,7 +209,7 @@ class _Region(AbstractContextManager[None]):
 
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
-        preserving.modules = preserving.modules[:-1]
+        preserved.modules = preserved.modules[:-1]
         for module, everything, children, parameters in self.present.pop():
             put(module, everything)
             if self.detach:  # the replay's are not what the forward pass has

@@ -17,11 +17,11 @@ from torch.utils.module_tracker import ModuleTracker
 _tracker = ModuleTracker()
 
 
-class _Preserving(threading.local):
+class _Preserved(threading.local):
     modules: tuple[Collection[nn.Module], ...] = ()  # for each replay that is running in this thread, whose state it is
 
 
-preserving = _Preserving()
+preserved = _Preserved()
 
 
 def replaying() -> bool:
@@ -32,7 +32,7 @@ def replaying() -> bool:
 
 def is_preserved(module: nn.Module) -> bool:
     """Tell whether a replay is running that drops what this module changes."""
-    return any(module in modules for modules in preserving.modules)
+    return any(module in modules for modules in preserved.modules)
 
 
 # Compiled code is traced before anybody knows what it will be part of, so it asks at run time, by an operator. Where
@@ -40,16 +40,16 @@ def is_preserved(module: nn.Module) -> bool:
 # cannot be merged into one.
 
 
-def _replaying(buffer: torch.Tensor, preserved: bool = True) -> torch.Tensor:
-    return torch.full((), replaying() and (preserved or not preserving.modules), device=buffer.device)
+def _replaying(buffer: torch.Tensor, dropped: bool = True) -> torch.Tensor:
+    return torch.full((), replaying() and (dropped or not preserved.modules), device=buffer.device)
 
 
-def _fake_replaying(buffer: torch.Tensor, preserved: bool = True) -> torch.Tensor:
+def _fake_replaying(buffer: torch.Tensor, dropped: bool = True) -> torch.Tensor:
     return torch.empty((), dtype=torch.bool, device=buffer.device)
 
 
 if not hasattr(torch.ops.momentum_fix, "replaying"):  # it is there if this module is imported anew
-    signature = "(Tensor buffer, bool preserved=True) -> Tensor"  # whether also in replays that drop what changes
+    signature = "(Tensor buffer, bool dropped=True) -> Tensor"  # also of replays whose changes are dropped
     torch.library.define("momentum_fix::replaying", signature, tags=torch.Tag.cudagraph_unsafe)
     torch.library.impl("momentum_fix::replaying", "CompositeExplicitAutograd", _replaying)
     torch.library.register_fake("momentum_fix::replaying", _fake_replaying)

@@ -159,6 +159,17 @@ def test_the_first_replay_of_a_cumulative_average_counts_though_it_changes_no_va
 
 
 @pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+def test_a_batch_that_a_norm_refuses_is_no_batch(ckpt):
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), by.Kink()).double()
+    with calibrate(model) as report:
+        for size in (4, 1, 4):
+            with pytest.raises(ValueError, match="more than 1 value") if size == 1 else contextlib.nullcontext():
+                ckpt(model, torch.rand(size, 3, dtype=torch.float64, requires_grad=True)).sum().backward()
+    assert report.passes == {"1": 2}
+    assert report.rows[0].note == ""
+
+
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_cumulative_average_keeps_equal_passes_in_the_block_and_after_it(ckpt, compiled):
     def step(net, x, ckpt):
