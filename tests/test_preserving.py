@@ -641,6 +641,23 @@ def test_a_child_behind_one_that_is_passed_over_is_copied_too(ckpt, before):
     assert nets[0] == nets[1] != nets[2]
 
 
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("size", [3, 20_000])
+def test_a_parameter_made_in_inference_mode_has_no_version_and_is_let_be(ckpt, size):
+    with torch.inference_mode():
+        table = nn.Parameter(torch.ones(size), requires_grad=False)
+
+    class Holds(Steps):
+        def __init__(self):
+            super().__init__()
+            self.table = table
+
+    net, x = Holds(), torch.rand(3, requires_grad=True)
+    ckpt(net, x).square().sum().backward()
+    assert net.steps == 1
+    assert net.table is table
+
+
 def test_put_takes_away_what_is_new():
     layer = nn.Linear(1, 1)
     before = vars(layer).copy()
