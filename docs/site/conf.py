@@ -51,9 +51,10 @@ def pandoc(text, *options):
 
 
 def read(app, name, source):
-    """Put the pages below the README, and make of the paper, which is written for pandoc, what Sphinx reads."""
+    """Put the pages below the README, in its order, and make what Sphinx reads of the paper, which is for pandoc."""
     if name == "README":
-        source[0] += CONTENTS
+        by_task = re.findall(r"\]\((docs/\w+)\.md\)", source[0].partition("\n## By task")[2])
+        source[0] += CONTENTS.replace("docs/*", "\n".join([*dict.fromkeys(by_task), "docs/*"]))
     if name == "paper":
         resources = f"--resource-path={app.srcdir}"
         page = pandoc(source[0], "--to=rst", "--standalone", "--citeproc", "--strip-comments", "--wrap=none", resources)
