@@ -151,13 +151,13 @@ def audit(
         files = checkpoint_files(path := Path(source))
         return Audit(_file_rows(path, steps, momentum)) if files == [path] else audit_files(files, steps, momentum)
 
+    if isinstance(source, Mapping):
+        return Audit(tuple(row for way, layers in search(source) for row in _rows("", way, layers, steps, momentum)))
     from torch import nn
 
-    if isinstance(source, nn.Module):
-        return Audit(tuple(_model_rows(source, steps)))
-    if not isinstance(source, Mapping):
+    if not isinstance(source, nn.Module):
         raise TypeError(f"source is a {type(source).__name__}, but must be a model, a state dict or a path")
-    return Audit(tuple(row for way, layers in search(source) for row in _rows("", way, layers, steps, momentum)))
+    return Audit(tuple(_model_rows(source, steps)))
 
 
 def audit_files(files: Iterable[Path], steps: SupportsIndex | None, momentum: SupportsFloat | None) -> Audit:

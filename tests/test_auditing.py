@@ -373,13 +373,13 @@ def test_a_recompressed_checkpoint_is_refused_instead_of_misread(tmp_path):
         audit(tmp_path / "again.pt")
 
 
-def test_a_file_is_read_without_torch(tmp_path):
+def test_files_and_numbers_are_read_without_torch(tmp_path):
     torch.save(counters(a=5, b=10), tmp_path / "model.pt")
-    code = "import sys; from momentum_fix import audit; print(audit(sys.argv[1])); print('torch' in sys.modules)"
-    run = [sys.executable, "-c", code, tmp_path / "model.pt"]
-    done = subprocess.run(run, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("Recomputation found: 1 of 2")
-    assert done.stdout.endswith("False\n")
+    for source in (str(tmp_path / "model.pt"), {"a.num_batches_tracked": 5, "b.num_batches_tracked": 10}):
+        code = f"import sys; from momentum_fix import audit; print(audit({source!r})); print('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.startswith("Recomputation found: 1 of 2")
+        assert done.stdout.endswith("False\n")
 
 
 def test_objects_of_other_classes_are_passed_over_and_no_module_of_theirs_is_imported(tmp_path):
