@@ -83,6 +83,37 @@ def test_a_class_with_its_source_is_its_name_and_no_storage():
     assert (tree, objects, storages) == (["a.b", ("s", 1)], True, [("s", 1)])
 
 
+@pytest.mark.parametrize(
+    ("operations", "said"),
+    [
+        (b"K\1K\2a", "it fills what is no container"),
+        (b"}K\2a", "it fills what is no container"),
+        (b"}(K\2e", "it fills what is no container"),
+        (b"]K\1K\2s", "it fills what is no container"),
+        (b"](K\1K\2u", "it fills what is no container"),
+        (b"])R", "it calls what is no function"),
+        (b"ca\nb\n]R", "it calls what is no function"),
+        (b"K\1X\1\0\0\0b\x93", "a name is no text"),
+        (b"P1\n", "holds objects but no running statistics"),
+        (b"\x92", "holds objects but no running statistics"),
+    ],
+)
+def test_what_is_wrong_with_a_pickle_is_said(operations, said):
+    with pytest.raises(Refused, match=said):
+        unpickling.unpickle(b"\x80\x02" + operations + b".")
+
+
+def test_what_an_object_would_hold_is_passed_over():
+    for operations in (b"K\1a", b"(K\1e", b"K\1K\2s", b"(K\1K\2u"):
+        assert unpickling.unpickle(b"ca\nb\n" + operations + b".")[0] == "a.b"
+
+
+def test_a_tensor_with_a_type_of_its_own_has_its_shape_and_type():
+    arguments = b"(X\1\0\0\0sK\7K\1\x85K\2\x85\x89Nctorch\nuint4\nNt"
+    made = unpickling.unpickle(b"ctorch._utils\n_rebuild_tensor_v3\n" + arguments + b"R.")[0]
+    assert made == unpickling.Tensor("s", 7, (1,), "torch.uint4")
+
+
 def test_the_pickles_of_a_file_share_their_steps():
     steps = iter(range(7))
     assert unpickling.unpickle(b"NNN.", steps=steps)[1] == 4
