@@ -142,6 +142,18 @@ def test_names_that_do_not_print_or_are_absurdly_long_stay_short_when_they_are_e
     assert way == "x" * 150 + "…" + "x" * 74 + "/"  # with the slash it is one too long
 
 
+def test_a_note_on_a_counter_stays_short(tmp_path):
+    for operations, note in (
+        (crafted.tensor(shape=b"M\x2c\1\x85"), "counter has shape (300,)"),
+        (crafted.tensor(shape=b"(" + b"K\2" * 60 + b"t"), "counter has shape (2, 2, 2, 2, 2, 2, 2, 2, 2, 2,…2, 2"),
+        (b"c" + b"x" * 190 + b"\n" + b"y" * 190 + b"\n", "counter is of type " + "x" * 40 + "…" + "y" * 20 + ", not"),
+    ):
+        (tmp_path / "x.pt").write_bytes(crafted.program(crafted.one(operations)))
+        row = audit(tmp_path / "x.pt").rows[0]
+        assert row.note.startswith(note)
+        assert len(row.note) < 110
+
+
 def test_garbage_is_collected_as_before(tmp_path):
     torch.save(COUNTERS, tmp_path / "x.pt")
     for source in (tmp_path / "x.pt", tmp_path / "nowhere.pt"):
