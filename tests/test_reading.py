@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import subprocess
 import sys
 import warnings
@@ -180,6 +181,18 @@ def test_a_file_gives_no_more_than_a_part_at_once(tmp_path):
             file.exactly(0, 2**25 + 1)
         with pytest.raises(Refused, match="is shorter than it says"):
             file.exactly(2**25, 2)
+
+
+def test_the_pickles_of_an_old_file_share_their_steps(tmp_path, monkeypatch):
+    data = crafted.legacy(crafted.state(a=5))
+    (tmp_path / "x.pt").write_bytes(data)
+    stream = io.BytesIO(data)
+    steps = sum(1 for _ in range(5) for _ in pickletools.genops(stream))
+    monkeypatch.setattr(reading, "STEPS", range(steps))
+    assert [row.batches for row in audit(tmp_path / "x.pt").rows] == [5]
+    monkeypatch.setattr(reading, "STEPS", range(steps - 1))
+    with pytest.raises(UnreadableError, match="holds more than any network"):
+        audit(tmp_path / "x.pt")
 
 
 def test_what_is_no_file_is_said(tmp_path):
