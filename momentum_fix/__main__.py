@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import momentum_fix
-from momentum_fix.tables import can_draw, printable, shortened, show
+from momentum_fix.tables import can_draw, presentable, show
 
 EXAMPLES = """\
 examples:
@@ -29,7 +29,7 @@ examples:
   python -m momentum_fix plot -o curves.png       draw the curves (png, svg or pdf, by the name)
   python -m momentum_fix audit runs/ --steps 9000 find recomputed layers in saved files
 """
-_EXTRAS = {"matplotlib": "plots", "rich": "audit"}
+_EXTRAS = {"matplotlib": "plots"}  # without rich, tables are printed in another way
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        _tell(f"{self.prog}: {printable(shortened(message))}")  # one line, without the usage
+        _tell(f"{self.prog}: {presentable(message)}")  # one line, without the usage
         sys.exit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(f"{parser.prog}: interrupted")
         return 128 + 2
     except (ImportError, OSError, TypeError, ValueError) as error:
-        _tell(f"{name}: {printable(shortened(_reason(error)))}")
+        _tell(f"{name}: {presentable(_reason(error))}")
         return 2
 
 

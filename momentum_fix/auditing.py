@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex
 
 from momentum_fix.formula import corrected_momentum, positive_integer, power_of_decay
 from momentum_fix.reading import COUNTER, Odd, UnreadableError, checkpoint_files, read, search
-from momentum_fix.tables import aligned, html, number, printable, shortened
+from momentum_fix.tables import aligned, html, number, presentable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,7 +87,7 @@ class Audit:
         """Give each source, fit to be printed, with the cells of its table, the header in the first row."""
         header = ("layer", "batches", "passes", "effective momentum", "variance ratio", "set momentum", "note")
         for source, rows in groupby(self.rows, key=lambda row: row.source):
-            yield printable(shortened(source)), [header, *(row.cells() for row in rows)]
+            yield presentable(source), [header, *(row.cells() for row in rows)]
 
     @property
     def verdict(self) -> str:

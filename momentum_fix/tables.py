@@ -14,7 +14,7 @@ _LARGE = 2**24  # characters, from which on columns are not aligned: one long na
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Lay rows of equal length out in columns, two spaces apart, with no trailing spaces."""
-    rows = [[printable(shortened(cell)) for cell in row] for row in rows]
+    rows = [[presentable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if len(rows) * sum(widths) > _LARGE:
         widths = [0] * len(widths)
@@ -27,7 +27,7 @@ def html(rows: Sequence[Sequence[str]], caption: str) -> str:
     """Write a table for a notebook, its header in the first row; without other rows, the caption alone."""
     kinds = ["th"] + ["td"] * (len(rows) - 1) if len(rows) > 1 else []
     lines = [
-        "".join(f"<{kind}>{escape(printable(shortened(cell)))}</{kind}>" for cell in row)
+        "".join(f"<{kind}>{escape(presentable(cell))}</{kind}>" for cell in row)
         for kind, row in zip(kinds, rows, strict=False)
     ]
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
@@ -39,7 +39,7 @@ def show(rows: Sequence[Sequence[str]]) -> None:
     if not sys.stdout.isatty():
         print(aligned(rows))
         return
-    columns = [[printable(shortened(cell)) for cell in column] for column in zip(*rows, strict=True) if any(column[1:])]
+    columns = [[presentable(cell) for cell in column] for column in zip(*rows, strict=True) if any(column[1:])]
     rows = list(zip(*columns, strict=True))
     width = shutil.get_terminal_size().columns
     if len(rows) > _MANY or not can_draw() or not _drawn(columns, width):
@@ -84,6 +84,11 @@ def _paragraph(header: Sequence[str], row: Sequence[str], width: int) -> str:
     )  # \0: no break here
     lines = textwrap.wrap(whole, max(1, width - 4), break_long_words=False, break_on_hyphens=False)
     return "\n    ".join([row[0], *lines]).replace("\0", " ")
+
+
+def presentable(text: str) -> str:
+    """Shorten a text of absurd length, and escape what does not print."""
+    return printable(shortened(text))
 
 
 def printable(text: str) -> str:

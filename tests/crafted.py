@@ -21,6 +21,13 @@ def text(value):
     return b"X" + struct.pack("<I", len(data)) + data
 
 
+def old(before, *last):
+    """Make the beginning of a file from before torch 1.6, with these operations at the start of each of its pickles."""
+    machine = text("little_endian") + b"\x88t"
+    pickles = (b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", b"K\1", machine, *last)
+    return b"".join(b"\x80\x02(" + before + each + b"." for each in pickles)
+
+
 def state(**counters):
     return {f"{name}.{COUNTER}": torch.tensor(count) for name, count in counters.items()}
 
@@ -265,26 +272,8 @@ TORCH = {
         + b"u"
     ),
     # from before 1.6
-    "legacy, each pickle slow": lambda: b"".join(
-        b"\x80\x02(N" + b"Nb" * 3_000_000 + each + b"."
-        for each in (
-            b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19",
-            b"K\1",
-            text("little_endian") + b"\x88t",
-            b"}",
-            b"]",
-        )
-    ),
-    "legacy, each pickle large": lambda: b"".join(
-        b"\x80\x02(" + b"}" * 1_200_000 + b"N" * 5_000_000 + each + b"."
-        for each in (
-            b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19",
-            b"K\1",
-            text("little_endian") + b"\x88t",
-            b"t",
-            b"t",
-        )
-    ),
+    "legacy, each pickle slow": lambda: old(b"N" + b"Nb" * 3_000_000, b"}", b"]"),
+    "legacy, each pickle large": lambda: old(b"}" * 1_200_000 + b"N" * 5_000_000, b"t", b"t"),
     "legacy, cut": lambda: legacy(state(a=5, b=6))[:-20],
     "legacy, huge storage": lambda: legacy(state(a=5))[:-16] + struct.pack("<q", 2**62) + bytes(8),
     "legacy, negative storage": lambda: legacy(state(a=5))[:-16] + struct.pack("<q", -1) + bytes(8),

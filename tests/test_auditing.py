@@ -251,7 +251,8 @@ def test_the_table_reads_well():
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_fewer_than_one_step_is_refused(steps):
-    with pytest.raises(ValueError, match=f"steps is {steps}, but must be an integer of at least 1"):
+    said = f"steps is {steps}, but must be an integer of at least 1: the batches trained on, or None to infer them"
+    with pytest.raises(ValueError, match=said):
         audit({}, steps=steps)
 
 
@@ -264,8 +265,6 @@ def test_steps_that_are_no_integer_are_a_type_error(steps):
 def test_a_wrong_momentum_or_source_is_refused():
     with pytest.raises(ValueError, match=r"momentum is 1\.5"):
         audit({}, momentum=1.5)
-    with pytest.raises(ValueError, match=r"steps is 0, but .*: the batches trained on, or None to infer them"):
-        audit({}, steps=0)
     with pytest.raises(TypeError, match="source is a int, but must be a model, a state dict or a path"):
         audit(3)
 
