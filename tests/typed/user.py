@@ -83,5 +83,5 @@ for theorem in symbolic.theorems():
     statement: str = theorem.statement
     theorem.prove()
 plots.decay().figure.clear()
-plots.save("build/decay.svg", plots.figure())
+plots.save("decay.svg", plots.figure())
 version: str = momentum_fix.__version__
