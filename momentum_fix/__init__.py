@@ -4,6 +4,7 @@
     update_once(model)                 the exact way: statistics move on the forward pass, never on a recomputation
     checkpoint(function, *args)        torch's checkpoint, exact also for modules that read what they change
     preserve_state                     the same as a context_fn: checkpoint(..., context_fn=preserve_state)
+    preserve_everywhere()              the same for every call of torch's checkpoint, a library's too
     with calibrate(model) as report:   around one training step: counts each layer's passes, sets its momentum
     correct(model, passes=2)           sets the corrected momentum, if you know the passes
     norm_layer("BatchNorm2d")          a norm layer with the corrected momentum, for a model config
@@ -35,6 +36,7 @@ if _TYPE_CHECKING:
     from momentum_fix.once import Handle as Handle
     from momentum_fix.once import update_once as update_once
     from momentum_fix.preserving import checkpoint as checkpoint
+    from momentum_fix.preserving import preserve_everywhere as preserve_everywhere
     from momentum_fix.preserving import preserve_state as preserve_state
     from momentum_fix.reading import UnreadableError as UnreadableError
 
@@ -55,6 +57,7 @@ _HOMES = {
     "Audit": "auditing",
     "UnreadableError": "reading",
     "preserve_state": "preserving",
+    "preserve_everywhere": "preserving",
     "checkpoint": "preserving",
 }
 _MODULES = ("symbolic", "plots")
