@@ -21,8 +21,8 @@ def plainly(function, *args, **_):
     return function(*args)
 
 
-def reentrant(function, *args):
-    return checkpoint(function, *args, use_reentrant=True)
+def reentrant(function, *args, **kwargs):
+    return checkpoint(function, *args, use_reentrant=True, **kwargs)
 
 
 def non_reentrant(function, *args, **kwargs):
