@@ -257,11 +257,12 @@ def _difference(region: Region, judgement: Judgement) -> Difference:
     weights = [(part, name) for part, name in moved if _is_unpreserved(part.module, name)]
     statistics = [(part, name) for part, name in moved if tracks(part.module) and only_writes(part.module)]
     others = [each for each in moved if each not in weights and each not in statistics]
+    buffer = _BUFFER.partition(",")[0] if recomputation.preserved else _BUFFER
     drawn = region.drew - ({"torch"} if region.keeps_random_numbers else set())
     remedies = [_RANDOM[name] for name in _RANDOM if name in drawn]
     if weights:
         trained = any(part.module._parameters[name].requires_grad for part, name in weights)
-        remedies.append(_WEIGHTS if trained else _BUFFER)
+        remedies.append(_WEIGHTS if trained else buffer)
     if others and not recomputation.preserved:
         remedies.append(_PRESERVE)
     elif statistics and not (remedies or recomputation.preserved):

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import math
 import random
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from momentum_fix import _torch
 from momentum_fix.fingerprint import difference, fingerprint, rounding
-from momentum_fix.preserving import reached
+from momentum_fix.preserving import is_compiled, reached
 from momentum_fix.replay import preserved, replaying, unseen
 from momentum_fix.state import is_as_made, mark, pieces
 
@@ -92,7 +99,7 @@ class Watch:
             self.ran.append(module.training)
             running.modules.append((module, _own_marks(module) if is_part else {}))
 
-    def leave(self, module: nn.Module, output: Any) -> None:
+    def leave(self, module: nn.Module) -> None:
         """Hear that a module is left."""
         running = self.running
         if not any(each is module for each, _ in running.modules):
@@ -103,8 +110,6 @@ class Watch:
             if id(module) in self.parts:
                 moved = [(id(module), name) for name in differing(last[1], _own_marks(module))]
                 (running.recomputing[-1] if running.recomputing else self.passes).update(moved)
-            for region in running.regions:
-                region.gave(self.name(module), output)
             if running.before is not None and not running.modules:
                 before, running.before = running.before, None
                 self.count(before, self.look({}), running.recomputing.pop(), None)
@@ -136,6 +141,7 @@ class _Value(NamedTuple):
     dtype: torch.dtype
     where: str
     matters: bool  # whether gradients depend on it
+    options: Any = None  # what an operation was given but tensors, if gradients depend on that
 
 
 class Recomputation:
@@ -158,6 +164,7 @@ class Region(_torch.Listener):
         self.parts: dict[int, Part] = {}
         for module in reached(function, call.args, call.kwargs):
             self.parts |= {key: watch.parts.get(key, part) for key, part in parts_of(module).items()}
+        self.is_compiled = any(is_compiled(part.module) for part in self.parts.values()) or is_compiled(function)
         self.state: dict[int, Marks] = {}  # as the first module of the forward pass has found it
         self.drew: set[str] = set()  # whose random numbers the forward pass has drawn
         self.trace: list[_Value] = []  # what modules and the function gave in the forward pass; of the reentrant engine
@@ -199,7 +206,8 @@ class Region(_torch.Listener):
         self.untouched = True
         running.regions.append(self)
         try:
-            yield
+            with _Operations(self) if self.reentrant and not self.is_compiled else nullcontext():
+                yield
         finally:
             running.regions.remove(self)
 
@@ -228,23 +236,63 @@ class Region(_torch.Listener):
     def compare(self, forward: _Value, recomputed: _Value) -> None:
         """Keep two that belong together."""
         if forward.matters:
-            self.recomputations[-1].pairs.append((forward, recomputed))
-
-    def gave(self, where: str, output: Any) -> None:
-        """Keep what a module or the function gives, with the reentrant engine, which saves nothing in the forward pass."""
-        if self.reentrant:
-            trace = self.recomputations[-1].trace if self.recomputations else self.trace
-            trace += [_Value(fingerprint(each), each.dtype, where, each.requires_grad) for each in _tensors(output)]
+            self.recomputations[-1].pairs.append((forward, recomputed._replace(where=forward.where)))
 
     def returned(self, output: Any) -> None:
-        """Compare what was given, where gradients depend on it."""
-        self.gave(ITSELF, output)
+        """Compare each operation and the result with those of the forward pass, where gradients depend on them."""
+        trace = self.recomputations[-1].trace if self.recomputations else self.trace
+        if self.is_compiled:  # so that operations are not seen
+            trace += [_Value(fingerprint(each), each.dtype, ITSELF, each.requires_grad) for each in _tensors(output)]
         if self.recomputations:
-            now = self.recomputations[-1]
-            now.pairs = [pair for pair in zip(self.trace, now.trace, strict=False) if pair[1].matters]
-            if [each.where for each in self.trace] != [each.where for each in now.trace]:
-                now.pairs.append((now.trace[-1]._replace(numbers=None), now.trace[-1]))  # other modules ran
-            now.trace = []
+            end = _Value(None, torch.float32, "", False)
+            pairs = itertools.zip_longest(self.trace, trace, fillvalue=end)
+            self.recomputations[-1].pairs = [pair for pair in pairs if pair[1].matters or _is_other(*pair)]
+            trace.clear()
+
+    def operation(self, inputs: Any, output: Any, kept: set[Any]) -> None:
+        """Hear of an operation in the function: what it was given, what it gives, and what of that autograd keeps."""
+        inside = self.watch.running.modules[self.depth :]
+        where = self.watch.name(inside[-1][0]) if inside else ITSELF
+        values = [*_tensors(inputs), *_tensors(output)]
+        places = [(each.data_ptr(), each.shape) for each in values]
+        own = bool(kept.difference(places))  # it keeps something of its own, which depends on all of them
+        options = _options(inputs) if not self.recomputations or any(each.requires_grad for each in _tensors(output)) else None
+        trace = self.recomputations[-1].trace if self.recomputations else self.trace
+        trace += [
+            _Value(fingerprint(each), each.dtype, where, own or place in kept, options)
+            for each, place in zip(values, places, strict=True)
+        ]
+
+
+class _Operations(TorchFunctionMode):
+    """Sees each operation while the function of a reentrant checkpoint runs, and what autograd keeps of it."""
+
+    def __init__(self, region: Region) -> None:
+        super().__init__()
+        self.region = region
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(f"{__package__}."):
+            return func(*args, **kwargs)
+        kept = set[Any]()
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept.add((tensor.data_ptr(), tensor.shape))
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor) if torch.is_grad_enabled() else nullcontext():
+            output = func(*args, **kwargs)
+        inputs = [args, kwargs]
+        if func in _NORMS:
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            inputs = [value for name, value in given.items() if name not in ("running_mean", "running_var", "momentum")]
+        if any(each.is_floating_point() or each.is_complex() for each in _tensors(output)):
+            self.region.operation(inputs, output, kept)
+        return output
+
+
+_NORMS = (functional.batch_norm, functional.instance_norm)  # which keep statistics that backward does not read
 
 
 class Judgement(NamedTuple):
@@ -268,6 +316,8 @@ def _judge(recomputation: Recomputation, numbers: dict[int, list[float]]) -> Jud
     tolerance = largest = 0.0
     known = bool(recomputation.pairs)
     for forward, recomputed in recomputation.pairs:
+        if _is_other(forward, recomputed):
+            return Judgement(recomputation, forward.where or recomputed.where, math.inf, True)
         tolerance = max(tolerance, rounding(forward.dtype))  # what is computed from coarse numbers is coarse
         if forward.numbers is None or recomputed.numbers is None:
             known = False
@@ -277,6 +327,11 @@ def _judge(recomputation: Recomputation, numbers: dict[int, list[float]]) -> Jud
             return Judgement(recomputation, forward.where, size, True)
         largest = max(largest, size or 0.0)
     return Judgement(recomputation, "", largest, known)
+
+
+def _is_other(forward: _Value, recomputed: _Value) -> bool:
+    """Tell whether another module ran, or an operation with other options."""
+    return forward.where != recomputed.where or recomputed.options not in (None, forward.options)
 
 
 def _numbers(tensors: list[torch.Tensor]) -> dict[int, list[float]]:
@@ -345,6 +400,17 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple, dict)):
         for each in value.values() if isinstance(value, dict) else value:
             yield from _tensors(each)
+
+
+def _options(value: Any) -> Any:
+    """Give what is no tensor in what an operation was given."""
+    if isinstance(value, slice):
+        return "slice", _options([value.start, value.stop, value.step])
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_options, value))
+    if isinstance(value, dict):
+        return tuple((name, _options(each)) for name, each in value.items())
+    return "tensor" if isinstance(value, torch.Tensor) else mark(value)
 
 
 def _random_numbers() -> dict[str, Any]:
