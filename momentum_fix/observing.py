@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import itertools
 import math
 import random
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,15 +14,13 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from momentum_fix import _torch
-from momentum_fix.fingerprint import difference, fingerprint, rounding
+from momentum_fix.fingerprint import difference, rounding
 from momentum_fix.preserving import is_compiled, reached
 from momentum_fix.replay import preserved, replaying, unseen
 from momentum_fix.state import is_as_made, mark, pieces
+from momentum_fix.tracing import Operation, Tracing, Value, compared, tensors_in, value_of
 
 _UNWATCHED = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)  # DDP only refers to what others have
 ITSELF = "the function itself"
@@ -134,22 +129,11 @@ class Watch:
         return type(module).__name__ if part is None else part.name or "(the model)"
 
 
-class _Value(NamedTuple):
-    """What is kept of a tensor that autograd saves or that a module gives."""
-
-    numbers: torch.Tensor | None  # its fingerprint
-    dtype: torch.dtype
-    where: str
-    matters: bool  # whether gradients depend on it
-    options: Any = None  # what an operation was given but tensors, if gradients depend on that
-
-
 class Recomputation:
     """A recomputation: what it gave beside what the forward pass gave, and the state that it found."""
 
     def __init__(self) -> None:
-        self.pairs: list[tuple[_Value, _Value]] = []
-        self.trace: list[_Value] = []
+        self.pairs: list[tuple[Value, Value | None]] = []  # None: other code ran
         self.found_moved: list[Piece] = []  # what was another state than in the forward pass
         self.preserved = False  # whether preserve_state had put state back
 
@@ -167,7 +151,6 @@ class Region(_torch.Listener):
         self.is_compiled = any(is_compiled(part.module) for part in self.parts.values()) or is_compiled(function)
         self.state: dict[int, Marks] = {}  # as the first module of the forward pass has found it
         self.drew: set[str] = set()  # whose random numbers the forward pass has drawn
-        self.trace: list[_Value] = []  # what modules and the function gave in the forward pass; of the reentrant engine
         self.recomputations: list[Recomputation] = []
         self.untouched = False  # no module has run yet in the pass that is running
 
@@ -206,7 +189,8 @@ class Region(_torch.Listener):
         self.untouched = True
         running.regions.append(self)
         try:
-            with _Operations(self) if self.reentrant and not self.is_compiled else nullcontext():
+            self.trace = Tracing(self.where)
+            with self.trace if self.reentrant and not self.is_compiled else nullcontext():
                 yield
         finally:
             running.regions.remove(self)
@@ -227,72 +211,32 @@ class Region(_torch.Listener):
             (key, name) for key, marks in state.items() for name in differing(self.state.get(key, marks), marks)
         ]
 
-    def saved(self, tensor: torch.Tensor) -> _Value:
-        """Keep the fingerprint of a saved tensor, and which module it was saved in."""
+    def where(self) -> str:
+        """Name the module of this checkpoint that is running."""
         inside = self.watch.running.modules[self.depth :]
-        where = self.watch.name(inside[-1][0]) if inside else ITSELF
-        return _Value(fingerprint(tensor), tensor.dtype, where, not _torch.is_unread_statistic(tensor))
+        return self.watch.name(inside[-1][0]) if inside else ITSELF
 
-    def compare(self, forward: _Value, recomputed: _Value) -> None:
-        """Keep two that belong together."""
+    def saved(self, tensor: torch.Tensor) -> Value:
+        """Keep what is needed to compare a saved tensor."""
+        return value_of(tensor, self.where(), not _torch.is_unread_statistic(tensor))
+
+    def compare(self, forward: Value, recomputed: Value) -> None:
+        """Keep two saved tensors that belong together."""
         if forward.matters:
-            self.recomputations[-1].pairs.append((forward, recomputed._replace(where=forward.where)))
+            self.recomputations[-1].pairs.append((forward, recomputed))
 
     def returned(self, output: Any) -> None:
-        """Compare each operation and the result with those of the forward pass, where gradients depend on them."""
-        trace = self.recomputations[-1].trace if self.recomputations else self.trace
-        if self.is_compiled:  # so that operations are not seen
-            trace += [_Value(fingerprint(each), each.dtype, ITSELF, each.requires_grad) for each in _tensors(output)]
+        """Compare the operations that have led to a result. In compiled code they are not seen, so compare the result."""
+        if self.is_compiled:
+            self.trace.operations = [
+                Operation(("", ""), [value_of(each, ITSELF, each.requires_grad)], None, False)
+                for each in tensors_in(output)
+            ]
         if self.recomputations:
-            end = _Value(None, torch.float32, "", False)
-            pairs = itertools.zip_longest(self.trace, trace, fillvalue=end)
-            self.recomputations[-1].pairs = [pair for pair in pairs if pair[1].matters or _is_other(*pair)]
-            trace.clear()
-
-    def operation(self, inputs: Any, output: Any, kept: set[Any]) -> None:
-        """Hear of an operation in the function: what it was given, what it gives, and what of that autograd keeps."""
-        inside = self.watch.running.modules[self.depth :]
-        where = self.watch.name(inside[-1][0]) if inside else ITSELF
-        values = [*_tensors(inputs), *_tensors(output)]
-        places = [(each.data_ptr(), each.shape) for each in values]
-        own = bool(kept.difference(places))  # it keeps something of its own, which depends on all of them
-        options = _options(inputs) if not self.recomputations or any(each.requires_grad for each in _tensors(output)) else None
-        trace = self.recomputations[-1].trace if self.recomputations else self.trace
-        trace += [
-            _Value(fingerprint(each), each.dtype, where, own or place in kept, options)
-            for each, place in zip(values, places, strict=True)
-        ]
-
-
-class _Operations(TorchFunctionMode):
-    """Sees each operation while the function of a reentrant checkpoint runs, and what autograd keeps of it."""
-
-    def __init__(self, region: Region) -> None:
-        super().__init__()
-        self.region = region
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if sys._getframe(1).f_globals.get("__name__", "").startswith(f"{__package__}."):
-            return func(*args, **kwargs)
-        kept = set[Any]()
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            kept.add((tensor.data_ptr(), tensor.shape))
-            return tensor
-
-        with saved_tensors_hooks(keep, lambda tensor: tensor) if torch.is_grad_enabled() else nullcontext():
-            output = func(*args, **kwargs)
-        inputs = [args, kwargs]
-        if func in _NORMS:
-            given = inspect.signature(func).bind(*args, **kwargs).arguments
-            inputs = [value for name, value in given.items() if name not in ("running_mean", "running_var", "momentum")]
-        if any(each.is_floating_point() or each.is_complex() for each in _tensors(output)):
-            self.region.operation(inputs, output, kept)
-        return output
-
-
-_NORMS = (functional.batch_norm, functional.instance_norm)  # which keep statistics that backward does not read
+            self.recomputations[-1].pairs = [*compared(self.forward_trace.operations, self.trace.operations)]
+            self.trace.operations = []
+        else:
+            self.forward_trace = self.trace
 
 
 class Judgement(NamedTuple):
@@ -307,7 +251,7 @@ class Judgement(NamedTuple):
 def judge(regions: Iterable[Region]) -> list[tuple[Region, Judgement]]:
     """Compare what was kept: now, as numbers on a device are fetched faster all at once."""
     recomputed = [(region, each) for region in regions for each in region.recomputations]
-    values = [value for _, each in recomputed for pair in each.pairs for value in pair]
+    values = [value for _, each in recomputed for pair in each.pairs for value in pair if value is not None]
     numbers = _numbers([value.numbers for value in values if value.numbers is not None])
     return [(region, _judge(each, numbers)) for region, each in recomputed]
 
@@ -316,8 +260,8 @@ def _judge(recomputation: Recomputation, numbers: dict[int, list[float]]) -> Jud
     tolerance = largest = 0.0
     known = bool(recomputation.pairs)
     for forward, recomputed in recomputation.pairs:
-        if _is_other(forward, recomputed):
-            return Judgement(recomputation, forward.where or recomputed.where, math.inf, True)
+        if recomputed is None:
+            return Judgement(recomputation, forward.where, math.inf, True)
         tolerance = max(tolerance, rounding(forward.dtype))  # what is computed from coarse numbers is coarse
         if forward.numbers is None or recomputed.numbers is None:
             known = False
@@ -327,11 +271,6 @@ def _judge(recomputation: Recomputation, numbers: dict[int, list[float]]) -> Jud
             return Judgement(recomputation, forward.where, size, True)
         largest = max(largest, size or 0.0)
     return Judgement(recomputation, "", largest, known)
-
-
-def _is_other(forward: _Value, recomputed: _Value) -> bool:
-    """Tell whether another module ran, or an operation with other options."""
-    return forward.where != recomputed.where or recomputed.options not in (None, forward.options)
 
 
 def _numbers(tensors: list[torch.Tensor]) -> dict[int, list[float]]:
@@ -391,26 +330,6 @@ def _described(function: Any, watch: Watch) -> str:
         return f"{watch.name(owner)}.{function.__name__}"
     name: str = getattr(function, "__qualname__", None) or type(function).__qualname__
     return name.rpartition("<locals>.")[2]
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Give the tensors in what a module gives."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each)
-
-
-def _options(value: Any) -> Any:
-    """Give what is no tensor in what an operation was given."""
-    if isinstance(value, slice):
-        return "slice", _options([value.start, value.stop, value.step])
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_options, value))
-    if isinstance(value, dict):
-        return tuple((name, _options(each)) for name, each in value.items())
-    return "tensor" if isinstance(value, torch.Tensor) else mark(value)
 
 
 def _random_numbers() -> dict[str, Any]:
