@@ -320,8 +320,8 @@ def _on_entering(module: nn.Module, args: Any) -> None:
             enter(module, args)
 
 
-def hear_leaving(leave: Callable[[nn.Module, Any], None]) -> Callable[[], None]:
-    """Have `leave` called with each module that is left, and what it gives; return what ends that."""
+def hear_leaving(leave: Callable[[nn.Module], None]) -> Callable[[], None]:
+    """Have `leave` called with each module that is left, by an exception too; return what ends that."""
     handle = torchs_module.register_module_forward_hook(_Leaving(leave), always_call=True)
     return handle.remove
 
@@ -329,12 +329,12 @@ def hear_leaving(leave: Callable[[nn.Module, Any], None]) -> Callable[[], None]:
 class _Leaving:
     """A hook that is known as one of this package."""
 
-    def __init__(self, leave: Callable[[nn.Module, Any], None]) -> None:
+    def __init__(self, leave: Callable[[nn.Module], None]) -> None:
         self.leave = leave
 
-    def __call__(self, module: nn.Module, _: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, *_: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.leave(module, output)
+            self.leave(module)
 
 
 def others_hear_modules() -> bool:

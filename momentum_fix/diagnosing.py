@@ -207,7 +207,10 @@ def _fill(report: Diagnosis, model: nn.Module, watch: Watch) -> None:
     report.update((each.name, each) for each in _findings(model, watch, {id(region) for region, _ in wrong}))
     report.fixes = tuple(_fixes(report, watch))
     bad = [each for each in report.values() if each.remedy]
-    again = f"recomputation moves state again ({_count(len(bad), 'piece')})"
+    again = "recomputation moves state again"
+    if bad and all(each.remedy == _RESTORE for each in bad):
+        again = "a momentum is corrected for passes that this step did not make"
+    again += f" ({_count(len(bad), 'piece')})"
     exactly = f"up to rounding ({report.rounding:.1g})" if report.rounding else "to the bit"
     if wrong:
         report.verdict = (
@@ -223,9 +226,6 @@ def _fill(report: Diagnosis, model: nn.Module, watch: Watch) -> None:
             f"Clean: {_count(len(judged), 'recomputation')} gave autograd the same as the forward pass, {exactly}, and moved "
             "no state again."
         )
-    elif all(each.remedy == _RESTORE for each in bad):
-        what = f"a momentum is corrected for passes that this step did not make ({_count(len(bad), 'piece')})"
-        report.verdict = f"Gradients are right, but {what}."
     else:
         report.verdict = f"Gradients are right{f' {exactly}' if report.rounding else ''}, but {again}."
 
@@ -257,11 +257,12 @@ def _difference(region: Region, judgement: Judgement) -> Difference:
     weights = [(part, name) for part, name in moved if _is_unpreserved(part.module, name)]
     statistics = [(part, name) for part, name in moved if tracks(part.module) and only_writes(part.module)]
     others = [each for each in moved if each not in weights and each not in statistics]
+    buffer = _BUFFER.partition(",")[0] if recomputation.preserved else _BUFFER
     drawn = region.drew - ({"torch"} if region.keeps_random_numbers else set())
     remedies = [_RANDOM[name] for name in _RANDOM if name in drawn]
     if weights:
         trained = any(part.module._parameters[name].requires_grad for part, name in weights)
-        remedies.append(_WEIGHTS if trained else _BUFFER)
+        remedies.append(_WEIGHTS if trained else buffer)
     if others and not recomputation.preserved:
         remedies.append(_PRESERVE)
     elif statistics and not (remedies or recomputation.preserved):

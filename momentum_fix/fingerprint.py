@@ -39,9 +39,10 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor | None:
     """
     with torch.no_grad(), unseen():
         parts = [_of_memory(part) for part in _parts(tensor)]
-        if not parts or any(each is None for each in parts):
+        known = [each for each in parts if each is not None]
+        if not known or len(known) < len(parts):
             return None
-        hashed, numbers = functools.reduce(_joined, parts)  # type: ignore[arg-type]
+        hashed, numbers = functools.reduce(_joined, known)
         halves = torch.stack([(hashed >> 32) & _HALF, hashed & _HALF]).double()
         return torch.cat([halves, numbers])
 
@@ -86,7 +87,7 @@ def _of_memory(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None
         slice(1) if stride == 0 else slice(None) for stride in tensor.stride()
     )  # what is expanded is one value
     flat = tensor.resolve_conj().resolve_neg()[once]
-    flat = (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(-1)
+    flat = (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(-1).contiguous()
     hashed = torch.zeros((), dtype=torch.int64, device=flat.device)
     numbers = torch.zeros(1 + _PROJECTIONS, dtype=torch.float64, device=flat.device)
     weights, signs = _of_columns(flat.device)

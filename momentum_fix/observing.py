@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,10 +16,11 @@ import torch
 from torch import nn
 
 from momentum_fix import _torch
-from momentum_fix.fingerprint import difference, fingerprint, rounding
-from momentum_fix.preserving import reached
+from momentum_fix.fingerprint import difference, rounding
+from momentum_fix.preserving import is_compiled, reached
 from momentum_fix.replay import preserved, replaying, unseen
 from momentum_fix.state import is_as_made, mark, pieces
+from momentum_fix.tracing import Operation, Tracing, Value, compared, tensors_in, value_of
 
 _UNWATCHED = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)  # DDP only refers to what others have
 ITSELF = "the function itself"
@@ -92,7 +94,7 @@ class Watch:
             self.ran.append(module.training)
             running.modules.append((module, _own_marks(module) if is_part else {}))
 
-    def leave(self, module: nn.Module, output: Any) -> None:
+    def leave(self, module: nn.Module) -> None:
         """Hear that a module is left."""
         running = self.running
         if not any(each is module for each, _ in running.modules):
@@ -103,8 +105,6 @@ class Watch:
             if id(module) in self.parts:
                 moved = [(id(module), name) for name in differing(last[1], _own_marks(module))]
                 (running.recomputing[-1] if running.recomputing else self.passes).update(moved)
-            for region in running.regions:
-                region.gave(self.name(module), output)
             if running.before is not None and not running.modules:
                 before, running.before = running.before, None
                 self.count(before, self.look({}), running.recomputing.pop(), None)
@@ -129,21 +129,11 @@ class Watch:
         return type(module).__name__ if part is None else part.name or "(the model)"
 
 
-class _Value(NamedTuple):
-    """What is kept of a tensor that autograd saves or that a module gives."""
-
-    numbers: torch.Tensor | None  # its fingerprint
-    dtype: torch.dtype
-    where: str
-    matters: bool  # whether gradients depend on it
-
-
 class Recomputation:
     """A recomputation: what it gave beside what the forward pass gave, and the state that it found."""
 
     def __init__(self) -> None:
-        self.pairs: list[tuple[_Value, _Value]] = []
-        self.trace: list[_Value] = []
+        self.pairs: list[tuple[Value, Value | None]] = []  # None: other code ran
         self.found_moved: list[Piece] = []  # what was another state than in the forward pass
         self.preserved = False  # whether preserve_state had put state back
 
@@ -158,9 +148,9 @@ class Region(_torch.Listener):
         self.parts: dict[int, Part] = {}
         for module in reached(function, call.args, call.kwargs):
             self.parts |= {key: watch.parts.get(key, part) for key, part in parts_of(module).items()}
+        self.is_compiled = any(is_compiled(part.module) for part in self.parts.values()) or is_compiled(function)
         self.state: dict[int, Marks] = {}  # as the first module of the forward pass has found it
         self.drew: set[str] = set()  # whose random numbers the forward pass has drawn
-        self.trace: list[_Value] = []  # what modules and the function gave in the forward pass; of the reentrant engine
         self.recomputations: list[Recomputation] = []
         self.untouched = False  # no module has run yet in the pass that is running
 
@@ -199,7 +189,9 @@ class Region(_torch.Listener):
         self.untouched = True
         running.regions.append(self)
         try:
-            yield
+            self.trace = Tracing(self.where)
+            with self.trace if self.reentrant and not self.is_compiled else nullcontext():
+                yield
         finally:
             running.regions.remove(self)
 
@@ -219,32 +211,32 @@ class Region(_torch.Listener):
             (key, name) for key, marks in state.items() for name in differing(self.state.get(key, marks), marks)
         ]
 
-    def saved(self, tensor: torch.Tensor) -> _Value:
-        """Keep the fingerprint of a saved tensor, and which module it was saved in."""
+    def where(self) -> str:
+        """Name the module of this checkpoint that is running."""
         inside = self.watch.running.modules[self.depth :]
-        where = self.watch.name(inside[-1][0]) if inside else ITSELF
-        return _Value(fingerprint(tensor), tensor.dtype, where, not _torch.is_unread_statistic(tensor))
+        return self.watch.name(inside[-1][0]) if inside else ITSELF
 
-    def compare(self, forward: _Value, recomputed: _Value) -> None:
-        """Keep two that belong together."""
+    def saved(self, tensor: torch.Tensor) -> Value:
+        """Keep what is needed to compare a saved tensor."""
+        return value_of(tensor, self.where(), not _torch.is_unread_statistic(tensor))
+
+    def compare(self, forward: Value, recomputed: Value) -> None:
+        """Keep two saved tensors that belong together."""
         if forward.matters:
             self.recomputations[-1].pairs.append((forward, recomputed))
 
-    def gave(self, where: str, output: Any) -> None:
-        """Keep what a module or the function gives, with the reentrant engine, which saves nothing in the forward pass."""
-        if self.reentrant:
-            trace = self.recomputations[-1].trace if self.recomputations else self.trace
-            trace += [_Value(fingerprint(each), each.dtype, where, each.requires_grad) for each in _tensors(output)]
-
     def returned(self, output: Any) -> None:
-        """Compare what was given, where gradients depend on it."""
-        self.gave(ITSELF, output)
+        """Compare the operations that have led to a result. In compiled code they are not seen, so compare the result."""
+        if self.is_compiled:
+            self.trace.operations = [
+                Operation(("", ""), [value_of(each, ITSELF, each.requires_grad)], None, False)
+                for each in tensors_in(output)
+            ]
         if self.recomputations:
-            now = self.recomputations[-1]
-            now.pairs = [pair for pair in zip(self.trace, now.trace, strict=False) if pair[1].matters]
-            if [each.where for each in self.trace] != [each.where for each in now.trace]:
-                now.pairs.append((now.trace[-1]._replace(numbers=None), now.trace[-1]))  # other modules ran
-            now.trace = []
+            self.recomputations[-1].pairs = [*compared(self.forward_trace.operations, self.trace.operations)]
+            self.trace.operations = []
+        else:
+            self.forward_trace = self.trace
 
 
 class Judgement(NamedTuple):
@@ -259,7 +251,7 @@ class Judgement(NamedTuple):
 def judge(regions: Iterable[Region]) -> list[tuple[Region, Judgement]]:
     """Compare what was kept: now, as numbers on a device are fetched faster all at once."""
     recomputed = [(region, each) for region in regions for each in region.recomputations]
-    values = [value for _, each in recomputed for pair in each.pairs for value in pair]
+    values = [value for _, each in recomputed for pair in each.pairs for value in pair if value is not None]
     numbers = _numbers([value.numbers for value in values if value.numbers is not None])
     return [(region, _judge(each, numbers)) for region, each in recomputed]
 
@@ -268,6 +260,8 @@ def _judge(recomputation: Recomputation, numbers: dict[int, list[float]]) -> Jud
     tolerance = largest = 0.0
     known = bool(recomputation.pairs)
     for forward, recomputed in recomputation.pairs:
+        if recomputed is None:
+            return Judgement(recomputation, forward.where, math.inf, True)
         tolerance = max(tolerance, rounding(forward.dtype))  # what is computed from coarse numbers is coarse
         if forward.numbers is None or recomputed.numbers is None:
             known = False
@@ -336,15 +330,6 @@ def _described(function: Any, watch: Watch) -> str:
         return f"{watch.name(owner)}.{function.__name__}"
     name: str = getattr(function, "__qualname__", None) or type(function).__qualname__
     return name.rpartition("<locals>.")[2]
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Give the tensors in what a module gives."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each)
 
 
 def _random_numbers() -> dict[str, Any]:

@@ -166,7 +166,8 @@ class Copier:
             copied = self._tensor(value)
             if copied is not value and vars(value):
                 copied = copied.detach() if copied.is_leaf else copied  # it may be shared
-                vars(copied).update(vars(value))
+                # A tensor that is made of tensors has copies of these by now.
+                vars(copied).update({name: each for name, each in vars(value).items() if name not in vars(copied)})
         elif isinstance(value, (set, frozenset, *FILLED)):
             copied = self._container(value)
         elif isinstance(value, tuple):
@@ -301,7 +302,7 @@ def _shared_copy(value: Any) -> Any:
     shared, kind = (_shared, "tensor") if is_tensor else (_shared_arrays, "array")
     copied, then, asked = shared.get(value, (value, None, 0))
     now = (value._version, value.dtype, value.device) if is_tensor else value.dtype
-    still = then == now
+    still = asked > 0 and then == now
     if still and (asked < _COMPARED or asked & (asked - 1) == 0):
         still = (
             torch.equal(copied, value)
@@ -317,7 +318,7 @@ def _shared_copy(value: Any) -> Any:
                 stacklevel=2,
             )
     if not still:
-        copied, asked = value.clone() if is_tensor else np.array(value), 0
+        copied, asked = value.clone() if is_tensor else value.copy(), 0
     shared[value] = copied, now, asked + 1
     return copied
 
