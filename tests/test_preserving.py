@@ -23,6 +23,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules import module as torchs_module
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint_sequential, create_selective_checkpoint_contexts
@@ -763,7 +764,10 @@ def test_without_gradients_the_drop_in_keeps_nothing():
 
 def test_what_people_try_first_is_answered_with_what_to_write():
     model = nn.Linear(1, 1)
-    what = r"but it is a context_fn.*: checkpoint\(block, x, use_reentrant=False, context_fn=preserve_state\).*preserve_everywhere\(\)"
+    what = (
+        r"but it is a context_fn.*: checkpoint\(block, x, use_reentrant=False, context_fn=preserve_state\). "
+        r".*preserve_everywhere\(\)"
+    )
     with pytest.raises(TypeError, match=f"preserve_state was called with Linear, {what}"):
         preserve_state(model)
     with pytest.raises(TypeError, match=f"preserve_state was called with function, {what}"):
@@ -1055,6 +1059,22 @@ def test_a_model_compiled_together_with_the_drop_in_is_exact(kind, ckpt):
     net = run(kind, compiled_step(prepare), lambda function, x: function(x))
     assert picture(net) == picture(truth)
     assert same_gradients(net, truth)
+
+
+@pytest.mark.parametrize("kind", ["running normalizer", "a buffer that is replaced", "BatchNorm"])
+def test_a_training_step_that_is_traced_is_exact(kind):
+    def gradients(ckpt, traced):
+        net = net_of(kind)
+
+        def step(x):
+            return torch.autograd.grad(ckpt(net, x).sum(), [*net.parameters()])
+
+        x = batches(1, 4, 3, 4, 4)[0].requires_grad_()
+        return (make_fx(step)(x) if traced else step)(x)
+
+    true, mine, wrong = gradients(plainly, False), gradients(drop_in, True), gradients(non_reentrant, True)
+    assert all(map(torch.equal, mine, true))
+    assert all(map(torch.equal, wrong, true)) == (kind not in READ)
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
