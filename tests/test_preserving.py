@@ -1063,16 +1063,16 @@ def test_a_model_compiled_together_with_the_drop_in_is_exact(kind, ckpt):
 
 @pytest.mark.parametrize("kind", ["running normalizer", "a buffer that is replaced", "BatchNorm"])
 def test_a_training_step_that_is_traced_is_exact(kind):
-    def gradients(ckpt, traced):
+    def traced(ckpt):
         net = net_of(kind)
 
         def step(x):
             return torch.autograd.grad(ckpt(net, x).sum(), [*net.parameters()])
 
         x = batches(1, 4, 3, 4, 4)[0].requires_grad_()
-        return (make_fx(step)(x) if traced else step)(x)
+        return make_fx(step)(x)(x)
 
-    true, mine, wrong = gradients(plainly, False), gradients(drop_in, True), gradients(non_reentrant, True)
+    true, mine, wrong = map(traced, (plainly, drop_in, non_reentrant))
     assert all(map(torch.equal, mine, true))
     assert all(map(torch.equal, wrong, true)) == (kind not in READ)
 
