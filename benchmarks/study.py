@@ -5,8 +5,9 @@
 
 Stopped, it goes on where it was: each finished run is a file in build/study, assembled in the end.
 
-The design, written down before the first result was looked at. (Learning rates were chosen before that, on a seed of
-their own, by the error at one pass alone.)
+The design, written down before the runs, but not before every result: a pilot on the digits had shown the effect of k,
+and because of it the constant rate was not run at batch 32. That cell was run afterwards, but for the brain. (Learning
+rates were chosen before that, on a seed of their own, by the error at one pass alone.)
 
 Method. Training mode never reads running statistics, so the path of the weights does not depend on them. Each run
 records every layer's batch statistics, step by step; the running statistics of every variant (momentum, passes, order
@@ -31,9 +32,9 @@ own buffers.
 
 Crossings. Momentum 0.01, 0.1, 0.3 and k = 1, 2, 3, 5 and nested stand in every run (they cost no training), interleaved
 updates at momentum 0.1 alone. Annealed runs have every batch size of `Task.batches`, runs with a constant rate 2 and 8
-(in a pilot the effect was gone there from 8 on); other data orders run at batch 2, annealed. For time, MNIST has no
-batch 1 and 4 and no other data orders, the vowels and the brain no batch 4. The vowels have no batch 1: in the search
-for a learning rate, at one pass, they did not train there with any of four rates.
+(in a pilot the effect for the worse was gone there from 8 on; 32 was run afterwards); other data orders run at batch 2,
+annealed. For time, MNIST has no batch 1 and 4 and no other data orders, the vowels and the brain no batch 4. The vowels
+have no batch 1: in the search for a learning rate, at one pass, they did not train there with any of four rates.
 
 Data orders. "shuffled"; "runs": stretches of 32 examples of one class (one height of the brain), the stretches
 shuffled; "change": shuffled, and from the middle of training on all data, the held-out data included, is
@@ -365,7 +366,7 @@ def tasks(is_small: bool) -> dict[str, Task]:
 def conditions(task_name: str, task: Task) -> Iterator[Condition]:
     for batch in task.batches:
         yield Condition(task_name, batch, "annealed", "shuffled")
-        if batch in (2, 8):
+        if batch in (2, 8) or (batch == 32 and task_name != "brain"):  # 32 was cut at first, and run in the end
             yield Condition(task_name, batch, "constant", "shuffled")
     if task.rearranged:
         for order in ("runs", "change"):

@@ -115,18 +115,6 @@ class Effect(NamedTuple):
     difference: Difference
 
 
-def effects(data: dict, names: list[str] = UNCORRECTED, **wanted: object) -> list[Effect]:
-    """Give what uncorrected passes change in the final error at momentum 0.1, smallest first."""
-    found = [
-        Effect(condition, name, difference(cell, name)) for condition, cell in cells(data, **wanted) for name in names
-    ]
-    return sorted(found, key=lambda effect: effect.difference.mean)
-
-
-def median(found: list[Effect]) -> float:
-    return statistics.median(effect.difference.mean for effect in found)
-
-
 def excess(cell: dict, name: str) -> np.ndarray:
     """Give the final loss beyond that under the statistics of a full pass, by seed."""
     return np.subtract(*(cell["variants"][one]["final loss"] for one in (name, PRECISE)))
@@ -195,6 +183,8 @@ SO = {1: "correct it", 0: "nothing to be seen", -1: "better as it is"}
 def in_short(data: dict) -> str:
     groups: dict[tuple[str, int], list[dict]] = {}
     for condition, cell in cells(data, order="shuffled"):
+        if condition.task == NO_TEST:
+            continue
         groups.setdefault((condition.schedule, condition.batch), []).append(cell)
     rows = []
     for (schedule, batch), group in groups.items():
@@ -499,61 +489,48 @@ def change_figure(data: dict) -> Figure:
 FIGURES = {"effect": effect_figure, "theory": theory_figure, "change": change_figure}
 
 
-def told(effect: Effect) -> str:
-    """Name an effect with its interval and condition."""
-    condition, d = effect.condition, effect.difference
-    passes = "nested checkpoints" if effect.name == "nested" else effect.name
-    order = "" if condition.order == "shuffled" else f", {ORDERS[condition.order]}"
-    place = f"{condition.task}, batch {condition.batch}, {passes}, {condition.schedule} learning rate{order}"
-    return f"{d.mean:+.1f} points ({d.low:+.1f} to {d.high:+.1f}; {place})"
+NO_TEST = "brain"  # the template is mirror-symmetric: its held-out half is the training half, mirrored
 
 
-def rises(data: dict, few: int = 2) -> tuple[int, dict[tuple[int, str], Difference]]:
-    """Give the largest batch size, and by batch size and k what is added to the loss with an annealed rate, in %."""
-    annealed = list(cells(data, schedule="annealed", order="shuffled"))
-    many = max(condition.batch for condition, _ in annealed)
-    return many, {
-        (batch, name): percent([cell for condition, cell in annealed if condition.batch == batch], name)
-        for batch in (few, many)
-        for name in ("k = 2", "k = 5")
-    }
+def change(data: dict, schedule: str, batch: int, name: str) -> Difference:
+    """Give by how many percent passes change the loss, over the tasks with independent test data."""
+    found = cells(data, schedule=schedule, batch=batch, order="shuffled")
+    return percent([cell for condition, cell in found if condition.task != NO_TEST], name)
 
 
 def brief(data: dict) -> str:
     """Give the answer as README's first screen has it."""
-    many, rise = rises(data)
-    mean = {key: f"{difference.mean:+.1f} %" for key, difference in rise.items()}
+    said = {
+        (schedule, batch, name): f"{change(data, schedule, batch, name).mean:+.0f} %"
+        for schedule, batch in (("annealed", 2), ("annealed", 32), ("constant", 32))
+        for name in ("k = 2", "k = 5")
+    }
     return (
-        "That depends on the batch size and the learning rate. In small tasks with an annealed learning rate, the "
-        f"uncorrected extra updates changed the evaluation loss by {mean[2, 'k = 2']} (two passes per batch) and "
-        f"{mean[2, 'k = 5']} (five) at batch size 2, and by {mean[many, 'k = 2']} and {mean[many, 'k = 5']} at batch "
-        f"size {many}. The median change in the final error over all {len(effects(data))} comparisons was "
-        f"{median(effects(data)):+.2f} points."
+        "In small tasks with an annealed learning rate, the uncorrected updates changed the evaluation loss by "
+        f"{said['annealed', 2, 'k = 2']} (two passes per batch) and {said['annealed', 2, 'k = 5']} (five) at batch "
+        f"size 2, and by {said['annealed', 32, 'k = 2']} and {said['annealed', 32, 'k = 5']} at batch size 32. With a "
+        f"constant rate at batch size 32 they changed it by {said['constant', 32, 'k = 2']} and "
+        f"{said['constant', 32, 'k = 5']}: there the configured momentum is too small, and more updates hide it."
     )
 
 
 def sentences(data: dict) -> list[str]:
     """Give the answer in two sentences, as paper and page say it."""
-    everything = effects(data)
-    annealed = list(cells(data, schedule="annealed", order="shuffled"))
-    few = 2
-    many, differences = rises(data, few)
-    rise = {key: difference.text(1) for key, difference in differences.items()}
-    tests = primary(data)
-    held = [test for test in tests if test.p < LEVEL]
-    worse = sum(test.difference.mean > 0 for test in held)
-    seeds = min(len(cell["seeds"]) for _, cell in annealed)
-    number = len({condition.task for condition, _ in annealed})
-    worst = [told(effect) for effect in everything if effect.difference.sign() > 0][-1:]
-    best = [told(effect) for effect in everything if effect.difference.sign() < 0][:1]
+    said = {
+        (schedule, batch, name): change(data, schedule, batch, name).text(1)
+        for schedule, batch in (("annealed", 2), ("annealed", 32), ("constant", 2), ("constant", 32))
+        for name in ("k = 2", "k = 5")
+    }
+    tested = [condition.task for condition, _ in cells(data, schedule="constant", batch=32)]
+    seeds = {len(cell["seeds"]) for _, cell in cells(data)}
     return [
-        f"In {number} small tasks with {seeds} seeds each, leaving the passes uncorrected changes the final error by "
-        f"{median(everything):+.2f} points in the median of {len(everything)} combinations, and at most, among the "
-        f"changes whose 95 % interval excludes 0, by {' and by '.join([*worst, *best]) or 'nothing'}.",
-        f"With an annealed learning rate the evaluation loss changes by {rise[few, 'k = 2']} % with k = 2 and by "
-        f"{rise[few, 'k = 5']} % with k = 5 at batch {few}, and by {rise[many, 'k = 2']} % and {rise[many, 'k = 5']} % "
-        f"at batch {many}; {len(held)} of {len(tests)} planned comparisons of the error hold after Holm's correction, "
-        f"{'all' if worse == len(held) else f'{worse} of them'} for the worse.",
+        f"In {len(tested)} small tasks ({', '.join(tested)}), {min(seeds)} seeds each, with an annealed learning "
+        f"rate, leaving the passes uncorrected changes the evaluation loss by {said['annealed', 2, 'k = 2']} % with "
+        f"k = 2 and {said['annealed', 2, 'k = 5']} % with k = 5 at batch 2, and by {said['annealed', 32, 'k = 2']} % and "
+        f"{said['annealed', 32, 'k = 5']} % at batch 32.",
+        f"With a constant rate it is {said['constant', 2, 'k = 2']} % and {said['constant', 2, 'k = 5']} % at batch 2, "
+        f"but {said['constant', 32, 'k = 2']} % and {said['constant', 32, 'k = 5']} % at batch 32, where the weights "
+        "still move and fresher statistics are better.",
     ]
 
 
@@ -624,9 +601,13 @@ seeds; above 0 the uncorrected run is worse. "Annealed" is a cosine to 0, "const
 
 ## A table to decide with
 
-Over the tasks: the median of their differences, the smallest and the largest; how many of their intervals lie above
-0 (worse) or below (better); and the change of the loss, in the geometric mean over the tasks, with its interval, which
-decides the verdict.
+The brain is no test of what is held out: its template is mirror-symmetric, so the held-out half is the training half,
+mirrored, and two thresholds on the brightness do better than the network. It counts for nothing in the answer above and
+in the next table. The planned comparisons have it still.
+
+Over the other tasks: the median of their differences, the smallest and the largest; how many of their intervals lie
+above 0 (worse) or below (better); and the change of the loss, in the geometric mean over the tasks, with its interval,
+which decides the verdict.
 
 {in_short(data)}
 
@@ -752,11 +733,15 @@ Before the end, the largest 10:
 
 The weights' path does not depend on the running statistics, so one training run carries every variant: each layer's
 batch statistics are recorded step by step, and the running statistics for any momentum, k and order are computed from
-the record, put into the buffers, and evaluated. The tests compare this with torch's own updates. The design stands, as
-it was written down before the runs, at the head of [study.py](../benchmarks/study.py): tasks, factors, seeds, planned
-comparisons, and what counts as final, early and small. Seeds and conditions were cut for time before any result was
-seen. Chosen afterwards, with part of the seeds seen: the summary over the tasks by the loss, the rule for a network of
-your own, and which numbers the answer gives.
+the record, put into the buffers, and evaluated. The tests compare this with torch's own updates. The design stands,
+as it was written down before the runs, at the head of [study.py](../benchmarks/study.py): tasks, factors, seeds,
+planned comparisons, and what counts as final, early and small. Conditions were cut after a pilot had shown a result:
+the constant rate at batch 32, where a pilot on the digits had seen no effect for the worse any more. It has the
+largest effect for the better. It was run when all the rest was known, and the page's first answer, that the
+uncorrected run is hardly ever better, came from leaving it out. The rule for *better as it is* was moved before the
+others after results had been seen, and a bootstrap was replaced by t intervals. Chosen afterwards, with part of the
+seeds seen: the summary over the tasks by the loss, the rule for a network of your own, and which numbers the answer
+gives.
 
 {what_was_trained()}
 

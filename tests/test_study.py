@@ -235,7 +235,8 @@ def test_the_page_says_what_the_data_say():
 def test_other_data_would_give_another_page():
     other = copy.deepcopy(DATA)
     variant = other["conditions"]["digits, batch 2, annealed, shuffled"]["variants"]["k = 5"]
-    variant["final error"] = [error + 20 * (1 + i % 2) for i, error in enumerate(variant["final error"])]
+    for what in ("final error", "final loss"):
+        variant[what] = [value + 20 * (1 + i % 2) for i, value in enumerate(variant[what])]
     assert study_page.to_decide_from(other) != study_page.to_decide_from(DATA)
     assert study_page.sentences(other) != study_page.sentences(DATA)
 
