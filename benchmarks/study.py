@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="everything in small, in two minutes")
     parser.add_argument("--workers", type=int, default=1, help="processes, one thread each")
     arguments = parser.parse_args()
-    file, seeds = (SMALL, 3) if arguments.small else (DATA, SEEDS)
+    file, seeds = (SMALL, 2) if arguments.small else (DATA, SEEDS)
     run_all(file, seeds, arguments.small, arguments.workers)
 
 

@@ -35,6 +35,7 @@ def studentized(values: np.ndarray, around: float = 0.0) -> np.ndarray:
     """Give (mean - around) / standard error along the last axis; 0 / 0 is 0."""
     deviation = values.mean(-1) - around
     error = values.std(-1, ddof=1) / np.sqrt(values.shape[-1])
+    error = np.where(error < 1e-12, 0.0, error)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(np.abs(deviation) < 1e-12, 0.0, deviation / error)
 
@@ -53,9 +54,9 @@ def bootstrap_t(values: np.ndarray, resamples: int = RESAMPLES) -> Estimate:
     mean = float(values.mean())
     if np.ptp(values) < 1e-12:  # no spread, so no t
         return Estimate(mean, mean, mean, float(abs(mean) < 1e-12))
-    error = values.std(ddof=1) / np.sqrt(len(values))
+    error = float(values.std(ddof=1)) / len(values) ** 0.5
     t = studentized(values[_draws(len(values), resamples)], mean)
-    low, high = np.quantile(t, (LEVEL / 2, 1 - LEVEL / 2), method="inverted_cdf")
+    low, high = map(float, np.quantile(t, (LEVEL / 2, 1 - LEVEL / 2), method="inverted_cdf"))
     seen = mean / error
     tail = 1 + min((t >= seen).sum(), (t <= seen).sum())
     return Estimate(mean, mean - high * error, mean - low * error, float(min(1, 2 * tail / (resamples + 1))))
