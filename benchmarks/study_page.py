@@ -9,35 +9,31 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator
 
-import study_statistics as statistics
-from momentum_fix import effective_momentum
-from momentum_fix.plots import BY_PASSES
-from study import (
-    AFTER,
-    CHANGES,
-    CONDITIONS,
-    DATA,
-    DOUBLE,
-    FULL_PASS,
-    GRID,
-    PLAN,
-    ROOT,
-    SCHEDULES,
-    SMALL,
-    STEPS,
-    Condition,
-    Variant,
-    read,
+from study import CHANGES, DATA, DOUBLE, GRID, PLAN, ROOT, SCHEDULES, SMALL, Condition, Variant
+from study_figures import FIGURES
+from study_results import (
+    BATCHES,
+    ERROR,
+    FIVE,
+    ONE,
+    TWO,
+    Study,
+    Test,
+    coverages,
+    in_spreads,
+    load,
+    logs,
+    over,
+    percent,
+    points,
+    primary,
+    rule_of_thumb,
+    values,
 )
-from study_statistics import Coverage, Estimate, bootstrap_t
+from study_statistics import Estimate, bootstrap_t
 from study_tasks import TASKS
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -45,82 +41,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import pages
 
 QUOTES = (ROOT / "README.md", ROOT / "paper.md")
-ONE, TWO, FIVE = (Variant(k, 0.1) for k in (1, 2, 5))
-LOSS, ERROR = 0, 1
-BATCHES = sorted(STEPS)
 WORDS = {1: "worse", -1: "better", 0: "open"}
-LINES = {1: "-", 2: "--", 5: ":"}
-MARKERS = {1: "o", 2: "s", 5: "^"}
-
-Runs = dict[tuple[str, int], dict]
-
-
-class Study(NamedTuple):
-    """The runs of the seeds that are finished in every condition."""
-
-    torch: str
-    seeds: list[int]
-    runs: Runs
-
-
-def load(file: Path = DATA) -> Study:
-    head, runs = read(file)
-    wanted = [str(condition) for condition in CONDITIONS]
-    seeds = [seed for seed in sorted({seed for _, seed in runs}) if all((name, seed) in runs for name in wanted)]
-    return Study(head["torch"].split("+")[0], seeds, {key: run for key, run in runs.items() if key[1] in seeds})
-
-
-def values(study: Study, condition: Condition, variant: object, time: str = "final", what: int = LOSS) -> np.ndarray:
-    """Give an outcome by seed."""
-    runs = (study.runs[str(condition), seed] for seed in study.seeds)
-    return np.array([run["scores"][str(variant)][time][what] for run in runs])
-
-
-def logs(study: Study, condition: Condition, variant: Variant, base: Variant = ONE, time: str = "final") -> np.ndarray:
-    """Give by how much the logarithm of the loss is above that of another variant, by seed."""
-    return np.log(values(study, condition, variant, time)) - np.log(values(study, condition, base, time))
-
-
-def points(study: Study, condition: Condition, variant: Variant, time: str = "final") -> np.ndarray:
-    """Give by how many points the error is above that with k = 1, by seed."""
-    found = (values(study, condition, one, time, ERROR) for one in (variant, Variant(1, variant.momentum)))
-    return np.subtract(*found)
-
-
-def percent(found: Estimate) -> Estimate:
-    """Turn an estimate of a logarithm into percent."""
-    return Estimate(*(100 * float(np.expm1(one)) for one in found[:3]), found.p)
-
-
-def over(study: Study, schedule: str, batch: int, variant: Variant, base: Variant = ONE) -> tuple[Estimate, Estimate]:
-    """Give the change of the loss over the tasks, in percent: for these tasks, and for tasks like them."""
-    by_task = [logs(study, Condition(task, batch, schedule), variant, base) for task in TASKS]
-    means = [float(one.mean()) for one in by_task]
-    return percent(bootstrap_t(np.mean(by_task, axis=0))), percent(statistics.over_tasks(means))
-
-
-class Test(NamedTuple):
-    condition: Condition
-    variant: Variant
-    change: Estimate  # of the loss, in percent
-    p: float  # after Holm's correction
-
-    def verdict(self) -> int:
-        return (1 if self.change.mean > 0 else -1) * (self.p < statistics.LEVEL)
-
-
-def primary(study: Study, instead: dict[Condition, Condition] | None = None) -> list[Test]:
-    """Give the planned comparisons; `instead` names conditions that take the place of others."""
-    planned = [(condition, variant) for condition in GRID for variant in (TWO, FIVE)]
-    found = [bootstrap_t(logs(study, (instead or {}).get(c, c), variant)) for c, variant in planned]
-    corrected = statistics.holm([one.p for one in found])
-    return [Test(*one, percent(e), p) for one, e, p in zip(planned, found, corrected, strict=True)]
-
-
-def in_spreads(study: Study, condition: Condition, variant: Variant) -> float:
-    """Give the change of the log loss in standard deviations of k = 1 over seeds."""
-    spread = np.log(values(study, condition, ONE)).std(ddof=1)
-    return float(logs(study, condition, variant).mean() / spread)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -185,27 +106,6 @@ def beside_simple_methods(study: Study) -> str:
     return table(["task", "data and network", "error", *header, "simple methods"], rows)
 
 
-def variance(variant: Variant) -> float:
-    """Give the variance of a running value, for independent batches, in variances of a batch statistic."""
-    effective = effective_momentum(variant.momentum, passes=variant.k)
-    return effective / (2 - effective)
-
-
-class Rule(NamedTuple):
-    predicted: float
-    ratios: list[float]  # by condition in which a full pass gains at k = 1
-
-
-def rule_of_thumb(study: Study, schedule: str, variant: Variant) -> Rule:
-    """Compare what a variant loses to a full pass with what k = 1 loses, at the last step."""
-    ratios = []
-    for condition in GRID:
-        best, one, mine = (values(study, condition, v, "last") for v in (FULL_PASS, ONE, variant))
-        if condition.schedule == schedule and bootstrap_t(one - best).sign() > 0:
-            ratios.append(float((mine - best).mean() / (one - best).mean()))
-    return Rule(variance(variant) / variance(ONE), ratios)
-
-
 def of_thumb(study: Study) -> str:
     rows = []
     for schedule in SCHEDULES:
@@ -243,111 +143,16 @@ def in_double(study: Study) -> tuple[str, int, int]:
     return table(["rate", "batch", *header], rows), moved, len(pairs)
 
 
-def coverages(study: Study) -> dict[str, Coverage]:
-    """Simulate how often the intervals contain the truth, for populations and for the study's own differences."""
-    random = np.random.default_rng(0)
-    found = [logs(study, condition, variant) for condition in GRID for variant in (TWO, FIVE)]
-    scaled = [(one - one.mean()) / one.std() for one in found if np.ptp(one) > 1e-12]
-    skewed = max(scaled, key=lambda one: abs((one**3).mean()))
-    populations = {
-        "normal": random.standard_normal(100_000),
-        "exponential": random.exponential(size=100_000),
-        "log-normal": random.lognormal(size=100_000),
-        "all differences of the primary family, each scaled to its own spread": np.concatenate(scaled),
-        "the most skewed of them": skewed,
-    }
-    return {name: statistics.coverage(one, len(study.seeds)) for name, one in populations.items()}
-
-
 def covered(study: Study) -> str:
     rows = [[name, *(f"{value:.1f}" for value in found)] for name, found in coverages(study).items()]
     return table(["population", "skewness", "t, %", "bootstrap-t, %"], rows)
 
 
-def style(ax: Axes) -> None:
-    ax.grid(axis="y", color="0.9")
-    ax.spines[["top", "right"]].set_visible(False)
-    for height, word, side in ((0.98, "worse", "top"), (0.02, "better", "bottom")):
-        ax.text(0.02, height, word, transform=ax.transAxes, va=side, fontsize="small", color="0.4", style="italic")
-
-
-def bars(ax: Axes, at: list[float], found: list[Estimate], k: int, label: str) -> None:
-    """Draw means with their intervals, in the colour, line and marker of k."""
-    means = [one.mean for one in found]
-    errors = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
-    ax.errorbar(
-        at, means, errors, fmt=LINES[k] + MARKERS[k], color=BY_PASSES[k - 1], lw=1, capsize=2, ms=4, label=label
-    )
-
-
-def legend(figure: Figure, ax: Axes) -> Figure:
-    """Put what the axes share below them."""
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    return figure
-
-
-def effect_figure(study: Study) -> Figure:
-    """Draw what uncorrected passes change in the final loss, by batch size: a column a task, a row a schedule."""
-    figure = Figure(figsize=(10, 5.2), layout="constrained")
-    axes = figure.subplots(len(SCHEDULES), len(TASKS), sharex=True, sharey="row", squeeze=False)
-    for row, schedule in zip(axes, SCHEDULES, strict=True):
-        for ax, task in zip(row, TASKS, strict=True):
-            for variant, shift in ((TWO, 0.95), (FIVE, 1.05)):
-                chosen = [Condition(task, batch, schedule) for batch in BATCHES]
-                found = [percent(bootstrap_t(logs(study, c, variant))) for c in chosen]
-                bars(ax, [batch * shift for batch in BATCHES], found, variant.k, f"k = {variant.k}, uncorrected")
-            style(ax)
-            ax.axhline(0, color="black", linewidth=0.8)
-            ax.set_yscale("symlog", linthresh=5)
-            ax.yaxis.set_major_locator(FixedLocator([-50, -20, -5, 0, 5, 20, 50]))
-            ax.yaxis.set_major_formatter(lambda x, _: f"{x:+g} %" if x else "0 %")
-            ax.set_xscale("log", base=2)
-            ax.set_xticks(BATCHES, map(str, BATCHES))
-            ax.minorticks_off()
-            ax.margins(y=0.12)
-            ax.set_title(f"{task}, {schedule}", fontsize="medium")
-    for ax in axes[-1]:
-        ax.set_xlabel("batch size")
-    figure.supylabel("test log loss against k = 1")
-    return legend(figure, axes[0, 0])
-
-
-def chance(task: str) -> float:
-    """Give the error of guessing at random with the classes' frequencies."""
-    target = TASKS[task].load(0).test_y.flatten()
-    guess = target[torch.randperm(len(target), generator=torch.Generator().manual_seed(0))]
-    return TASKS[task].error(guess, target)
-
-
-def change_figure(study: Study) -> Figure:
-    """Draw the errors after a change of domain."""
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(CHANGES), squeeze=False)[0]
-    times = [*(f"{after} after" for after in AFTER), "final"]
-    for ax, condition in zip(axes, CHANGES, strict=True):
-        for variant, shift in ((ONE, -0.08), (TWO, 0.0), (FIVE, 0.08)):
-            found = [bootstrap_t(values(study, condition, variant, time, ERROR)) for time in times]
-            bars(ax, [i + shift for i in range(len(times))], found, variant.k, f"k = {variant.k}")
-        guessed = chance(condition.task)
-        ax.axhline(guessed, color="0.5", linewidth=0.8)
-        ax.text(0.5, guessed, "chance", transform=ax.get_yaxis_transform(), va="bottom", fontsize="small", color="0.4")
-        style(ax)
-        ax.set_ylim(bottom=0)
-        ax.set_title(condition.task, fontsize="medium")
-        ax.set_xlabel("steps after the change")
-        ax.set_xticks(range(len(times)), [time.removesuffix(" after") for time in times])
-    axes[0].set_ylabel("error, %")
-    return legend(figure, axes[0])
-
-
-FIGURES = {"effect": effect_figure, "change": change_figure}
-
-
 # What was changed in the first study after results had been seen, by commit (`git show`).
 HISTORY = {
     "66ae3e5": "after a pilot on the digits, orders of the data were cut, for time",
-    "c7419ba": "conditions and seeds were cut, the constant rate at batch 32 because the pilot had shown the effect gone "
-    "there; the message said that no result had been looked at",
+    "c7419ba": "conditions and seeds were cut, the constant rate at batch 32 because the pilot had shown the effect "
+    "gone there; the message said that no result had been looked at",
     "05613b9": "with some seeds seen, the verdict *better as it is* was put before the others, a bootstrap interval "
     "was replaced by a t interval on logarithms, and the loss was added",
     "96da005": "with some seeds seen, the answer went from medians of the error to the mean loss over the tasks",

@@ -22,10 +22,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import study  # noqa: E402
+import study_figures  # noqa: E402
 import study_page  # noqa: E402
+import study_results  # noqa: E402
 import study_statistics  # noqa: E402
 from study import Condition, Running  # noqa: E402
-from study_page import FIVE, ONE, TWO  # noqa: E402
+from study_results import FIVE, ONE, TWO  # noqa: E402
 from study_statistics import bootstrap_t  # noqa: E402
 from study_tasks import TASKS, Data  # noqa: E402
 
@@ -300,7 +302,7 @@ def test_runs_go_seed_after_seed_and_a_seed_counts_when_all_its_runs_are_there(t
     order = [seed for _, seed in study.runs(3)]
     assert order == sorted(order)
     pretend(tmp_path / "study.jsonl", 3, {("mnist, batch 2, annealed", 1)})
-    assert study_page.load(tmp_path / "study.jsonl").seeds == [0, 2]
+    assert study_results.load(tmp_path / "study.jsonl").seeds == [0, 2]
 
 
 def test_the_runs_do_not_import_the_page():
@@ -313,10 +315,10 @@ def test_the_runs_do_not_import_the_page():
         }
 
     assert "study" in imported("study_page.py")
-    assert "study_page" not in imported("study.py") | imported("study_tasks.py") | imported("study_statistics.py")
+    assert "study_page" not in imported("study.py") | imported("study_tasks.py") | imported("study_results.py")
 
 
-DATA = study_page.load()
+DATA = study_results.load()
 
 
 @pytest.fixture(scope="module")
@@ -377,13 +379,15 @@ def with_other_losses(change):
 
 def test_other_data_would_give_another_page():
     other = with_other_losses(3)
-    assert study_page.in_short(other, study_page.primary(other)) != study_page.in_short(DATA, study_page.primary(DATA))
+    assert study_page.in_short(other, study_results.primary(other)) != study_page.in_short(
+        DATA, study_results.primary(DATA)
+    )
     assert study_page.sentences(other) != study_page.sentences(DATA)
     assert study_page.brief(other) != study_page.brief(DATA)
 
 
 def verdicts(data):
-    return {(t.condition, t.variant.k): t.verdict() for t in study_page.primary(data)}
+    return {(t.condition, t.variant.k): t.verdict() for t in study_results.primary(data)}
 
 
 def test_a_verdict_follows_the_loss():
@@ -393,29 +397,29 @@ def test_a_verdict_follows_the_loss():
 
 
 def test_holms_correction_is_made_over_all_planned_comparisons():
-    tests = study_page.primary(DATA)
+    tests = study_results.primary(DATA)
     assert len(tests) == 4 * 4 * 2 * 2
-    raw = [bootstrap_t(study_page.logs(DATA, test.condition, test.variant)).p for test in tests]
+    raw = [bootstrap_t(study_results.logs(DATA, test.condition, test.variant)).p for test in tests]
     assert min(test.p for test in tests) == pytest.approx(min(1, len(tests) * min(raw)))
 
 
 def test_percent_is_the_ratio_of_geometric_means():
     condition = Condition("mnist", 8, "constant")
-    losses = [study_page.values(DATA, condition, variant) for variant in (FIVE, ONE)]
+    losses = [study_results.values(DATA, condition, variant) for variant in (FIVE, ONE)]
     ratio = math.exp(statistics.fmean(map(math.log, losses[0])) - statistics.fmean(map(math.log, losses[1])))
-    found = study_page.percent(bootstrap_t(study_page.logs(DATA, condition, FIVE)))
+    found = study_results.percent(bootstrap_t(study_results.logs(DATA, condition, FIVE)))
     assert found.mean == pytest.approx(100 * (ratio - 1))
 
 
 def test_a_change_in_spreads_is_the_mean_change_over_the_deviation_between_seeds():
     condition = Condition("mnist", 8, "constant")
-    one, five = ([math.log(x) for x in study_page.values(DATA, condition, variant)] for variant in (ONE, FIVE))
+    one, five = ([math.log(x) for x in study_results.values(DATA, condition, variant)] for variant in (ONE, FIVE))
     by_hand = (statistics.fmean(five) - statistics.fmean(one)) / statistics.stdev(one)
-    assert study_page.in_spreads(DATA, condition, FIVE) == pytest.approx(by_hand)
+    assert study_results.in_spreads(DATA, condition, FIVE) == pytest.approx(by_hand)
 
 
 def test_the_predicted_ratios_are_the_papers():
-    ratios = [study_page.variance(variant) / study_page.variance(ONE) for variant in (TWO, FIVE)]
+    ratios = [study_results.variance(variant) / study_results.variance(ONE) for variant in (TWO, FIVE)]
     assert ratios == pytest.approx([1.99, 4.89], abs=0.005)
 
 
@@ -431,11 +435,11 @@ def test_the_answer_opens_the_page_and_stands_in_readme_and_paper(page):
 
 def test_every_figure_stands_on_the_page_and_in_its_folder(page):
     named = re.findall(r"!\[[^]]+\]\((study-\w+\.png)\)", page)
-    assert sorted(named) == sorted(f"study-{name}.png" for name in study_page.FIGURES)
+    assert sorted(named) == sorted(f"study-{name}.png" for name in study_figures.FIGURES)
     assert sorted(named) == sorted(path.name for path in (ROOT / "docs").glob("study-*.png"))
 
 
-@pytest.mark.parametrize("draw", study_page.FIGURES.values(), ids=study_page.FIGURES)
+@pytest.mark.parametrize("draw", study_figures.FIGURES.values(), ids=study_figures.FIGURES)
 def test_a_k_has_one_colour_and_one_line_everywhere(draw, in_float32):
     looks = {}
     for ax in draw(DATA).axes:
