@@ -17,11 +17,15 @@ LINES = {1: "-", 2: "--", 5: ":"}
 MARKERS = {1: "o", 2: "s", 5: "^"}
 
 
-def style(ax: Axes) -> None:
+def style(ax: Axes, side: str) -> None:
+    """Say at this side which way is which."""
     ax.grid(axis="y", color="0.9")
     ax.spines[["top", "right"]].set_visible(False)
-    for height, word, side in ((0.98, "worse", "top"), (0.02, "better", "bottom")):
-        ax.text(0.02, height, word, transform=ax.transAxes, va=side, fontsize="small", color="0.4", style="italic")
+    at = {"left": 0.02, "right": 0.98}[side]
+    for height, word, edge in ((0.98, "worse", "top"), (0.02, "better", "bottom")):
+        ax.text(
+            at, height, word, transform=ax.transAxes, ha=side, va=edge, fontsize="small", color="0.4", style="italic"
+        )
 
 
 def bars(ax: Axes, at: list[float], found: list[Estimate], k: int, label: str) -> None:
@@ -49,7 +53,7 @@ def effect_figure(study: Study) -> Figure:
                 chosen = [Condition(task, batch, schedule) for batch in BATCHES]
                 found = [percent(bootstrap_t(logs(study, c, variant))) for c in chosen]
                 bars(ax, [batch * shift for batch in BATCHES], found, variant.k, f"k = {variant.k}, uncorrected")
-            style(ax)
+            style(ax, "left")
             ax.axhline(0, color="black", linewidth=0.8)
             ax.set_yscale("symlog", linthresh=5)
             ax.yaxis.set_major_locator(FixedLocator([-50, -20, -5, 0, 5, 20, 50]))
@@ -83,9 +87,9 @@ def change_figure(study: Study) -> Figure:
             bars(ax, [i + shift for i in range(len(times))], found, variant.k, f"k = {variant.k}")
         guessed = chance(condition.task)
         ax.axhline(guessed, color="0.5", linewidth=0.8)
-        ax.text(0.5, guessed, "chance", transform=ax.get_yaxis_transform(), va="bottom", fontsize="small", color="0.4")
-        style(ax)
-        ax.set_ylim(bottom=0)
+        ax.text(0.3, guessed, "chance", transform=ax.get_yaxis_transform(), va="bottom", fontsize="small", color="0.4")
+        style(ax, "right")
+        ax.set_ylim(0, 110)
         ax.set_title(condition.task, fontsize="medium")
         ax.set_xlabel("steps after the change")
         ax.set_xticks(range(len(times)), [time.removesuffix(" after") for time in times])
