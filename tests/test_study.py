@@ -26,7 +26,7 @@ import study_figures  # noqa: E402
 import study_page  # noqa: E402
 import study_results  # noqa: E402
 import study_statistics  # noqa: E402
-from study import Condition, Running  # noqa: E402
+from study import Condition, Running, Variant  # noqa: E402
 from study_results import FIVE, ONE, TWO  # noqa: E402
 from study_statistics import bootstrap_t  # noqa: E402
 from study_tasks import TASKS, Data  # noqa: E402
@@ -319,6 +319,21 @@ def test_the_runs_do_not_import_the_page():
 
 
 DATA = study_results.load()
+published = pytest.mark.skipif(
+    len(DATA.seeds) < study.SEEDS, reason="the study is still being computed, and `make study` goes on with it"
+)
+
+
+def test_a_study_that_is_not_finished_is_not_published(tmp_path, monkeypatch, capsys):
+    pretend(tmp_path / "study.jsonl", study.SEEDS, {("mnist, batch 2, annealed", 7)})
+    monkeypatch.setattr(study_page, "DATA", tmp_path / "study.jsonl")
+    monkeypatch.setattr(study_page, "write", None)
+    monkeypatch.setattr(sys, "argv", ["study_page.py"])
+    study_page.main()
+    assert capsys.readouterr().out.startswith("23 of 24 seeds are finished")
+    pretend(tmp_path / "study.jsonl", study.SEEDS)
+    with pytest.raises(TypeError, match="not callable"):
+        study_page.main()
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +342,7 @@ def page():
     return study_page.page(DATA)
 
 
+@published
 def test_the_data_are_those_of_the_planned_runs_and_of_the_plan():
     head, runs = study.read(study.DATA)
     assert set(runs) == {(str(condition), seed) for condition, seed in study.runs(study.SEEDS)}
@@ -352,6 +368,7 @@ def test_the_plan_was_committed_before_the_data():
     assert subprocess.run([*before, data[0], plan[0]], cwd=ROOT, check=False).returncode == 1
 
 
+@published
 def test_the_page_is_made_of_the_data(page):
     assert (ROOT / "docs" / "study.md").read_text(encoding="utf-8") == page
 
@@ -423,6 +440,7 @@ def test_the_predicted_ratios_are_the_papers():
     assert ratios == pytest.approx([1.99, 4.89], abs=0.005)
 
 
+@published
 def test_the_answer_opens_the_page_and_stands_in_readme_and_paper(page):
     answer = study_page.sentences(DATA)
     assert all(sentence in page.split("\n## ")[0] for sentence in answer)
@@ -433,19 +451,35 @@ def test_the_answer_opens_the_page_and_stands_in_readme_and_paper(page):
         assert study_page.quoting(text, DATA) == text
 
 
+@published
 def test_every_figure_stands_on_the_page_and_in_its_folder(page):
     named = re.findall(r"!\[[^]]+\]\((study-\w+\.png)\)", page)
     assert sorted(named) == sorted(f"study-{name}.png" for name in study_figures.FIGURES)
     assert sorted(named) == sorted(path.name for path in (ROOT / "docs").glob("study-*.png"))
 
 
-@pytest.mark.parametrize("draw", study_figures.FIGURES.values(), ids=study_figures.FIGURES)
-def test_a_k_has_one_colour_and_one_line_everywhere(draw, in_float32):
+def test_a_k_has_one_colour_and_one_line_in_all_figures(in_float32):
     looks = {}
-    for ax in draw(DATA).axes:
+    for ax in [ax for draw in study_figures.FIGURES.values() for ax in draw(DATA).axes]:
         for container in ax.containers:
             k = int(re.search(r"k = (\d)", container.get_label())[1])
             line = container.lines[0]
             looks.setdefault(k, set()).add((line.get_color(), line.get_linestyle(), line.get_marker()))
     assert all(len(found) == 1 for found in looks.values())
     assert len({look for found in looks.values() for look in found}) == len(looks) > 1
+
+
+@published
+def test_what_the_page_says_in_words_is_so_in_the_data():
+    def sign(schedule, batch, variant, base=ONE):
+        return study_results.over(DATA, schedule, batch, variant, base)[0].sign()
+
+    larger = Variant(1, 0.3)
+    assert [sign("annealed", 2, variant) for variant in (TWO, FIVE)] == [1, 1]
+    assert [sign("constant", batch, v) for batch in (32, 64) for v in (TWO, FIVE, larger)] == [-1] * 6
+    late = [sign(schedule, batch, Variant(1, 0.01)) for schedule in study.SCHEDULES for batch in (32, 64)]
+    assert late == [1] * 4
+    for variant in (TWO, FIVE):
+        annealed, constant = (study_results.rule_of_thumb(DATA, schedule, variant) for schedule in study.SCHEDULES)
+        assert statistics.median(annealed.ratios) == pytest.approx(annealed.predicted, rel=0.3)
+        assert statistics.median(constant.ratios) < 0.6 * constant.predicted
