@@ -176,7 +176,7 @@ def headline(study: Study, text: Callable[[Estimate], str]) -> dict[tuple[str, i
 
 def brief(study: Study) -> str:
     """Give the answer as README's first screen has it."""
-    h, few, many = headline(study, lambda found: f"{found.mean:+.0f} %"), BATCHES[0], BATCHES[-1]
+    h, few, many = headline(study, lambda found: f"{found.mean:+.1f} %"), BATCHES[0], BATCHES[-1]
     return (
         f"In four small tasks with an annealed learning rate, uncorrected updates changed the test loss by "
         f"{h['annealed', few, 2]} (two per batch) and {h['annealed', few, 5]} (five) at batch size {few}, and by "
@@ -229,9 +229,9 @@ def page(study: Study) -> str:
 
 **{" ".join(sentences(study))}**
 
-So with an annealed rate and small batches, correct it. With a constant rate and larger batches an uncorrected run
-evaluates better, because its statistics are fresher. What is wrong there is the momentum, which is too small: set a
-larger one, and correct it.
+So with an annealed rate, or at batch 2, correct it. With a constant rate and larger batches an uncorrected run evaluates
+better, because its statistics are fresher. What is wrong there is the momentum, which is too small: set a larger one,
+and correct it.
 
 Made by `make study` from [its data file](../benchmarks/study.jsonl): {networks:,} training runs, {len(study.seeds)}
 seeds, {hours:.1f} hours of one core, torch {study.torch}. The tests make this page anew and compare. k is how often a

@@ -354,14 +354,21 @@ def test_the_data_are_those_of_the_planned_runs_and_of_the_plan():
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="an sdist has no history")
-def test_the_plan_was_committed_before_the_data():
+def test_the_plan_was_committed_before_the_data_and_the_history_that_the_page_tells_is_there():
     def first(name):
         """Give the commits of a file, the first one first."""
         command = ["git", "log", "--reverse", "--format=%H", "--", f"benchmarks/{name}"]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 
+    def there(commit):
+        return not subprocess.run(
+            ["git", "cat-file", "-e", commit], cwd=ROOT, capture_output=True, check=False
+        ).returncode
+
     plan, data = first("study_plan.md"), first("study.jsonl")
     assert len(plan) == 1
+    assert [commit for commit in study_page.HISTORY if not there(commit)] == []
+    assert not there("0123456789")
     before = ["git", "merge-base", "--is-ancestor"]
     assert plan[0] != data[0]
     assert subprocess.run([*before, plan[0], data[0]], cwd=ROOT, check=False).returncode == 0
@@ -475,7 +482,8 @@ def test_what_the_page_says_in_words_is_so_in_the_data():
         return study_results.over(DATA, schedule, batch, variant, base)[0].sign()
 
     larger = Variant(1, 0.3)
-    assert [sign("annealed", 2, variant) for variant in (TWO, FIVE)] == [1, 1]
+    assert [sign("annealed", 2, TWO), *(sign("annealed", batch, FIVE) for batch in study.STEPS)] == [1] * 5
+    assert [sign("constant", 2, variant) for variant in (TWO, FIVE)] == [1, 1]
     assert [sign("constant", batch, v) for batch in (32, 64) for v in (TWO, FIVE, larger)] == [-1] * 6
     late = [sign(schedule, batch, Variant(1, 0.01)) for schedule in study.SCHEDULES for batch in (32, 64)]
     assert late == [1] * 4
