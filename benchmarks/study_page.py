@@ -229,9 +229,9 @@ def page(study: Study) -> str:
 
 **{" ".join(sentences(study))}**
 
-So with an annealed rate, or at batch 2, correct it. With a constant rate and larger batches an uncorrected run evaluates
-better, because its statistics are fresher. What is wrong there is the momentum, which is too small: set a larger one,
-and correct it.
+So with an annealed rate, or at batch 2, correct it. With a constant rate and larger batches an uncorrected run
+evaluates better, because its statistics are fresher. What is wrong there is the momentum, which is too small: set a
+larger one, and correct it.
 
 Made by `make study` from [its data file](../benchmarks/study.jsonl): {networks:,} training runs, {len(study.seeds)}
 seeds, {hours:.1f} hours of one core, torch {study.torch}. The tests make this page anew and compare. k is how often a
