@@ -17,15 +17,14 @@ LINES = {1: "-", 2: "--", 5: ":"}
 MARKERS = {1: "o", 2: "s", 5: "^"}
 
 
-def style(ax: Axes, side: str) -> None:
-    """Say at this side which way is which."""
+def style(ax: Axes, worse: str) -> None:
+    """Say which way is which: above, at this side."""
     ax.grid(axis="y", color="0.9")
     ax.spines[["top", "right"]].set_visible(False)
-    at = {"left": 0.02, "right": 0.98}[side]
-    for height, word, edge in ((0.98, "worse", "top"), (0.02, "better", "bottom")):
-        ax.text(
-            at, height, word, transform=ax.transAxes, ha=side, va=edge, fontsize="small", color="0.4", style="italic"
-        )
+    at = {"left": 0.02, "right": 0.98}[worse]
+    look = {"transform": ax.transAxes, "fontsize": "small", "color": "0.4", "style": "italic"}
+    ax.text(at, 0.98, "worse", ha=worse, va="top", **look)
+    ax.text(0.02, 0.02, "better", ha="left", va="bottom", **look)
 
 
 def bars(ax: Axes, at: list[float], found: list[Estimate], k: int, label: str) -> None:

@@ -253,8 +253,8 @@ Holm's correction over all {len(tests)} planned comparisons; *open* does not.
 ## Task by task
 
 *In spreads* is the change in standard deviations of the log loss of k = 1 over seeds: what another seed changes. The
-median of its size is {spreads[2]:.2f} for k = 2 and {spreads[5]:.2f} for k = 5. *Points* are points of error, in
-exploration. Of {len(tests)} planned comparisons, {counted(tests)}.
+median of its size is {spreads[2]:.2f} for k = 2 and {spreads[5]:.2f} for k = 5. *Points* are points of
+error, the second outcome, whose intervals are not corrected. Of {len(tests)} planned comparisons, {counted(tests)}.
 
 {by_task(study, tests)}
 
@@ -294,8 +294,9 @@ population, simulated:
 
 {covered(study)}
 
-Floating point alone moves the borders. The digits were trained again in float64 from the same weights and batches, so
-that rounding is all that differs: {moved} of {compared} verdicts change.
+Floating point alone moves the numbers, and with them the verdicts of cells near the border. The digits were trained
+again in float64 from the same weights and batches, so that rounding is all that differs: {moved} of {compared} verdicts
+change.
 
 {double}
 
