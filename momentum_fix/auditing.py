@@ -207,13 +207,13 @@ def _count(value: Any) -> tuple[int | None, str]:
     """Read a counter: the number, or None and the reason."""
     if value is None:
         return None, "no counter"
-    if hasattr(value, "is_meta"):  # a tensor, of which there are many kinds, and any may refuse any of this
+    if hasattr(value, "item"):  # a tensor or an array, of which there are many kinds, and any may refuse any of this
         try:
-            if value.numel() != 1:
+            if any(length != 1 for length in value.shape):
                 return None, f"counter has shape {tuple(value.shape)}"
-            value = Odd("has no value") if value.is_meta else value.item()
+            value = Odd("has no value") if getattr(value, "is_meta", False) else value.item()
         except Exception:
-            value = Odd(f"is of type {value.dtype}, not a whole number")
+            value = Odd(f"is of type {getattr(value, 'dtype', type(value).__name__)}, not a whole number")
     if isinstance(value, Odd):
         return None, f"counter {value.what}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -368,7 +368,7 @@ def test_a_recompressed_checkpoint_is_refused_instead_of_misread(tmp_path):
     with zipfile.ZipFile(file) as archive, zipfile.ZipFile(tmp_path / "again.pt", "w", zipfile.ZIP_DEFLATED) as again:
         for entry in archive.infolist():
             again.writestr(entry.filename, archive.read(entry))
-    with pytest.raises(UnreadableError, match=r"its entry model/data\.pkl is compressed or encrypted"):
+    with pytest.raises(UnreadableError, match="an entry is compressed or encrypted"):
         audit(tmp_path / "again.pt")
 
 
