@@ -22,7 +22,6 @@ from typing import Any as _Any
 from momentum_fix.formula import corrected_momentum, effective_momentum
 
 if _TYPE_CHECKING:
-    from momentum_fix.auditing import Audit as Audit
     from momentum_fix.auditing import audit as audit
     from momentum_fix.calibration import Report as Report
     from momentum_fix.calibration import calibrate as calibrate
@@ -37,6 +36,7 @@ if _TYPE_CHECKING:
     from momentum_fix.preserving import checkpoint as checkpoint
     from momentum_fix.preserving import preserve_state as preserve_state
     from momentum_fix.reading import UnreadableError as UnreadableError
+    from momentum_fix.verdict import Audit as Audit
 
 __version__ = "0.2.0"
 
@@ -52,7 +52,7 @@ _HOMES = {
     "update_once": "once",
     "Handle": "once",
     "audit": "auditing",
-    "Audit": "auditing",
+    "Audit": "verdict",
     "UnreadableError": "reading",
     "preserve_state": "preserving",
     "checkpoint": "preserving",
