@@ -31,12 +31,12 @@ if _TYPE_CHECKING:
     from momentum_fix.diagnosing import Diagnosis as Diagnosis
     from momentum_fix.diagnosing import diagnose as diagnose
     from momentum_fix.factory import norm_layer as norm_layer
+    from momentum_fix.files.reading import UnreadableError as UnreadableError
+    from momentum_fix.files.verdict import Audit as Audit
     from momentum_fix.once import Handle as Handle
     from momentum_fix.once import update_once as update_once
     from momentum_fix.preserving import checkpoint as checkpoint
     from momentum_fix.preserving import preserve_state as preserve_state
-    from momentum_fix.reading import UnreadableError as UnreadableError
-    from momentum_fix.verdict import Audit as Audit
 
 __version__ = "0.2.0"
 
@@ -52,8 +52,8 @@ _HOMES = {
     "update_once": "once",
     "Handle": "once",
     "audit": "auditing",
-    "Audit": "verdict",
-    "UnreadableError": "reading",
+    "Audit": "files.verdict",
+    "UnreadableError": "files.reading",
     "preserve_state": "preserving",
     "checkpoint": "preserving",
 }

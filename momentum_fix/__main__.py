@@ -98,7 +98,7 @@ def _refuse_unwritable(path: Path) -> None:
 
 def audit(arguments: argparse.Namespace) -> int:
     """Tell from saved files which layers were updated more than once per step."""
-    from momentum_fix import reading, verdict
+    from momentum_fix.files import reading, verdict
 
     files: list[Path] = []
     errors: dict[str, str] = {}

@@ -8,8 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex
 
-from momentum_fix.reading import COUNTER, checkpoint_files, search
-from momentum_fix.verdict import Audit, LayerAudit, audit_files, built, checked, judged, read_file
+from momentum_fix.files.reading import COUNTER, checkpoint_files, search
+from momentum_fix.files.verdict import Audit, LayerAudit, audit_files, built, checked, judged, read_file
 
 if TYPE_CHECKING:
     from torch import nn

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from momentum_fix import audit
-from momentum_fix.causes import causes, nearly, recomputed
+from momentum_fix.files.causes import causes, nearly, recomputed
 from twins import non_reentrant
 
 RECOMPUTED = "recomputation (activation checkpointing)"

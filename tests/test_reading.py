@@ -19,10 +19,11 @@ from torch import nn
 from torch.distributed import checkpoint as distributed
 
 import crafted
-from momentum_fix import UnreadableError, audit, reading
+from momentum_fix import UnreadableError, audit
 from momentum_fix.__main__ import main
-from momentum_fix.reading import search
-from momentum_fix.unpickling import Refused
+from momentum_fix.files import reading
+from momentum_fix.files.reading import search
+from momentum_fix.files.unpickling import Refused
 
 MEGABYTES = 350  # a process with torch in it has 220 before it reads anything; this one has 15
 

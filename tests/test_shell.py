@@ -165,7 +165,7 @@ def test_a_picture_that_cannot_be_written_is_refused_before_it_is_drawn(monkeypa
         (["value", "0.1"], "momentum_fix.corrected_momentum"),
         (["prove"], "momentum_fix.symbolic.theorems"),
         (["plot", "-o", "curves.png"], "momentum_fix.plots.save"),
-        (["audit", "x.pt"], "momentum_fix.verdict.audit_files"),
+        (["audit", "x.pt"], "momentum_fix.files.verdict.audit_files"),
     ],
 )
 def test_ctrl_c_is_one_line_and_status_130_in_every_command(command, slow, capsys, monkeypatch):

@@ -12,9 +12,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, SupportsFloat, SupportsIndex
 
-from momentum_fix.causes import causes, nearly, recomputed
+from momentum_fix.files.causes import causes, nearly, recomputed
+from momentum_fix.files.reading import INDEX, Odd, UnreadableError, read
 from momentum_fix.formula import corrected_momentum, effective_momentum, positive_integer
-from momentum_fix.reading import INDEX, Odd, UnreadableError, read
 from momentum_fix.tables import aligned, html, presentable
 
 _ABSURD = 10**12  # batches: a thousand a second for thirty years

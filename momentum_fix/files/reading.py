@@ -21,8 +21,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from momentum_fix.files.unpickling import OBJECTS, STEPS, TOO_MUCH, Dictionary, Name, Refused, Tensor, damaged, unpickle
 from momentum_fix.tables import printable, shortened
-from momentum_fix.unpickling import ONLY_OBJECTS, STEPS, TOO_MUCH, Dictionary, Name, Refused, Tensor, damaged, unpickle
 
 COUNTER = "num_batches_tracked"
 _NAMES = (COUNTER, "running_mean", "running_var")
@@ -148,7 +148,7 @@ def _read(path: Path) -> list[tuple[str, Layers]]:
         dicts = search(tree, _LAYERS)
         found = [(way, {name: _resolved(value, fetch) for name, value in layers.items()}) for way, layers in dicts]
     if objects and not found:
-        raise Refused(ONLY_OBJECTS)
+        raise Refused(OBJECTS)
     return found
 
 

@@ -77,7 +77,7 @@ _BUDGET = 120 * 2**20  # bytes that the rest may make; a tensor makes 600
 _DEEP = 10_000  # dictionaries in dictionaries
 _NAME = 400  # characters of the name of a class
 
-ONLY_OBJECTS = (
+OBJECTS = (
     "holds objects but no running statistics outside of them, or is not a checkpoint; nothing in it was executed. "
     "Save `model.state_dict()` and audit that"
 )
@@ -186,7 +186,7 @@ def unpickle(
         elif op == _STOP:
             return stack.pop(), at, objects, storages
         elif op != _PROTOCOL:
-            raise Refused(ONLY_OBJECTS)
+            raise Refused(OBJECTS)
         if left < 0:
             break
     raise Refused(TOO_MUCH)
