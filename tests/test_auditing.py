@@ -499,6 +499,7 @@ def test_each_bad_file_is_one_clear_sentence_nothing_is_executed_and_the_others_
     result = audit(tmp_path)
     assert {Path(file).name for file in result.errors} == set(bad)
     assert {Path(row.source).name for row in result.rows} == {"model.pth", "model.bin", "model.safetensors"}
+    assert str(result).endswith("\n\n" + "\n".join(result.errors.values()))
     assert not (tmp_path / "harm").exists()
     torch.load(tmp_path / "harmful.pt", weights_only=False)  # the file is harmful indeed
     assert (tmp_path / "harm").exists()

@@ -33,13 +33,14 @@ def read(lines):
     for line in lines:
         if re.match(r"  [a-z]", line):
             said.append((line.strip(), []))
-        elif re.match(r"    [+-] ", line):
+        else:
+            assert re.match(r"    [+-] ", line)
             said[-1][1].append(line.strip())
     return dict(said)
 
 
 def found(state, **options):
-    return read(str(audit(state, **options)).splitlines())
+    return read(line for line in str(audit(state, **options)).splitlines() if line.startswith("  "))
 
 
 # Models of which the cause is known.
@@ -165,13 +166,20 @@ def test_updates_that_no_recomputation_makes_are_not_small_whole_numbers():
     assert len(read(causes({"a": 10, "b": 15}, 10, True, True))[DROPPED]) == 1
     five = causes({"a": 10, **{f"b{number}": 10 * number for number in (2, 3, 4, 5, 6)}}, 10, True, True)
     assert read(five)[RECOMPUTED][0] == "+ small whole numbers of updates per step: 2, 3, 4, 5, ..."
+    four = causes({"a": 10, **{f"b{number}": 10 * number for number in (2, 3, 4, 5)}}, 10, True, True)
+    assert read(four)[RECOMPUTED][0] == "+ small whole numbers of updates per step: 2, 3, 4, 5"
+
+
+def test_a_little_more_than_once_is_no_whole_number():
+    said = read(causes({"a": 1000, "b": 1005}, 1000, True, True))
+    assert said[RECOMPUTED][0] == "- not small whole numbers of updates per step: 1.005"
 
 
 def test_where_the_order_of_the_layers_is_not_known_the_first_one_says_nothing():
     for ordered in (True, False):
         lines = causes({"a": 1, "b": 2}, 1, True, ordered)
         assert ("the first layer, a, has none" in "\n".join(lines)) is ordered
-        assert all(line.strip() for line in lines)
+        assert len(read(lines)) == 4
 
 
 @pytest.mark.parametrize(
@@ -198,6 +206,7 @@ def test_a_whole_number_may_be_off_by_less_than_one_step_or_one_percent():
         *(None, 2, 2, 2, None),
     ]
     assert [recomputed(count, 1000) for count in (1979, 1980, 1981, 2019, 2020, 2021)] == [None, None, 2, 2, None, None]
+    assert [recomputed(count, 10_000) for count in (19_800, 19_801, 20_199, 20_200)] == [None, 2, 2, None]
     assert [recomputed(count, 1) for count in (1, 16, 17)] == [1, 16, None]
     assert recomputed(1, 10) is None
     assert nearly(25, 2.5, 10)
