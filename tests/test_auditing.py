@@ -297,6 +297,13 @@ def test_deep_and_repeated_containers_are_walked_once():
     assert list(found({"tree": tree}).values()) == [1, 2]
 
 
+class Thing:
+    """Something with an item, which is no tensor."""
+
+    def item(self):
+        return 5
+
+
 @pytest.mark.parametrize(
     ("counter", "note"),
     [
@@ -312,10 +319,11 @@ def test_deep_and_repeated_containers_are_walked_once():
         (torch.eye(2).to_sparse(), "counter has shape (2, 2)"),
         (torch.zeros(0), "counter has shape (0,)"),
         (torch.empty(1, dtype=torch.uint4), "counter is of type torch.uint4, not a whole number"),
+        (Thing(), "counter is of type Thing, not a whole number"),
     ],
 )
 def test_a_counter_that_cannot_be_one_is_named_and_the_others_are_read(counter, note):
-    first, second, third = audit(counters(bad=counter, a=5, b=15)).rows
+    first, second, third = audit({"bad.num_batches_tracked": counter, **counters(a=5, b=15)}).rows
     assert (first.passes, first.note) == (None, note)
     assert (second.passes, third.passes) == (1, 3)
 

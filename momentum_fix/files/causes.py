@@ -13,7 +13,7 @@ def recomputed(batches: int, steps: int) -> int | None:
     return times if 1 <= times <= _MOST and nearly(batches, times, steps) else None
 
 
-def nearly(batches: int, times: float, steps: int) -> bool:
+def nearly(batches: int, times: int, steps: int) -> bool:
     """Tell whether a layer that runs so many times per step counts so many batches, but for one step or 1 % of them."""
     return abs(batches - times * steps) < times * max(1, steps / 100)
 

@@ -177,19 +177,18 @@ def judged(source: str, way: str, layers: Mapping[str, Sequence[Any]], steps: in
             if meant[name] != 1:
                 wrong = _TOO_LITTLE if passes > meant[name] else _TOO_MUCH
                 found["correction"] = how = _ENOUGH if nearly(batches, meant[name], taken) else wrong
-                found["note"] = f"{how}: for {meant[name]:.6g} updates per step"
+                found["note"] = f"{how}: for {meant[name]} updates per step"
             elif passes < 1:
                 found["note"] = "updated in fewer steps than were given"
         yield LayerAudit(source=source, state_dict=way, layer=way + name, **found)
 
 
-def _meant(momentum: Any, plain: Any) -> float:
+def _meant(momentum: Any, plain: Any) -> int:
     """Tell for how many updates per step a momentum is corrected: for 1 if it is not."""
-    corrected = plain != momentum and 0 < momentum < 1
-    return round(math.log1p(-plain) / math.log1p(-momentum), 6) if corrected else 1
+    return 1 if plain == momentum else round(math.log1p(-plain) / math.log1p(-momentum))
 
 
-def _inferred(counts: Mapping[str, int], meant: Mapping[str, float]) -> int | None:
+def _inferred(counts: Mapping[str, int], meant: Mapping[str, int]) -> int | None:
     """Infer the steps: those for which all corrected momenta are right, if there are such, else the lowest count."""
     corrected = any(meant[name] != 1 for name in counts)
     steps = max((math.ceil(count / meant[name]) for name, count in counts.items()), default=1)
