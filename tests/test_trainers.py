@@ -114,16 +114,21 @@ class Module(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def lightning_fit(net, calibrated, epochs=1, save=None, resume=None, callback=None):
+def fitted(module, callbacks=(), epochs=1, resume=None):
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         accumulate_grad_batches=2,
         val_check_interval=2,
-        callbacks=[callback or CalibrateFirstStep()] if calibrated or callback else [],
+        callbacks=list(callbacks),
         **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
     )
-    trainer.fit(Module(net), loader(), loader(), ckpt_path=resume)
+    trainer.fit(module, loader(), loader(), ckpt_path=resume)
+    return trainer
+
+
+def lightning_fit(net, calibrated, epochs=1, save=None, resume=None):
+    trainer = fitted(Module(net), [CalibrateFirstStep()] if calibrated else [], epochs, resume)
     if save:
         trainer.save_checkpoint(save)
 
@@ -172,7 +177,7 @@ def test_diagnose_is_ok_in_lightning_if_statistics_move_once_and_only_then():
         net, watching = Net(), DiagnoseLightning()
         net.ckpt = non_reentrant
         with fix(net):
-            lightning_fit(net, calibrated=False, callback=watching)
+            fitted(Module(net), [watching])
         assert watching.report.gradients_right
         assert watching.report.ok is (fix is update_once)
         assert {each.remedy for each in watching.report.values()} <= {"update_once"}
@@ -196,14 +201,7 @@ class Logs(Module):
 
 @pytest.mark.parametrize("ckpt", [plainly, non_reentrant, by_context, drop_in])
 def test_what_is_logged_in_a_checkpointed_method_is_logged_once(ckpt):
-    trainer = lightning.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        limit_val_batches=0,
-        **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
-    )
-    trainer.fit(Logs(ckpt), loader())
-    assert trainer.callback_metrics["seen"] == len(loader().dataset)
+    assert fitted(Logs(ckpt)).callback_metrics["seen"] == len(loader().dataset)
 
 
 # Hugging Face Trainer.
