@@ -23,7 +23,6 @@ from typing import Any as _Any
 from momentum_fix.formula import corrected_momentum, effective_momentum
 
 if _TYPE_CHECKING:
-    from momentum_fix.auditing import Audit as Audit
     from momentum_fix.auditing import audit as audit
     from momentum_fix.calibration import Report as Report
     from momentum_fix.calibration import calibrate as calibrate
@@ -33,12 +32,13 @@ if _TYPE_CHECKING:
     from momentum_fix.diagnosing import Diagnosis as Diagnosis
     from momentum_fix.diagnosing import diagnose as diagnose
     from momentum_fix.factory import norm_layer as norm_layer
+    from momentum_fix.files.reading import UnreadableError as UnreadableError
+    from momentum_fix.files.verdict import Audit as Audit
     from momentum_fix.once import Handle as Handle
     from momentum_fix.once import update_once as update_once
     from momentum_fix.preserving import checkpoint as checkpoint
     from momentum_fix.preserving import preserve_everywhere as preserve_everywhere
     from momentum_fix.preserving import preserve_state as preserve_state
-    from momentum_fix.reading import UnreadableError as UnreadableError
 
 __version__ = "0.2.0"
 
@@ -54,8 +54,8 @@ _HOMES = {
     "update_once": "once",
     "Handle": "once",
     "audit": "auditing",
-    "Audit": "auditing",
-    "UnreadableError": "reading",
+    "Audit": "files.verdict",
+    "UnreadableError": "files.reading",
     "preserve_state": "preserving",
     "preserve_everywhere": "preserving",
     "checkpoint": "preserving",

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
 from momentum_fix import _torch
 from momentum_fix.replay import preserved, selective, unseen
-from momentum_fix.state import LARGE, Copier, keep, mark, pieces, put, reads_no_buffer, version
+from momentum_fix.state import LARGE, Copier, keep, mark, pieces, put, reads_no_buffer, scratch, version
 
 
 def preserve_state(*mistaken: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -242,10 +242,12 @@ class _Preserving(_torch.Listener):
 
 def _region(function: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None) -> _Region | _OfTorchs:
     """Begin a call of a checkpoint; its function is None if that is not known."""
-    modules = [*function.modules()] if isinstance(function, nn.Module) and reads_no_buffer(function) else []
-    if modules and all(map(reads_no_buffer, modules)) and not _torch.others_hear_modules():
+    if isinstance(function, nn.Module) and reads_no_buffer(function) and not _torch.others_hear_modules():
+        modules = [function]
+        for each in modules:
+            modules += [child for child in each._modules.values() if child is not None]
         parameters = [p for each in modules for p in each._parameters.values() if p is not None]
-        if all(p.requires_grad and _is_plain(p) for p in parameters):
+        if all(map(reads_no_buffer, modules[1:])) and all(p.requires_grad and _is_plain(p) for p in parameters):
             return _OfTorchs(modules, parameters)
     return _Region(function, args, kwargs or {})
 
@@ -265,7 +267,6 @@ class _OfTorchs(AbstractContextManager[None]):
             if own["_buffers"]:
                 own["_buffers"] = own["_buffers"].copy()  # a buffer may be replaced, or taken away
         self.parameters, self.versions = parameters, tuple(map(version, parameters))
-        self.present: list[list[dict[str, Any]]] = []  # for each recomputation that is running
 
     def forward(self) -> AbstractContextManager[None]:
         """Give the context of the forward pass, for which there is nothing to do."""
@@ -279,22 +280,20 @@ class _OfTorchs(AbstractContextManager[None]):
         """Let the modules write to memory of which nobody reads the values."""
         if self.versions != tuple(map(version, self.parameters)):
             _warn_of_writes(zip(self.parameters, self.versions, strict=True))
-        self.present.append([vars(each).copy() for each in self.modules])
+        self.present = [vars(each).copy() for each in self.modules]  # no checkpoint recomputes while it recomputes
         preserved.begin(self)
         with _own_operations():
             for module, everything in zip(self.modules, self.everything, strict=True):
-                own = vars(module)
-                own.update(everything)
-                if own["_buffers"]:
-                    own["_buffers"] = {
-                        name: b if b is None else torch.empty_like(b) for name, b in own["_buffers"].items()
-                    }
+                vars(module).update(everything)
+                if everything["_buffers"]:
+                    vars(module)["_buffers"] = scratch(module)
 
     def __exit__(self, *error: Any) -> None:
         """Give them back what they had."""
         preserved.end()
-        for module, own in zip(self.modules, self.present.pop(), strict=True):
+        for module, own in zip(self.modules, self.present, strict=True):
             vars(module).update(own)
+        del self.present
 
 
 _NO_CONTEXT = nullcontext()
@@ -412,7 +411,7 @@ class _Region(AbstractContextManager[None]):
                 self.hears_recomputations |= is_compiled(each)
                 if whole:
                     self.entered[id(each)] = each
-                    below += filter(None, each._modules.values())
+                    below += [child for child in each._modules.values() if child is not None]
             with _own_operations():
                 self.copier.together(buffer for each in fresh.values() for buffer in each._buffers.values())
                 for each in fresh.values():

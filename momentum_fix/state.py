@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
@@ -26,6 +27,7 @@ from momentum_fix.fingerprint import fingerprint
 SKELETON = frozenset(vars(nn.Module()))  # buffers, parameters, submodules, hooks, and whether it is in training
 _FRAMEWORKS = ("_current_fx_name",)  # what a trainer (Lightning) sets on a module to know what is running
 _FIXED = frozenset((bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
+_NEED_NO_COUNTER = (_BatchNorm.forward, _InstanceNorm.forward)  # SyncBatchNorm insists on it
 FILLED = (list, deque, dict)
 WHOLE = (np.ndarray, torch.Generator, np.random.Generator, np.random.RandomState, Random)
 LARGE = 1 << 16  # bytes; what is not larger is copied without asking whether it ever moves
@@ -64,13 +66,26 @@ def put(module: nn.Module, everything: dict[str, Any]) -> None:
 
 def reads_no_buffer(module: nn.Module) -> bool:
     """Tell whether a module runs no code but torch's, in training mode, and its output depends on no buffer it has."""
-    kind: Any = type(module)
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    if hooked or not module.training or (module._buffers and not isinstance(module, _NormBase)):
+    own, kind = vars(module), type(module)
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or not own.get("training"):
         return False
-    defined_in = getattr(kind.forward, "__globals__", {}).get("__name__", "")  # somebody may have replaced torch's own
-    torchs = defined_in.startswith(_TORCHS) and _acts_as_torchs(kind)
-    return torchs and _OF_OPTIONS.issuperset(map(type, vars(module).values()))
+    if own["_buffers"] and not isinstance(module, _NormBase):
+        return False
+    return _runs_torchs(kind, kind.forward) and _OF_OPTIONS.issuperset(map(type, own.values()))
+
+
+def scratch(module: Any) -> dict[str, Any]:
+    """Give one of torch's norm layers buffers to write to, of which nobody reads the values."""
+    own = module._buffers
+    memory = None if own["running_mean"] is None else torch.empty_like(own["running_mean"])
+    if module.momentum is not None and type(module).forward in _NEED_NO_COUNTER:
+        return {"running_mean": memory, "running_var": memory, "num_batches_tracked": None}
+    counter = own["num_batches_tracked"]
+    return {
+        "running_mean": memory,
+        "running_var": memory,
+        "num_batches_tracked": None if counter is None else counter.clone(),
+    }
 
 
 class _Made:
@@ -83,8 +98,10 @@ class _Made:
 
 
 @functools.lru_cache
-def _acts_as_torchs(kind: Any) -> bool:
-    """Tell whether a class is one of torch.nn's, or adds nothing to one but an `__init__`."""
+def _runs_torchs(kind: Any, forward: Any) -> bool:
+    """Tell whether a class is one of torch.nn's, or adds nothing to one but an `__init__`, and nobody has replaced that."""
+    if not getattr(forward, "__globals__", {}).get("__name__", "").startswith(_TORCHS):
+        return False
     others = (vars(each).keys() for each in kind.__mro__[:-1] if not _is_torchs_own(each))
     return all(names <= vars(_Made).keys() | {"__annotations_cache__"} for names in others)
 
@@ -176,7 +193,7 @@ class Copier:
                 copied = kind(items) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, items)
         elif isinstance(value, np.ndarray) and not (value.flags.writeable and value.nbytes):
             copied = value
-        elif isinstance(value, np.ndarray) and self.share and value.nbytes > LARGE and value.dtype != object:
+        elif self.share and kind in (np.ndarray, np.memmap) and value.nbytes > LARGE and value.dtype != object:
             copied = _shared_copy(value)
         elif isinstance(value, WHOLE) and kind is not SystemRandom:
             copied = deepcopy(value)
