@@ -11,8 +11,22 @@ from torch.utils.checkpoint import CheckpointError
 import momentum_fix
 from momentum_fix import diagnose, preserve_everywhere
 from momentum_fix.fingerprint import fingerprint
-from pages import DOCS
-from scenes import ENGINES, WIDTH, FromNorm, Net, data, non_reentrant, norm, own, plainly, preserving, same_gradients
+from pages import DOCS, rows
+from recipes import hand_written
+from scenes import (
+    ENGINES,
+    WIDTH,
+    FromNorm,
+    Net,
+    data,
+    non_reentrant,
+    norm,
+    once,
+    own,
+    plainly,
+    preserving,
+    same_gradients,
+)
 from twins import counters
 
 EVERY = {
@@ -203,6 +217,39 @@ def test_the_drop_in_stays_out_of_the_compiled_code_and_is_right(block):
 
 
 # What the page about diagnose says.
+
+
+def compiled(net, ckpt):
+    run = torch.compile(lambda x: ckpt(net.body, net.stem(x)), backend="aot_eager")
+    run(data()[0]).square().mean().backward()
+
+
+def in_evaluation_mode(net, ckpt):
+    net.eval()
+    once(net, ckpt)
+
+
+NOT_OBSERVED = [
+    (lambda net, _: once(net, plainly), "no recomputation was seen"),
+    (lambda net, ckpt: ckpt(net.body, net.stem(data()[0])), "no backward pass was seen"),
+    (in_evaluation_mode, "evaluation mode"),
+    (lambda net, _: once(net, hand_written), "ran in the backward pass, but not in a checkpoint of torch's"),
+    (compiled, "nobody sees what compiled code recomputes"),
+    (changing(thaw, freeze), "could not be compared"),
+]
+
+
+@pytest.mark.parametrize(("step", "said"), NOT_OBSERVED, ids=[said for _, said in NOT_OBSERVED])
+def test_what_could_not_be_observed_is_said_as_the_page_has_it(step, said):
+    _, report, _ = beside_its_twin(norm, step, non_reentrant)
+    assert report.verdict.startswith("Not observed: ")
+    assert said in report.verdict
+    assert not report.ok
+
+
+def test_the_page_has_a_row_for_each_reason_and_no_other():
+    table = rows("diagnose.md", "| the verdict says | what to do |")
+    assert [says.strip(". ") for says, _ in table] == [said for _, said in NOT_OBSERVED]
 
 
 def test_the_page_says_how_many_bytes_a_fingerprint_has():
