@@ -23,6 +23,7 @@ from torch._guards import TracingContext
 from torch.nn import functional
 from torch.nn.modules import module as torchs_module
 from torch.utils import checkpoint as torchs
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @dataclass
@@ -227,7 +228,7 @@ def _check() -> None:
     try:
         stop = _begin(lambda call: Probe() if call.function is probe else None, outermost=True)
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
                 for reentrant in (False, True):
                     two = torch.full((), 2.0, device="cpu", requires_grad=True)
                     torchs.checkpoint(probe, two, use_reentrant=reentrant).backward()

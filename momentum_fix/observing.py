@@ -66,6 +66,7 @@ class Watch:
     def __init__(self, model: nn.Module) -> None:
         self.parts = parts_of(model)
         self.regions: list[Region] = []  # the calls of torch's checkpoint that were recomputed
+        self.latest: Region | None = None  # the last one of them
         self.passes = Counter[Piece]()  # how often calls of its module have moved a piece of state in forward passes
         self.moved: dict[Piece, Moved] = {}
         self.ran: list[bool] = []  # of each call of a module: whether that is in training mode
@@ -169,6 +170,7 @@ class Region(_torch.Listener):
         if not self.recomputations:
             watch.regions.append(self)
         self.recomputations.append(Recomputation())
+        watch.latest = self
         begun = preserved.begun
         with unseen():
             before = watch.look(self.parts)
@@ -260,7 +262,7 @@ def _judge(recomputation: Recomputation, numbers: dict[int, list[float]]) -> Jud
     tolerance = largest = 0.0
     known = bool(recomputation.pairs)
     for forward, recomputed in recomputation.pairs:
-        if recomputed is None:
+        if recomputed is None or recomputed.dtype != forward.dtype:
             return Judgement(recomputation, forward.where, math.inf, True)
         tolerance = max(tolerance, rounding(forward.dtype))  # what is computed from coarse numbers is coarse
         if forward.numbers is None or recomputed.numbers is None:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
 from momentum_fix import _torch
@@ -78,6 +79,9 @@ class _Contexts(tuple[AbstractContextManager[None], AbstractContextManager[None]
     """Two contexts that are none themselves."""
 
     __slots__ = ()
+
+    def __call__(self) -> NoReturn:
+        _refuse_use("called")
 
     def __enter__(self) -> NoReturn:
         _refuse_use("used in a `with` statement")
@@ -350,6 +354,7 @@ class _Region(AbstractContextManager[None]):
             _running.regions = outer
             self.alone = list(self.copier.alone.values())
             self.changes = any(mark(_guards(module), by_value=False) != before for module, before in self.marks)
+            self.written = {id(each.parameter) for each in self.parameters if each.version != version(each.parameter)}
             del self.copier, self.entered, self.marks
 
     def holds(self, module: nn.Module) -> bool:
@@ -365,11 +370,13 @@ class _Region(AbstractContextManager[None]):
                 {name: copier.copy(value) for name, value in copied.items()} for *_, copied in self.state.values()
             ]
             written = {id(p): p for p, kept in zip(parameters, self.parameters, strict=True) if kept.value is None}
-            values = [(each, each.detach().clone()) for each in written.values()] if self.changes else []
+            guarded = [*written.values()] if self.changes else []
+            kept = [(each, each.detach().clone()) for each in guarded if id(each) in self.written]
+            guard = guarded, _sums(guarded), kept
         present = [
             (each, vars(each).copy(), each._modules.copy(), each._parameters.copy()) for each, *_ in self.state.values()
         ]
-        self.present.append((present, values))
+        self.present.append((present, guard))
         preserved.begin(self)
         _torch.hear_entering(_entered, self.hears_recomputations)
         for (module, everything, _), copied in zip(self.state.values(), copies, strict=True):
@@ -381,7 +388,7 @@ class _Region(AbstractContextManager[None]):
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
         preserved.end()
-        present, values = self.present.pop()
+        present, guard = self.present.pop()
         for module, everything, children, parameters in present:
             put(module, everything)
             if self.detach:  # the recomputation's are not what the forward pass has
@@ -393,7 +400,7 @@ class _Region(AbstractContextManager[None]):
                 _put_parameter(module, name, parameter)
         _torch.hear_entering(_entered, -self.hears_recomputations)
         with _own_operations():
-            _refuse_writes(values)
+            _refuse_writes(*guard)
 
     def enter(self, module: nn.Module, whole: bool = True) -> None:
         """Copy the state of a module, and of all below it: a parent may move a child's before it calls it."""
@@ -464,21 +471,24 @@ def _guards(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in pieces(module).items() if not isinstance(value, nn.Parameter)}
 
 
-def _refuse_writes(values: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
-    """Undo what a recomputation has written to parameters that are not preserved, and raise if there was anything."""
-    written = [(parameter, value) for parameter, value in values if not _is_equal(parameter, value)]
-    for parameter, value in written:
+def _sums(parameters: Iterable[nn.Parameter]) -> list[str]:
+    """Give what tells whether somebody has written to parameters, where autograd does not see it either."""
+    if is_in_torch_dispatch_mode(include_infra_modes=True):  # values cannot be had from what is being traced
+        return []
+    return [repr(each.detach().sum(dtype=torch.complex128).item()) for each in parameters]
+
+
+def _refuse_writes(parameters: list[nn.Parameter], sums: list[str], values: list[tuple[nn.Parameter, Any]]) -> None:
+    """Raise if a recomputation has written to parameters that are not preserved, and undo what can be undone."""
+    if not sums or _sums(parameters) == sums:
+        return
+    for parameter, value in values:
         parameter.data.copy_(value)
-    if written:
-        raise RuntimeError(
-            f"a recomputation wrote to a parameter of shape {tuple(written[0][0].shape)} that its forward pass had "
-            "written to before: the state that tells whether this is still to be done was put back. The parameter is as "
-            "the forward pass left it. Write to it outside of the checkpoint, or use torch.utils.checkpoint here"
-        )
-
-
-def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
+    left = "They are as the forward pass left them" if _sums(parameters) == sums else "Load them again"
+    raise RuntimeError(
+        "a recomputation wrote to parameters that its forward pass had written to: the state that tells whether this is "
+        f"still to be done was put back. {left}. Write to them outside of the checkpoint, or use torch.utils.checkpoint here"
+    )
 
 
 def _refuse_state(scripted: torch.jit.ScriptModule) -> None:

@@ -78,7 +78,8 @@ class Tracing(TorchFunctionMode):
             graph = [type(each.grad_fn).__name__ for each in outputs if each.requires_grad]
             where, pairs = self.where(), zip(values, places, strict=True)
             kept_of_it = [value_of(each, where, all_matter or place in kept) for each, place in pairs]
-            reads_options = any(not name.startswith(_ADDITIONS) for name in graph)
+            trained = any(isinstance(each, nn.Parameter) for each in values)  # or no longer
+            reads_options = any(not name.startswith(_ADDITIONS) for name in graph) or (trained and not graph)
             name = where, getattr(func, "__name__", str(func))
             self.operations.append(Operation(name, kept_of_it, _options(given), reads_options))
         return output
@@ -126,4 +127,6 @@ def _options(value: Any) -> Any:
         return tuple(map(_options, value))
     if isinstance(value, dict):
         return tuple((name, _options(each)) for name, each in value.items())
-    return None if isinstance(value, torch.Tensor) else mark(value)
+    if isinstance(value, torch.Tensor):
+        return isinstance(value, nn.Parameter) and value.requires_grad
+    return mark(value)

@@ -522,16 +522,16 @@ SCENES = {
         own(of_object, tracker=types.SimpleNamespace(steps=0)),
         False,
         preserved=False,
-        use="pass what the function reads from elsewhere",
+        use="make what the function reads from elsewhere",
     ),
     "an object with slots": Scene(
-        own(of_object, tracker=Slots()), False, preserved=False, use="pass what the function reads from elsewhere"
+        own(of_object, tracker=Slots()), False, preserved=False, use="make what the function reads from elsewhere"
     ),
     "an attribute of the class": Scene(
-        own(of_class), False, preserved=False, use="pass what the function reads from elsewhere"
+        own(of_class), False, preserved=False, use="make what the function reads from elsewhere"
     ),
-    "a global": Scene(own(of_global), False, preserved=False, use="pass what the function reads from elsewhere"),
-    "a closure": Scene(Closure, False, preserved=False, use="pass what the function reads from elsewhere"),
+    "a global": Scene(own(of_global), False, preserved=False, use="make what the function reads from elsewhere"),
+    "a closure": Scene(Closure, False, preserved=False, use="make what the function reads from elsewhere"),
     "a weak reference": Scene(Weak, False, False),
     "dropout": Scene(lambda: nn.Dropout(0.4), True),
     "dropout whose random numbers are not kept": Scene(
@@ -560,13 +560,13 @@ SCENES = {
         nn.Tanh, False, preserved=False, step=functionally, use="the same weights in backward"
     ),
     "an argument that changes": Scene(
-        nn.Tanh, False, preserved=False, step=cache_filled, use="pass what the function reads from elsewhere"
+        nn.Tanh, False, preserved=False, step=cache_filled, use="make what the function reads from elsewhere"
     ),
     "an input that changes": Scene(
-        nn.Tanh, False, preserved=False, step=input_changed, use="pass what the function reads from elsewhere"
+        nn.Tanh, False, preserved=False, step=input_changed, use="make what the function reads from elsewhere"
     ),
     "a hook of the forward alone": Scene(
-        nn.Tanh, False, preserved=False, step=hooked_in_the_forward, use="pass what the function reads from elsewhere"
+        nn.Tanh, False, preserved=False, step=hooked_in_the_forward, use="make what the function reads from elsewhere"
     ),
     "a difference that hides in the output": Scene(Hidden, False, False),
     "a shift that no gradient depends on": Scene(Shift, True, True, step=linearly, engines=("non-reentrant",)),
@@ -580,7 +580,7 @@ SCENES = {
     "InstanceNorm": Scene(lambda: Images(nn.InstanceNorm1d(2, track_running_stats=True)), True, False),
     "noise of rounding": Scene(lambda: Noise(1e-16), True, preserved=True),
     "noise that is larger": Scene(
-        lambda: Noise(1e-3), False, preserved=False, use="pass what the function reads from elsewhere"
+        lambda: Noise(1e-3), False, preserved=False, use="make what the function reads from elsewhere"
     ),
 }
 
