@@ -5,24 +5,28 @@ it has been installed without them, by `pip install --no-deps spikingjelly`. `LI
 """
 
 import functools
+import logging
 import math
 from collections import deque
 from contextlib import nullcontext
 
+import lightning
 import monai.networks.blocks.activation_checkpointing as monai_checkpointing
 import pytest
 import snntorch
 import torch
 import torch.ao.quantization as quantization
 import torch.utils.checkpoint
+import torchmetrics
 import transformers
 from monai.networks.nets.unet import CheckpointUNet
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm
+from torch.utils.data import DataLoader, TensorDataset
 from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 
 import momentum_fix
-from momentum_fix import preserve_state
+from momentum_fix import preserve_everywhere, preserve_state
 from recipes import TINY_CONFORMER
 from twins import (
     ROUNDING,
@@ -44,7 +48,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
 ]
 
-
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 RATE = 0.05
 PLAIN = {"torch's": non_reentrant, "torch's, reentrant": reentrant}
 NO_SPIKINGJELLY = "it needs torchvision, whose wheel does not load beside a torch without CUDA"
@@ -319,10 +323,39 @@ def monai_checkpoint_unet():
             return ckpt(function, *args)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(monai_checkpointing, "checkpoint", momentum_fix.checkpoint if ckpt is drop_in else instead)
+            if ckpt is not non_reentrant:  # which is MONAI's own call
+                patch.setattr(
+                    monai_checkpointing, "checkpoint", momentum_fix.checkpoint if ckpt is drop_in else instead
+                )
             model(batches(3, 2, 1, 16, 16)[number].requires_grad_()).square().mean().backward()
 
     return model.double(), step
+
+
+# torchmetrics: the hash of a metric follows its state, and it is called twice.
+
+
+class NormalizesBySize(nn.Module):
+    """Divides by the mean size of what it has seen, which a metric keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.size = nn.Linear(4, 4), torchmetrics.MeanMetric()
+
+    def forward(self, x):
+        y = self.linear(x)
+        for _ in range(2):
+            self.size(y.detach().abs().mean())
+            y = (y / self.size.compute()).tanh() * 3
+        return y
+
+
+def normalized_by_a_metric():
+    def step(model, number, ckpt):
+        x = batches(3, 6, 4)[number].requires_grad_()
+        ckpt(model, x).square().mean().backward()
+
+    return nn.Sequential(NormalizesBySize(), NormalizesBySize()), step
 
 
 # Plain checkpointing: what reads its state has wrong gradients, and the statistics of BatchNorm move more than once.
@@ -342,6 +375,7 @@ READ = {
     "snntorch, in one call": in_one_call(by_snntorch),
     "spikingjelly, through time": through_time(by_spikingjelly),
     "spikingjelly, in one call": in_one_call(by_spikingjelly),
+    "torchmetrics": normalized_by_a_metric,
 }
 ONLY_WRITTEN = {"Wav2Vec2-Conformer": wav2vec2_conformer, "MONAI's CheckpointUNet": monai_checkpoint_unet}
 CLIENTS = {**READ, **ONLY_WRITTEN}
@@ -382,10 +416,48 @@ def test_preserve_state_and_the_drop_in_are_exact_to_the_bit(client, ckpt):
     assert deviations(CLIENTS[client], ckpt) == (0, 0)
 
 
+@pytest.mark.parametrize("client", CLIENTS)
+def test_with_preserve_everywhere_torchs_checkpoint_is_exact_to_the_bit(client):
+    with preserve_everywhere():
+        assert deviations(CLIENTS[client], non_reentrant) == (0, 0)
+
+
 @pytest.mark.parametrize("client", [client for client in CLIENTS if client not in CUT])
 def test_so_is_the_drop_in_with_the_reentrant_engine_but_for_the_order_of_sums(client):
     rounding = 1e-5 if client.startswith(SINGLE) else ROUNDING
     assert max(deviations(CLIENTS[client], drop_in_reentrant)) < rounding
+    with preserve_everywhere():
+        assert max(deviations(CLIENTS[client], reentrant)) < rounding
+
+
+class Logs(lightning.LightningModule):
+    """Logs in a checkpointed method how many examples it has seen, and counts them in an attribute too."""
+
+    def __init__(self, ckpt):
+        super().__init__()
+        self.stem, self.linear, self.ckpt, self.seen = nn.Linear(8, 8), nn.Linear(8, 8), ckpt, 0
+
+    def part(self, x):
+        self.log("seen", float(len(x)), on_step=False, on_epoch=True, reduce_fx="sum")
+        self.seen += len(x)
+        return self.linear(x).tanh().tanh()
+
+    def training_step(self, batch, _):
+        return self.ckpt(self.part, self.stem(batch[0])).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("ckpt", [plainly, non_reentrant, reentrant, by_context, drop_in, drop_in_reentrant])
+def test_what_lightning_logs_in_a_checkpoint_is_logged_once(ckpt, everywhere):
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer, model = lightning.Trainer(max_epochs=1, accelerator="cpu", **off), Logs(ckpt)
+    with preserve_everywhere() if everywhere else nullcontext():
+        trainer.fit(model, DataLoader(TensorDataset(torch.randn(16, 8)), batch_size=8))
+    assert trainer.callback_metrics["seen"] == 16
+    assert model.seen == (32 if ckpt in (non_reentrant, reentrant) and not everywhere else 16)
 
 
 # Limits.
