@@ -1,11 +1,12 @@
 """Scenes: causes that make a recomputation differ from its forward pass or move state, and some that do not.
 
-A scene is a block and a step. Each step runs once with a checkpoint, under `diagnose`, and once without: the twin, which
-tells whether gradients and state are right.
+A scene is a block and a step. Each step runs once with a checkpoint, under `diagnose`, and once without: the twin,
+which tells whether gradients and state are right.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import enum
 import random
@@ -450,11 +451,47 @@ def cache_filled(net, ckpt):
     ckpt(run, net.stem(data()[0]), cache).square().mean().backward()
 
 
+def cache_returned(net, ckpt):
+    cache = []
+
+    def run(y, cache):
+        return net.body(y * (1 + len(cache))), 1
+
+    y, new = ckpt(run, net.stem(data()[0]), tuple(cache))
+    cache.append(new)
+    y.square().mean().backward()
+
+
 def hooked_in_the_forward(net, ckpt):
     handle = net.body[0].register_forward_hook(lambda *given: given[-1] * 2)
     y = ckpt(net.body, net.stem(data()[0]))
     handle.remove()
     y.square().mean().backward()
+
+
+@contextlib.contextmanager
+def tripled():
+    GLOBAL["factor"] = 3
+    yield
+    del GLOBAL["factor"]
+
+
+def context_of_the_forward(net, ckpt):
+    with tripled():
+        y = ckpt(net.body, net.stem(data()[0]))
+    y.square().mean().backward()
+
+
+def context_of_both(net, ckpt):
+    with tripled():
+        ckpt(net.body, net.stem(data()[0])).square().mean().backward()
+
+
+def under_autocast(net, ckpt):
+    net.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ckpt(net.body, net.stem(data()[0].float()))
+    y.float().square().mean().backward()
 
 
 def linearly(net, ckpt):
@@ -578,6 +615,16 @@ SCENES = {
     "a slice that moves": Scene(lambda: Power(lambda x, n: x.roll(n, 1) + x[:, n : n + 1]), False, False),
     "cumulative BatchNorm": Scene(lambda: nn.BatchNorm1d(WIDTH, momentum=None), True, False, fine=True),
     "InstanceNorm": Scene(lambda: Images(nn.InstanceNorm1d(2, track_running_stats=True)), True, False),
+    "a copy of what changes as the argument": Scene(nn.Tanh, True, step=cache_returned),
+    "a context of both passes": Scene(own(lambda _: GLOBAL.get("factor", 1)), True, step=context_of_both),
+    "a context of the forward alone": Scene(
+        own(lambda _: GLOBAL.get("factor", 1)),
+        False,
+        preserved=False,
+        step=context_of_the_forward,
+        use="pass what the function reads from elsewhere",
+    ),
+    "autocast in the forward alone": Scene(nn.Tanh, True, step=under_autocast),
     "noise of rounding": Scene(lambda: Noise(1e-16), True, preserved=True),
     "noise that is larger": Scene(
         lambda: Noise(1e-3), False, preserved=False, use="make what the function reads from elsewhere"

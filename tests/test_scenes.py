@@ -1,9 +1,12 @@
 """What diagnose says of each scene is what the uncheckpointed twin says, and what it recommends helps."""
 
+import re
+
 import pytest
-from scenes import ENGINES, SCENES, plain_state, plainly, run, same_gradients
 
 from momentum_fix.observing import ITSELF
+from pages import DOCS
+from scenes import ENGINES, SCENES, plain_state, plainly, run, same_gradients
 
 CELLS = [(name, engine) for name, scene in SCENES.items() for engine in scene.engines]
 
@@ -47,3 +50,10 @@ def test_no_wrong_gradient_is_called_right_and_there_are_scenes_of_both_kinds():
     wrong = [name for name, scene in SCENES.items() if not scene.gradients]
     assert len(wrong) > 30
     assert len(SCENES) - len(wrong) > 15
+
+
+def test_the_page_about_diagnose_has_a_row_for_each_remedy_that_a_scene_asks_for_and_no_other():
+    page = (DOCS / "diagnose.md").read_text(encoding="utf-8").partition('| "Use:" begins with |\n| --- | --- |\n')[2]
+    cells = re.findall(r"^\| [^|]+ \| ([^|]+?)(?: \.\.\.[^|]*)? \|$", page.partition("\n\n")[0], re.MULTILINE)
+    asked = {scene.use for scene in SCENES.values() if not scene.gradients}
+    assert {max((cell for cell in cells if use.startswith(cell)), key=len) for use in asked} == set(cells)
