@@ -1,4 +1,4 @@
-"""Am I affected? Watch one training step: are gradients right, which state does recomputation move again, and what to use."""
+"""Am I affected? Watch a training step: are gradients right, which state does recomputation move, what to use."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ _WEIGHTS = (
 _OFF = mark(False)
 _MODE = "the same mode in backward: call train() or eval() before the forward pass, or after the backward pass"
 _ELSEWHERE = (
-    "make what the function reads from elsewhere (a global, an object of your own, a closure) a buffer or a plain attribute "
-    "of a module in the checkpoint; keep contexts and hooks on in backward; pass a copy of an argument that changes"
+    "make what the function reads from elsewhere (a global, an object of your own, a closure) a buffer or a plain "
+    "attribute of a module in the checkpoint; keep contexts and hooks on in backward; pass a copy of an argument "
+    "that changes"
 )
 
 
@@ -116,7 +117,7 @@ class Diagnosis(dict[str, Finding]):
             row = each.module or "(the model)", each.module_class, times, use, each.note
             modules.setdefault(row, []).append(each.attribute)
         states = [(name, kind, ", ".join(state), *others) for (name, kind, *others), state in modules.items()]
-        tables = [
+        tables: list[list[tuple[str, ...]]] = [
             [("differs from", "in the checkpoint of", "by", "state that was another"), *differences],
             [("module", "class", "state", "times", "use", "note"), *states],
         ]
@@ -134,18 +135,19 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
     """Observe whether the recomputations of a training step repeat their forward pass, and which state they move again.
 
     Put one ordinary training step inside the block, backward pass included. Gradients are those of the run without
-    checkpointing if what each recomputation gives autograd is, to the bit, what the forward pass gave it. These are the
-    tensors that torch's checkpoint compares by their shapes; `diagnose` keeps a fingerprint of each (88 bytes) and compares
-    values. It also compares the state of the model before and after each recomputation. Nothing runs again, and the model
-    and the results of the step are the same as without this, bit for bit.
+    checkpointing if what each recomputation gives autograd is, to the bit, what the forward pass gave it. These are
+    the tensors that torch's checkpoint compares by their shapes; `diagnose` keeps a fingerprint of each (88 bytes)
+    and compares values. It also compares the state of the model before and after each recomputation. Nothing runs
+    again, and the model and the results of the step are the same as without this, bit for bit.
 
     `report.gradients_right` is True, False, or None where not all could be observed: another engine than torch's
-    checkpoint, or compiled code. A difference of rounding, which kernels make that are not deterministic, is told from a
-    real one, and is not called wrong. If gradients are wrong, the report says in which module the difference starts, how
-    large it is, which state was another one there than in the forward pass, and what to use.
+    checkpoint, or compiled code. A difference of rounding, which kernels make that are not deterministic, is told
+    from a real one, and is not called wrong. If gradients are wrong, the report says in which module the difference
+    starts, how large it is, which state was another one there than in the forward pass, and what to use.
 
-    Exact for: torch's non-reentrant engine. With the reentrant engine, where autograd saves nothing in the forward pass,
-    what modules and the function give is compared; what is computed between them is seen as far as it changes these.
+    Exact for: torch's non-reentrant engine. With the reentrant engine, where autograd saves nothing in the forward
+    pass, what modules and the function give is compared; what is computed between them is seen as far as it changes
+    these.
 
     Not for: state in objects of your own, in globals and in TorchScript (that it makes gradients wrong is seen, but not
     that it moves twice). "Right" is true of this step: put a second one into the block if the first one of a model is
@@ -155,8 +157,8 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
         model: any module. Calls of torch's checkpoint outside of it are observed too.
 
     Returns:
-        A context manager that gives a `Diagnosis`, which is filled when the block ends. Its `ok` is True only if gradients
-        were observed to be right, in training mode, and no state needs fixing.
+        A context manager that gives a `Diagnosis`, which is filled when the block ends. Its `ok` is True only if
+        gradients were observed to be right, in training mode, and no state needs fixing.
 
     Raises:
         TypeError: model is not a module, or is TorchScript.
@@ -228,7 +230,8 @@ def _fill(report: Diagnosis, model: nn.Module, watch: Watch, raised: BaseExcepti
     exactly = f"up to rounding ({report.rounding:.1g})" if report.rounding else "to the bit"
     if wrong:
         report.verdict = (
-            f"Gradients are wrong: {len(wrong)} of {_count(len(judged), 'recomputation')} gave autograd something else than "
+            f"Gradients are wrong: {len(wrong)} of {_count(len(judged), 'recomputation')} gave autograd something "
+            "else than "
             "the forward pass."
         )
     elif not report.in_training:
@@ -238,7 +241,8 @@ def _fill(report: Diagnosis, model: nn.Module, watch: Watch, raised: BaseExcepti
         report.verdict = f"Not observed: {why}" + (f" And {again}." if bad else "")
     elif not bad:
         report.verdict = (
-            f"Clean: {_count(len(judged), 'recomputation')} gave autograd the same as the forward pass, {exactly}, and moved "
+            f"Clean: {_count(len(judged), 'recomputation')} gave autograd the same as the forward pass, {exactly}, "
+            "and moved "
             "no state again."
         )
     else:
@@ -249,7 +253,8 @@ def _why(watch: Watch, unknown: list[Region], compiled: list[str]) -> str:
     """Say why it is not known whether gradients are right, and what to do."""
     if watch.elsewhere:
         return (
-            f"{named([*watch.elsewhere])} ran in the backward pass, but not in a checkpoint of torch's that began in this "
+            f"{named([*watch.elsewhere])} ran in the backward pass, but not in a checkpoint of torch's that began in "
+            "this "
             "block. What another engine recomputes cannot be compared with its forward pass: run a step with torch's."
         )
     if compiled or watch.compiles:
@@ -260,7 +265,8 @@ def _why(watch: Watch, unknown: list[Region], compiled: list[str]) -> str:
     if not watch.backward:
         return "no backward pass was seen inside the block. Put a whole training step into it."
     return (
-        "no recomputation was seen. Is checkpointing on? Only torch's checkpoint is seen, and not inside compiled code: "
+        "no recomputation was seen. Is checkpointing on? Only torch's checkpoint is seen, and not inside compiled "
+        "code: "
         "run a step without torch.compile."
     )
 
@@ -360,7 +366,7 @@ def _of_statistics(layer: Any, times: int | Fraction) -> tuple[str, str]:
 
 def _fixes(report: Diagnosis, watch: Watch) -> Iterator[str]:
     """Give the lines to paste."""
-    remedies = [each.remedy for each in (*report.values(), *report.differences)]
+    remedies = [each.remedy for each in report.values()] + [each.remedy for each in report.differences]
     if _ONCE in remedies:
         yield "update_once(model)"
     if _PRESERVE in remedies or any(

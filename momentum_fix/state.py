@@ -99,7 +99,7 @@ class _Made:
 
 @functools.lru_cache
 def _runs_torchs(kind: Any, forward: Any) -> bool:
-    """Tell whether a class is one of torch.nn's, or adds nothing to one but an `__init__`, and nobody has replaced that."""
+    """Tell whether a class runs torch.nn's code: it is one of torch's, or adds but an `__init__` to one."""
     if not getattr(forward, "__globals__", {}).get("__name__", "").startswith(_TORCHS):
         return False
     others = (vars(each).keys() for each in kind.__mro__[:-1] if not _is_torchs_own(each))
@@ -203,7 +203,7 @@ class Copier:
         return copied
 
     def _container(self, value: Any) -> Any:
-        """Copy a container, or give it itself if it cannot be written to: what it has in it then stands still as well."""
+        """Copy a container, or give it itself if it cannot be written to."""
         kind = type(value)
         try:
             if isinstance(value, (set, frozenset)):
@@ -220,7 +220,8 @@ class Copier:
             if _holds_a_tensor(value, set()):
                 warnings.warn(
                     f"a {kind.__name__} on a module holds a tensor and cannot be copied ({type(refusal).__name__}: "
-                    f"{refusal}), so it is not preserved. If the forward writes to that tensor, gradients may be wrong: "
+                    f"{refusal}), so it is not preserved. If the forward writes to that tensor, gradients may be "
+                    "wrong: "
                     "keep it in a buffer",
                     stacklevel=2,
                 )
@@ -408,7 +409,7 @@ def _of_tensor(tensor: torch.Tensor) -> Any:
 
 
 def _digest(memory: np.ndarray) -> bytes:
-    return hashlib.blake2b(memory.view(np.uint8) if memory.size else b"", digest_size=16).digest()
+    return hashlib.blake2b(memory.view(np.uint8).data if memory.size else b"", digest_size=16).digest()
 
 
 def version(tensor: torch.Tensor) -> int:

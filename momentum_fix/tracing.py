@@ -1,4 +1,4 @@
-"""What a reentrant checkpoint computes. Autograd saves nothing in its forward pass, so operations are compared instead."""
+"""What a reentrant checkpoint computes: autograd saves nothing in its forward pass, so operations are compared."""
 
 from __future__ import annotations
 
@@ -91,10 +91,11 @@ def compared(forward: list[Operation], recomputed: list[Operation]) -> Iterator[
     What only the forward pass has computed, as the first one of a lazy module does, is passed over.
     """
     names = [[each.name for each in trace] for trace in (forward, recomputed)]
-    blocks = (
-        [(0, 0, len(forward))] if names[0] == names[1] else SequenceMatcher(None, *names, False).get_matching_blocks()
-    )
-    partner = {there + i: here + i for here, there, length in blocks for i in range(length)}
+    if names[0] == names[1]:
+        partner = {place: place for place in range(len(forward))}
+    else:
+        blocks = SequenceMatcher(None, names[0], names[1], False).get_matching_blocks()
+        partner = {there + i: here + i for here, there, length in blocks for i in range(length)}
     for place, now in enumerate(recomputed):
         then = forward[partner[place]] if place in partner else None
         if then is None or (now.options_matter and now.options != then.options):
