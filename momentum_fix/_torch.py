@@ -151,7 +151,7 @@ def _places() -> dict[tuple[Any, str], tuple[Any, Any]]:
                 each.returned(output)
             return output
 
-        return torchs_forward(ctx, run if listeners else run_function, preserve_rng_state, *args)
+        return torchs_forward(ctx, run if listeners else run_function, preserve_rng_state, *args)  # type: ignore[no-untyped-call]
 
     return {
         (torchs, "_CheckpointFrame"): (torchs_frame, Frame),

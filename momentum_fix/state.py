@@ -66,7 +66,8 @@ def put(module: nn.Module, everything: dict[str, Any]) -> None:
 
 def reads_no_buffer(module: nn.Module) -> bool:
     """Tell whether a module runs no code but torch's, in training mode, and its output depends on no buffer it has."""
-    own, kind = vars(module), type(module)
+    own: dict[str, Any] = vars(module)
+    kind: Any = type(module)
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or not own.get("training"):
         return False
     if own["_buffers"] and not isinstance(module, _NormBase):
@@ -113,7 +114,8 @@ def _is_torchs_own(kind: type) -> bool:
 def is_as_made(module: nn.Module) -> bool:
     """Tell whether all that is on a module, but buffers, is what one of torch's own classes puts there for good."""
     own = vars(module)
-    return own.keys() <= _options(type(module)) and _OF_OPTIONS.issuperset(map(type, own.values()))
+    kind: Any = type(module)
+    return own.keys() <= _options(kind) and _OF_OPTIONS.issuperset(map(type, own.values()))
 
 
 @functools.lru_cache

@@ -622,7 +622,7 @@ SCENES = {
         False,
         preserved=False,
         step=context_of_the_forward,
-        use="pass what the function reads from elsewhere",
+        use="make what the function reads from elsewhere",
     ),
     "autocast in the forward alone": Scene(nn.Tanh, True, step=under_autocast),
     "noise of rounding": Scene(lambda: Noise(1e-16), True, preserved=True),
