@@ -1,4 +1,4 @@
-"""What a reentrant checkpoint computes. Autograd saves nothing in its forward pass, so operations are compared instead."""
+"""What a reentrant checkpoint computes: autograd saves nothing in its forward pass, so operations are compared."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ class Tracing(TorchFunctionMode):
             graph = [type(each.grad_fn).__name__ for each in outputs if each.requires_grad]
             where, pairs = self.where(), zip(values, places, strict=True)
             kept_of_it = [value_of(each, where, all_matter or place in kept) for each, place in pairs]
-            reads_options = any(not name.startswith(_ADDITIONS) for name in graph)
+            trained = any(isinstance(each, nn.Parameter) for each in values)  # or no longer
+            reads_options = any(not name.startswith(_ADDITIONS) for name in graph) or (trained and not graph)
             name = where, getattr(func, "__name__", str(func))
             self.operations.append(Operation(name, kept_of_it, _options(given), reads_options))
         return output
@@ -90,10 +91,11 @@ def compared(forward: list[Operation], recomputed: list[Operation]) -> Iterator[
     What only the forward pass has computed, as the first one of a lazy module does, is passed over.
     """
     names = [[each.name for each in trace] for trace in (forward, recomputed)]
-    blocks = (
-        [(0, 0, len(forward))] if names[0] == names[1] else SequenceMatcher(None, *names, False).get_matching_blocks()
-    )
-    partner = {there + i: here + i for here, there, length in blocks for i in range(length)}
+    if names[0] == names[1]:
+        partner = {place: place for place in range(len(forward))}
+    else:
+        blocks = SequenceMatcher(None, names[0], names[1], False).get_matching_blocks()
+        partner = {there + i: here + i for here, there, length in blocks for i in range(length)}
     for place, now in enumerate(recomputed):
         then = forward[partner[place]] if place in partner else None
         if then is None or (now.options_matter and now.options != then.options):
@@ -126,4 +128,6 @@ def _options(value: Any) -> Any:
         return tuple(map(_options, value))
     if isinstance(value, dict):
         return tuple((name, _options(each)) for name, each in value.items())
-    return None if isinstance(value, torch.Tensor) else mark(value)
+    if isinstance(value, torch.Tensor):
+        return isinstance(value, nn.Parameter) and value.requires_grad
+    return mark(value)

@@ -559,16 +559,16 @@ SCENES = {
         own(of_object, tracker=types.SimpleNamespace(steps=0)),
         False,
         preserved=False,
-        use="pass what the function reads from elsewhere",
+        use="make what the function reads from elsewhere",
     ),
     "an object with slots": Scene(
-        own(of_object, tracker=Slots()), False, preserved=False, use="pass what the function reads from elsewhere"
+        own(of_object, tracker=Slots()), False, preserved=False, use="make what the function reads from elsewhere"
     ),
     "an attribute of the class": Scene(
-        own(of_class), False, preserved=False, use="pass what the function reads from elsewhere"
+        own(of_class), False, preserved=False, use="make what the function reads from elsewhere"
     ),
-    "a global": Scene(own(of_global), False, preserved=False, use="pass what the function reads from elsewhere"),
-    "a closure": Scene(Closure, False, preserved=False, use="pass what the function reads from elsewhere"),
+    "a global": Scene(own(of_global), False, preserved=False, use="make what the function reads from elsewhere"),
+    "a closure": Scene(Closure, False, preserved=False, use="make what the function reads from elsewhere"),
     "a weak reference": Scene(Weak, False, False),
     "dropout": Scene(lambda: nn.Dropout(0.4), True),
     "dropout whose random numbers are not kept": Scene(
@@ -597,13 +597,13 @@ SCENES = {
         nn.Tanh, False, preserved=False, step=functionally, use="the same weights in backward"
     ),
     "an argument that changes": Scene(
-        nn.Tanh, False, preserved=False, step=cache_filled, use="pass what the function reads from elsewhere"
+        nn.Tanh, False, preserved=False, step=cache_filled, use="make what the function reads from elsewhere"
     ),
     "an input that changes": Scene(
-        nn.Tanh, False, preserved=False, step=input_changed, use="pass what the function reads from elsewhere"
+        nn.Tanh, False, preserved=False, step=input_changed, use="make what the function reads from elsewhere"
     ),
     "a hook of the forward alone": Scene(
-        nn.Tanh, False, preserved=False, step=hooked_in_the_forward, use="pass what the function reads from elsewhere"
+        nn.Tanh, False, preserved=False, step=hooked_in_the_forward, use="make what the function reads from elsewhere"
     ),
     "a difference that hides in the output": Scene(Hidden, False, False),
     "a shift that no gradient depends on": Scene(Shift, True, True, step=linearly, engines=("non-reentrant",)),
@@ -622,12 +622,12 @@ SCENES = {
         False,
         preserved=False,
         step=context_of_the_forward,
-        use="pass what the function reads from elsewhere",
+        use="make what the function reads from elsewhere",
     ),
     "autocast in the forward alone": Scene(nn.Tanh, True, step=under_autocast),
     "noise of rounding": Scene(lambda: Noise(1e-16), True, preserved=True),
     "noise that is larger": Scene(
-        lambda: Noise(1e-3), False, preserved=False, use="pass what the function reads from elsewhere"
+        lambda: Noise(1e-3), False, preserved=False, use="make what the function reads from elsewhere"
     ),
 }
 

@@ -5,6 +5,7 @@ it has been installed without them, by `pip install --no-deps spikingjelly`. `LI
 """
 
 import functools
+import logging
 import math
 from collections import deque
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ import snntorch
 import torch
 import torch.ao.quantization as quantization
 import torch.utils.checkpoint
+import torchmetrics
 import transformers
 from monai.networks.nets.unet import CheckpointUNet
 from torch import nn
@@ -42,6 +44,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_(enable|disable)` is deprecated"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
 ]
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 def everywhere(function, *args):
@@ -335,6 +339,32 @@ def monai_checkpoint_unet():
     return model.double(), step
 
 
+# torchmetrics: the hash of a metric follows its state, and it is called twice.
+
+
+class NormalizesBySize(nn.Module):
+    """Divides by the mean size of what it has seen, which a metric keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.size = nn.Linear(4, 4), torchmetrics.MeanMetric()
+
+    def forward(self, x):
+        y = self.linear(x)
+        for _ in range(2):
+            self.size(y.detach().abs().mean())
+            y = (y / self.size.compute()).tanh() * 3
+        return y
+
+
+def normalized_by_a_metric():
+    def step(model, number, ckpt):
+        x = batches(3, 6, 4)[number].requires_grad_()
+        ckpt(model, x).square().mean().backward()
+
+    return nn.Sequential(NormalizesBySize(), NormalizesBySize()), step
+
+
 # Plain checkpointing: what reads its state has wrong gradients, and the statistics of BatchNorm move more than once.
 READ = {
     "vector-quantize-pytorch": autoencoding(VectorQuantize),
@@ -352,6 +382,7 @@ READ = {
     "snntorch, in one call": in_one_call(by_snntorch),
     "spikingjelly, through time": through_time(by_spikingjelly),
     "spikingjelly, in one call": in_one_call(by_spikingjelly),
+    "torchmetrics": normalized_by_a_metric,
 }
 ONLY_WRITTEN = {"Wav2Vec2-Conformer": wav2vec2_conformer, "MONAI's CheckpointUNet": monai_checkpoint_unet}
 OWN_CALLS = ["Wav2Vec2-Conformer"]  # which cannot be given another function than torch's
