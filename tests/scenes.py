@@ -487,6 +487,13 @@ def context_of_both(net, ckpt):
         ckpt(net.body, net.stem(data()[0])).square().mean().backward()
 
 
+def in_two_modes(net, ckpt):
+    net.body.eval()
+    y = ckpt(net.body, net.stem(data()[0]))
+    net.body.train()
+    y.square().mean().backward()
+
+
 def under_autocast(net, ckpt):
     net.float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -623,6 +630,13 @@ SCENES = {
         preserved=False,
         step=context_of_the_forward,
         use="make what the function reads from elsewhere",
+    ),
+    "another mode in backward": Scene(
+        own(lambda layer: 1 + layer.training),
+        False,
+        preserved=False,
+        step=in_two_modes,
+        use="the same mode in backward",
     ),
     "autocast in the forward alone": Scene(nn.Tanh, True, step=under_autocast),
     "noise of rounding": Scene(lambda: Noise(1e-16), True, preserved=True),
