@@ -11,6 +11,7 @@ from collections import OrderedDict
 from itertools import product
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint_sequential, crea
 import momentum_fix
 import recipes
 from conformance import WRAPPERS
-from momentum_fix import preserve_state
+from momentum_fix import preserve_everywhere, preserve_state
 from recipes import StoppedError, pipeline, siamese, twice_in_a_region
 from states import (
     KINDS,
@@ -278,6 +279,39 @@ def test_a_checkpoint_keeps_its_copies_only_as_long_as_its_graph_lives():
     held = [alive_after(lambda live=live: step(live))[1] for live in range(4)]
     state = layer.mean.nbytes + layer.var.nbytes
     assert [size - held[0] for size in held] == [0, state, 2 * state, 3 * state]
+
+
+ALIVE = weakref.WeakSet()
+
+
+class Tracked(list):
+    """A list of which it is known how many are alive."""
+
+    __hash__ = object.__hash__
+
+    def __new__(cls, *_):
+        made = super().__new__(cls)
+        ALIVE.add(made)
+        return made
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_copies_go_as_soon_as_nobody_needs_them_and_do_not_wait_for_the_garbage_collector(ckpt, everywhere):
+    layer, x = Steps(), torch.ones(1, requires_grad=True)
+    layer.kept = Tracked([0])
+    gc.collect()
+    gc.disable()
+    assert len(ALIVE) == 1
+    try:
+        with preserve_everywhere() if everywhere else contextlib.nullcontext():
+            losses = [ckpt(nn.Sequential(layer, nn.Tanh()), x) for _ in range(3)]
+            assert len(ALIVE) > 3
+            losses.pop().backward()
+            losses.clear()
+        assert len(ALIVE) == 1
+    finally:
+        gc.enable()
 
 
 def test_values_in_graphs_do_not_keep_the_graphs_of_former_batches():
@@ -1096,10 +1130,12 @@ def _ranks(rank, folder):
     for wrap in ("DDP", "FSDP2"):
         for kind in ("running normalizer", "spectral norm, parametrization", "step counter", "BatchNorm"):
             found = []
-            for ckpt in (plainly, by_context, drop_in, non_reentrant):
+            for ckpt in (plainly, by_context, drop_in, preserve_everywhere, non_reentrant):
                 net = WRAPPERS[wrap](net_of(kind))
                 data = batches(3, 4, 3, 4, 4, seed=1 + rank)
-                train(net, recipes.inside_the_model, data, ckpt)
+                with ckpt() if ckpt is preserve_everywhere else contextlib.nullcontext():
+                    by = non_reentrant if ckpt is preserve_everywhere else ckpt
+                    train(net, recipes.inside_the_model, data, by)
                 local = [getattr(grad, "_local_tensor", grad) for grad in gradients(net)]
                 found.append((local, [buffer.clone() for buffer in net.buffers()]))
             truth, *exact, plain = found
@@ -1111,7 +1147,7 @@ def _ranks(rank, folder):
                 )
                 for one in (*exact, plain)
             ]
-            assert same == [True, True, False], (wrap, kind, same)
+            assert same == [True, True, True, False], (wrap, kind, same)
     dist.destroy_process_group()
 
 
@@ -1279,6 +1315,26 @@ def in_a_buffer(module):
     return lambda: not module.done and bool(module.done.fill_(True))
 
 
+def in_a_buffer_unseen(module):
+    module.register_buffer("done", torch.tensor(False))
+    return lambda: not module.done and bool(module.done.data.fill_(True))
+
+
+def in_a_frozen_parameter(module):
+    module.done = nn.Parameter(torch.zeros(()), requires_grad=False)
+    return lambda: not module.done and bool(module.done.fill_(1))
+
+
+def in_an_array(module):
+    module.done = np.zeros(1)
+    return lambda: not module.done[0] and not module.done.fill(1)
+
+
+def in_another_module(module):
+    module.norm = nn.BatchNorm1d(1)
+    return lambda: not module.norm.num_batches_tracked and bool(module.norm.num_batches_tracked.fill_(1))
+
+
 def in_a_number(module):
     module.done = False
     return lambda: not module.done and not setattr(module, "done", True)
@@ -1304,7 +1360,15 @@ class TransformedOnce(nn.Module):
 
 
 WRITES = [visibly, by_data]
-GUARDS = [in_a_buffer, in_a_number, in_a_list]
+GUARDS = [
+    in_a_buffer,
+    in_a_buffer_unseen,
+    in_a_frozen_parameter,
+    in_an_array,
+    in_another_module,
+    in_a_number,
+    in_a_list,
+]
 
 
 def values_and_gradients(module):
