@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from html import escape
 from math import inf, isclose, isfinite
@@ -39,6 +39,7 @@ _WEIGHTS = (
     "the same weights in backward: call functional_call inside of the checkpoint; let the optimizer step after backward"
 )
 _OFF = mark(False)
+_MANY = 8  # modules of which the same is to be said, from which on that is said once
 _MODE = "the same mode in backward: call train() or eval() before the forward pass, or after the backward pass"
 _ELSEWHERE = (
     "make what the function reads from elsewhere (a global, an object of your own, a closure) a buffer or a plain "
@@ -116,7 +117,12 @@ class Diagnosis(dict[str, Finding]):
             times, use = "?" if each.times is None else str(each.times), each.remedy or "nothing"
             row = each.module or "(the model)", each.module_class, times, use, each.note
             modules.setdefault(row, []).append(each.attribute)
-        states = [(name, kind, ", ".join(state), *others) for (name, kind, *others), state in modules.items()]
+        alike: dict[tuple[str, ...], list[str]] = {}  # but for their names
+        for (name, kind, *others), state in modules.items():
+            alike.setdefault((kind, ", ".join(state), *others), []).append(name)
+        states = [
+            (name, *row) for row, names in alike.items() for name in ([named(names)] if len(names) > _MANY else names)
+        ]
         tables: list[list[tuple[str, ...]]] = [
             [("differs from", "in the checkpoint of", "by", "state that was another"), *differences],
             [("module", "class", "state", "times", "use", "note"), *states],
@@ -210,7 +216,10 @@ def _fill(report: Diagnosis, model: nn.Module, watch: Watch, raised: BaseExcepti
     """Say what was observed."""
     judged = judge(watch.regions)
     if isinstance(raised, CheckpointError) and watch.latest is not None:  # torch has seen a difference itself
-        judged.append((watch.latest, Judgement(watch.latest.recomputations[-1], ITSELF, inf, True)))
+        last = watch.latest.recomputations[-1]
+        if not any(each.starts_in for _, each in judged if each.recomputation is last):
+            judged = [(region, each) for region, each in judged if each.recomputation is not last]
+            judged.append((watch.latest, Judgement(last, ITSELF, inf, True)))
     wrong = [(region, each) for region, each in judged if each.starts_in]
     seen = {key for region in watch.regions for key in region.parts}
     compiled = [name for key, (part, name, _) in watch.parts.items() if is_compiled(part) and key not in seen]
@@ -275,7 +284,7 @@ def _merged(differences: Iterable[Difference]) -> list[Difference]:
     """Say once what goes for several calls of a checkpoint, with the largest size."""
     largest: dict[Any, Difference] = {}
     for each in differences:
-        key = replace(each, size=0.0)
+        key = each.module, each.checkpoint, frozenset(each.moved), each.remedy
         if key not in largest or each.size > largest[key].size:
             largest[key] = each
     return [*largest.values()]
@@ -288,7 +297,7 @@ def _difference(region: Region, judgement: Judgement, watch: Watch) -> Differenc
     weights = [(part, name) for part, name in moved if _is_unpreserved(part.module, name)]
     statistics = [(part, name) for part, name in moved if tracks(part.module) and only_writes(part.module)]
     others = [each for each in moved if each not in weights and each not in statistics]
-    buffer = _BUFFER.partition(",")[0] if recomputation.preserved else _BUFFER
+    buffer = _BUFFER.partition(",")[0] if recomputation.preserved or others else _BUFFER
     drawn = region.drew - ({"torch"} if region.keeps_random_numbers else set())
     remedies = [_RANDOM[name] for name in _RANDOM if name in drawn]
     if weights:

@@ -232,7 +232,7 @@ class Region(_torch.Listener):
         """Compare the operations that led to a result; where compiled code hides them, compare the result."""
         if self.is_compiled:
             self.trace.operations = [
-                Operation(("", ""), [value_of(each, ITSELF, each.requires_grad)], None, False)
+                Operation(("", ""), [value_of(each, ITSELF, each.requires_grad)], None, False, [])
                 for each in tensors_in(output)
             ]
         if self.recomputations:

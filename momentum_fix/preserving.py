@@ -376,9 +376,10 @@ class _Region(AbstractContextManager[None]):
                 {name: copier.copy(value) for name, value in copied.items()} for *_, copied in self.state.values()
             ]
             written = {id(p): p for p, kept in zip(parameters, self.parameters, strict=True) if kept.value is None}
-            guarded = [*written.values()] if self.changes else []
-            values = [(each, each.detach().clone()) for each in guarded if id(each) in self.written]
-            guard = guarded, _sums(guarded), values
+            written = {} if is_in_torch_dispatch_mode(include_infra_modes=True) else written  # which has no values
+            values = [(each, each.detach().clone()) for each in written.values() if id(each) in self.written]
+            unseen_writes = [*written.values()] if self.changes else []
+            guard = values, unseen_writes, _sums(unseen_writes)
         present = [
             (each, vars(each).copy(), each._modules.copy(), each._parameters.copy()) for each, *_ in self.state.values()
         ]
@@ -474,29 +475,31 @@ def _warn_of_writes(parameters: Iterable[tuple[Any, int]]) -> None:
 
 def _guards(module: nn.Module) -> dict[str, Any]:
     """Give what may tell a forward whether it has written to a parameter before: all state but trained parameters."""
-    return {name: value for name, value in pieces(module).items() if not isinstance(value, nn.Parameter)}
+    state = pieces(module).items()
+    return {name: value for name, value in state if not (isinstance(value, nn.Parameter) and value.requires_grad)}
 
 
 def _sums(parameters: Iterable[nn.Parameter]) -> list[str]:
-    """Give what tells whether somebody has written to parameters, where autograd does not see it either."""
-    if is_in_torch_dispatch_mode(include_infra_modes=True):  # values cannot be had from what is being traced
-        return []
+    """Give what tells whether parameters were written to, where autograd does not see it either."""
     return [repr(each.detach().sum(dtype=torch.complex128).item()) for each in parameters]
 
 
-def _refuse_writes(parameters: list[nn.Parameter], sums: list[str], values: list[tuple[nn.Parameter, Any]]) -> None:
+def _refuse_writes(values: list[tuple[nn.Parameter, torch.Tensor]], parameters: list[nn.Parameter], sums: Any) -> None:
     """Raise if a recomputation has written to parameters that are not preserved, and undo what can be undone."""
-    if not sums or _sums(parameters) == sums:
-        return
-    for parameter, value in values:
+    written = [(parameter, value) for parameter, value in values if not _is_equal(parameter, value)]
+    for parameter, value in written:
         parameter.data.copy_(value)
-    left = "They are as the forward pass left them" if _sums(parameters) == sums else "Load them again"
-    raise RuntimeError(
-        "a recomputation wrote to parameters that its forward pass had written to: the state that tells whether this "
-        "is "
-        f"still to be done was put back. {left}. Write to them outside of the checkpoint, or use "
-        "torch.utils.checkpoint here"
-    )
+    if written or _sums(parameters) != sums:
+        left = "They are as the forward pass left them" if written else "They are written to twice now: load them again"
+        raise RuntimeError(
+            "a recomputation wrote to parameters that its forward pass had written to: the state that tells whether "
+            "this "
+            f"is still to be done was put back. {left}. Write to them outside of the checkpoint, or use torch's here"
+        )
+
+
+def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def _refuse_state(scripted: torch.jit.ScriptModule) -> None:

@@ -39,6 +39,7 @@ class Operation(NamedTuple):
     values: list[Value]  # what it was given and what it gave
     options: Any  # what else it was given
     options_matter: bool
+    trains: list[bool]  # of each of the values: whether it is a parameter that gets a gradient
 
 
 class Tracing(TorchFunctionMode):
@@ -78,10 +79,10 @@ class Tracing(TorchFunctionMode):
             graph = [type(each.grad_fn).__name__ for each in outputs if each.requires_grad]
             where, pairs = self.where(), zip(values, places, strict=True)
             kept_of_it = [value_of(each, where, all_matter or place in kept) for each, place in pairs]
-            trained = any(isinstance(each, nn.Parameter) for each in values)  # or no longer
-            reads_options = any(not name.startswith(_ADDITIONS) for name in graph) or (trained and not graph)
+            reads_options = any(not name.startswith(_ADDITIONS) for name in graph)
             name = where, getattr(func, "__name__", str(func))
-            self.operations.append(Operation(name, kept_of_it, _options(given), reads_options))
+            trains = [isinstance(each, nn.Parameter) and each.requires_grad for each in values]
+            self.operations.append(Operation(name, kept_of_it, _options(given), reads_options, trains))
         return output
 
 
@@ -98,11 +99,16 @@ def compared(forward: list[Operation], recomputed: list[Operation]) -> Iterator[
         partner = {there + i: here + i for here, there, length in blocks for i in range(length)}
     for place, now in enumerate(recomputed):
         then = forward[partner[place]] if place in partner else None
-        if then is None or (now.options_matter and now.options != then.options):
+        if then is None or (now.options_matter and now.options != then.options) or _trains_more(then, now):
             if now.options_matter or any(each.matters for each in now.values):
                 yield now.values[-1], None
         else:
             yield from (pair for pair in zip(then.values, now.values, strict=False) if pair[1].matters)
+
+
+def _trains_more(then: Operation, now: Operation) -> bool:
+    """Tell whether a parameter gets a gradient that got none when the forward pass ran."""
+    return any(new and not old for old, new in zip(then.trains, now.trains, strict=False))
 
 
 def value_of(tensor: torch.Tensor, where: str, matters: bool) -> Value:
@@ -128,6 +134,4 @@ def _options(value: Any) -> Any:
         return tuple(map(_options, value))
     if isinstance(value, dict):
         return tuple((name, _options(each)) for name, each in value.items())
-    if isinstance(value, torch.Tensor):
-        return isinstance(value, nn.Parameter) and value.requires_grad
-    return mark(value)
+    return None if isinstance(value, torch.Tensor) else mark(value)
