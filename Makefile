@@ -17,7 +17,7 @@ help:
 	@echo "make compat TORCH=2.9.1  run the core's tests with this torch and note it in docs/versions.md (gigabytes)"
 	@echo "make zoo    run models of torchvision and timm, and the recipes for them, with the newest torch (gigabytes)"
 	@echo "make benchmarks  measure the costs and write docs/benchmarks.md and its picture (a few minutes)"
-	@echo "make study  train, and write what uncorrected passes change into docs/study.md (an hour on two free cores)"
+	@echo "make study  train what the study still misses, and write docs/study.md (an hour on two free cores)"
 	@echo "make study-small  the same in small, into build/study-small (two minutes)"
 	@echo "make mutants  change the code in small ways and list the changes that no test notices (hours; OF='momentum_fix.formula*': of one file)"
 	@echo "make clean  remove .venv and caches"
@@ -83,10 +83,12 @@ benchmarks: .venv/with-benchmarks
 	$(BIN)/python benchmarks/run.py
 
 study: .venv/with-study
-	$(BIN)/python benchmarks/study.py
+	$(BIN)/python benchmarks/study.py --workers 2
+	$(BIN)/python benchmarks/study_page.py
 
 study-small: .venv/with-study
-	$(BIN)/python benchmarks/study.py --small
+	$(BIN)/python benchmarks/study.py --small --workers 2
+	$(BIN)/python benchmarks/study_page.py --small
 
 mutants: export OMP_NUM_THREADS = 1
 mutants: .venv/with-dev

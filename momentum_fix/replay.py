@@ -6,8 +6,9 @@ And whether what a replay changes is dropped afterwards, as `preserve_state` doe
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,20 @@ _tracker = ModuleTracker()
 
 
 class _Preserved(threading.local):
-    modules: tuple[Collection[nn.Module], ...] = ()  # for each replay that is running in this thread, whose state it is
+    """The recomputations that are running in this thread and drop what they change."""
+
+    def __init__(self) -> None:
+        self.regions: list[Any] = []
+        self.begun = 0
+
+    def begin(self, region: Any) -> None:
+        """Hear that one has begun, and what is asked whether it `holds` a module."""
+        self.regions.append(region)
+        self.begun += 1
+
+    def end(self) -> None:
+        """Hear that the last one has ended."""
+        self.regions.pop()
 
 
 preserved = _Preserved()
@@ -32,7 +46,7 @@ def replaying() -> bool:
 
 def is_preserved(module: nn.Module) -> bool:
     """Tell whether a replay is running that drops what this module changes."""
-    return any(module in modules for modules in preserved.modules)
+    return any(region.holds(module) for region in preserved.regions)
 
 
 # Compiled code is traced before anybody knows what it will be part of, so it asks at run time, by an operator. Where
@@ -41,7 +55,7 @@ def is_preserved(module: nn.Module) -> bool:
 
 
 def _replaying(buffer: torch.Tensor, dropped: bool = True) -> torch.Tensor:
-    return torch.full((), replaying() and (dropped or not preserved.modules), device=buffer.device)
+    return torch.full((), replaying() and (dropped or not preserved.regions), device=buffer.device)
 
 
 def _fake_replaying(buffer: torch.Tensor, dropped: bool = True) -> torch.Tensor:

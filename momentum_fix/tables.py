@@ -46,6 +46,14 @@ def show(rows: Sequence[Sequence[str]]) -> None:
         print(*(_paragraph(rows[0], row, width) for row in rows[1:]), sep="\n")
 
 
+def show_lines(text: str) -> None:
+    """Print lines; those for which a terminal is too narrow are folded between words."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    for line in text.split("\n"):
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        print(textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
+
+
 def can_draw() -> bool:
     """Tell whether rich can be imported, for it may also be there and broken."""
     try:

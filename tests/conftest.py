@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+collect_ignore = ["typed"]  # a user's own script: tests/test_typed.py runs it in a folder of its own
 torch.set_num_threads(1)  # the suite runs one process a core
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")

@@ -22,10 +22,10 @@ def text(value):
 
 
 def old(before, *last):
-    """Make the beginning of a file from before torch 1.6, with these operations at the start of each of its pickles."""
-    machine = text("little_endian") + b"\x88t"
-    pickles = (b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", b"K\1", machine, *last)
-    return b"".join(b"\x80\x02(" + before + each + b"." for each in pickles)
+    """Make the beginning of a file from before torch 1.6, with these operations in each of its pickles."""
+    magic = b"\x80\x02(\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19" + before + b"."
+    pickles = (b"K\1", text("little_endian") + b"\x88t", *last)
+    return magic + b"".join(b"\x80\x02(" + before + each + b"." for each in pickles)
 
 
 def state(**counters):

@@ -5,6 +5,7 @@ tests assert every cell.
 """
 
 import functools
+import gc
 import pickle
 import re
 import warnings
@@ -18,7 +19,7 @@ from torch.nn.utils import parametrizations, spectral_norm
 
 import recipes
 from conformance import compared, grid
-from momentum_fix import preserving, update_once
+from momentum_fix import update_once
 from twins import ROUNDING, batches, by_context, drop_in, drop_in_reentrant, non_reentrant, plainly, reentrant, train
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "states.md"
@@ -637,22 +638,30 @@ BLOCKS = {
 }
 
 
-def kept(block):
-    """Give the bytes of the buffers of a block, of what each live checkpoint keeps of them, and of what all share."""
-    copies = []
-    for _ in range(2):
-        region = preserving._Region()
-        with region.forward(block):
-            pass
-        buffers = [each for _, copied in region.state.values() for each in copied["_buffers"].values()]
-        copies.append({each for each in buffers if all(each is not own for own in block.buffers())})
-    shared = copies[0] & copies[1]
-    return [sum(each.nbytes for each in tensors) for tensors in (block.buffers(), copies[1] - shared, shared)]
+def alive_after(work):
+    """Run something, and give the bytes of what tensors made since then hold while its result is alive."""
+    gc.freeze()  # what is there already does not count
+    try:
+        result = work()
+        gc.collect()
+        made = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+        held = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in made}
+    finally:
+        gc.unfreeze()
+    return result, sum(held.values())
+
+
+def kept(block, *inputs, by=by_context, plain=non_reentrant):
+    """Give the bytes that each live checkpoint keeps beyond those of torch's, and those that all of them share."""
+    calls = [alive_after(functools.partial(ckpt, block, *inputs)) for ckpt in (plain, by, by)]
+    torchs, first, later = (held for _, held in calls)
+    return later - torchs, first - later
 
 
 def memory():
+    x = torch.rand(1, 256, 2, 2, dtype=torch.float32, requires_grad=True)
     blocks = {name: make(nn.Conv2d(256, 256, 1), nn.BatchNorm2d(256)).float() for name, make in BLOCKS.items()}
-    return {name: kept(block) for name, block in blocks.items()}
+    return {name: (sum(each.nbytes for each in block.buffers()), *kept(block, x)) for name, block in blocks.items()}
 
 
 # The document.

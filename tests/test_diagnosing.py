@@ -1,10 +1,9 @@
-"""diagnose names the state that recomputation spoils, finds out whether outputs read it, and changes nothing."""
+"""diagnose observes whether recomputations repeat their forward pass, names what they move, and changes nothing."""
 
 import copy
 import random
 import warnings
 from collections import deque
-from dataclasses import dataclass
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -18,10 +17,10 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 import recipes as by
 from momentum_fix import correct, diagnose, update_once
-from momentum_fix.diagnosing import Finding, same
+from momentum_fix.diagnosing import Diagnosis, Finding
 from recipes import ENGINES, Net, data
 from states import CountsInAnArray, OwnNoise, ReadsItsChild, Steps
-from twins import EXACT, non_reentrant, on_two_ranks, plainly, train
+from twins import EXACT, by_context, non_reentrant, on_two_ranks, plainly, train
 
 # Kinds of state. Each is a layer of three channels that changes itself.
 
@@ -248,7 +247,6 @@ READ = {  # and what of it is read
     ReadsItsChild: ["norm.running_mean"],
     KeptInAList: ["store[0].mean"],
     ReadsBoth: ["one", "two"],
-    LeavesALoss: ["share"],
     LazyNormalizer: ["mean"],
     spectral(spectral_norm): ["0.weight_u"],
     spectral(parametrizations.spectral_norm): ["0.parametrizations.weight.0._v"],
@@ -278,89 +276,129 @@ def diagnosed(net, step=by.one, ckpt=non_reentrant, count=2):
 
 @pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize(("kind", "read"), READ.items())
-def test_it_names_what_outputs_read(kind, read, ckpt):
+def test_it_names_what_was_another_state_where_gradients_are_wrong(kind, read, ckpt):
     report = diagnosed(net_of(kind), ckpt=ckpt)
+    assert report.gradients_right is False
     assert not report.ok
-    pieces = f"{3 * len(read)} pieces"
-    assert (
-        report.verdict == f"Gradients are wrong: outputs read state that has moved before the recomputation ({pieces})."
-    )
-    assert [name for name, finding in report.items() if finding.read] == [
-        f"{b}.1.{each}" for b in "abc" for each in read
-    ]
-    assert {finding.read for finding in report.values()} <= {True, False}
-    of_readers = {finding.remedy for finding in report.values() if finding.read}
-    assert of_readers == {"preserve_state"}
+    assert report.verdict.startswith("Gradients are wrong: ")
+    assert report.verdict.endswith(" of 2 recomputations gave autograd something else than the forward pass.")
+    moved = {name for each in report.differences for name in each.moved}
+    assert moved >= {f"{block}.1.{each}" for block in "abc" for each in read}
+    assert all("preserve_state" in each.remedy and each.module[:2] in ("a.", "b.", "c.") for each in report.differences)
+
+
+def test_a_number_that_autograd_itself_keeps_from_the_forward_pass_makes_nothing_wrong():
+    net, twin = net_of(LeavesALoss), net_of(LeavesALoss)
+    with diagnose(net) as report:
+        (non_reentrant(net, data(1)[0].requires_grad_()).sum() + net.a[1].loss).backward()
+    (twin(data(1)[0]).sum() + twin.a[1].loss).backward()
+    assert report.gradients_right is True
+    assert net.a[1].weight.grad == twin.a[1].weight.grad == 0.5
+
+
+@pytest.mark.parametrize("keep", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("kind", READ)
+def test_what_it_recommends_makes_it_clean(kind, keep):
+    report = diagnosed(net_of(kind), ckpt=keep)
+    assert report.ok
+    assert report.verdict.startswith("Clean: 2 recomputations gave autograd the same as the forward pass, to the bit")
 
 
 @pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize(("kind", "moved"), NOT_READ.items())
 def test_it_names_what_moves_twice_and_is_not_read(kind, moved, ckpt):
     report = diagnosed(net_of(kind), ckpt=ckpt)
+    assert report.gradients_right is True
     assert not report.ok
     assert report.verdict == f"Gradients are right, but recomputation moves state again ({3 * len(moved)} pieces)."
     assert list(report) == [f"{block}.1.{each}" for block in "abc" for each in moved]
     remedy = "update_once" if "running_mean" in moved else "preserve_state"
-    assert {(each.times, each.read, each.remedy) for each in report.values()} == {(2, False, remedy)}
+    assert {(each.times, each.remedy) for each in report.values()} == {(2, remedy)}
 
 
-@pytest.mark.parametrize("kind", [*READ, *NOT_READ])
-def test_without_a_checkpoint_nothing_is_found_and_it_says_that_no_replay_was_seen(kind):
+@pytest.mark.parametrize("kind", [Normalizer, Load])
+def test_a_forgotten_checkpoint_is_not_ok(kind):
     report = diagnosed(net_of(kind), ckpt=plainly)
-    assert report.ok
+    assert report.gradients_right is None
+    assert not report.ok
     assert not report
-    assert str(report) == (
-        "Nothing found, but no recomputation was seen: is checkpointing on, and did backward run inside the block?"
-    )
+    assert str(report).startswith("Not observed: no recomputation was seen. Is checkpointing on?")
 
 
 def test_a_model_without_state_is_clean():
     report = diagnosed(net_of(nn.Identity))
     assert report.ok
-    assert str(report) == "Clean: recomputation leaves the state of this model as it should be."
+    assert str(report) == (
+        "Clean: 2 recomputations gave autograd the same as the forward pass, to the bit, and moved no state again."
+    )
 
 
-def test_in_evaluation_mode_state_stands_still():
-    assert diagnosed(net_of(Load).eval()).ok
-    assert not diagnosed(net_of(Load)).ok
+@pytest.mark.parametrize("ckpt", [plainly, non_reentrant])
+def test_evaluation_mode_is_not_ok_and_said(ckpt):
+    report = diagnosed(net_of(Load).eval(), ckpt=ckpt)
+    assert not report.ok
+    assert (
+        report.verdict == "Not observed: the model ran in evaluation mode. Call model.train(), and run a training step."
+    )
+    assert report.gradients_right is (None if ckpt is plainly else True)
+
+
+def test_a_frozen_part_in_evaluation_mode_does_not_hide_the_training():
+    net = net_of(Load)
+    net.b.eval()
+    report = diagnosed(net)
+    assert report.in_training
+    assert {name[0] for name in report} == {"a", "c"}
 
 
 def test_without_a_backward_pass_it_is_not_ok():
     net = Net()
     with diagnose(net) as report:
-        net(*data(1))
+        non_reentrant(net, *data(1))
     assert not report.ok
-    assert "did backward run inside the block?" in report.verdict
+    assert report.verdict == (
+        "Not observed: no backward pass was seen inside the block. Put a whole training step into it."
+    )
 
 
 def test_until_the_block_ends_nothing_is_known():
-    net = Net()
+    net = net_of(nn.Identity)
     with diagnose(net) as report:
-        train(net, by.one, data(1), plainly)
+        train(net, by.one, data(1), non_reentrant)
         assert not report.ok
         assert str(report) == "Nothing is known: the block has not ended."
     assert report.ok
 
 
-def test_the_report_is_a_table_a_mapping_and_short_in_a_shell():
-    net = nn.ModuleDict({"stem": by.block(), "body": by.block(lambda _: nn.Sequential(nn.BatchNorm2d(3), Steps()))})
+def test_the_report_is_two_tables_a_mapping_and_short_in_a_shell():
+    net = nn.ModuleDict(
+        {"stem": by.block(), "body": by.block(lambda _: nn.Sequential(nn.BatchNorm2d(3), Steps(), by.Kink()))}
+    )
     with diagnose(net) as report:
         non_reentrant(net["body"], net["stem"](*data(1))).sum().backward()
+    (difference,) = report.differences
     assert str(report).splitlines() == [
-        "Gradients are wrong: outputs read state that has moved before the recomputation (1 piece).",
+        "Gradients are wrong: 1 of 1 recomputation gave autograd something else than the forward pass.",
         "",
-        "state                         class        times  read  use             note",
-        "body.1.0.running_mean         BatchNorm2d  2      no    update_once",
-        "body.1.0.running_var          BatchNorm2d  2      no    update_once",
-        "body.1.0.num_batches_tracked  BatchNorm2d  2      no    update_once",
-        "body.1.1.steps                Steps        2      yes   preserve_state",
+        "differs from  in the checkpoint of  by    state that was another",
+        f"body.1.2      body                  {difference.size:.2g}  body.1.1.steps",
+        "",
+        "module    class        state                                           times  use             note",
+        "body.1.0  BatchNorm2d  running_mean, running_var, num_batches_tracked  2      update_once",
+        "body.1.1  Steps        steps                                           2      preserve_state",
+        "",
+        "Use: preserve_state.",
+        "Fix: update_once(model)",
+        "Fix: checkpoint(..., context_fn=preserve_state)",
     ]
+    assert (difference.module, difference.checkpoint, difference.moved) == ("body.1.2", "body", ("body.1.1.steps",))
     assert repr(report) == f"<Diagnosis: {report.verdict}>"
     finding = report["body.1.1.steps"]
     assert (finding.module, finding.attribute, finding.module_class) == ("body.1.1", "steps", "Steps")
     page = report._repr_html_()
     assert report.verdict in page
-    assert "<td>body.1.1.steps</td><td>Steps</td><td>2</td><td>yes</td><td>preserve_state</td>" in page
+    assert "<td>body.1.1</td><td>Steps</td><td>steps</td><td>2</td><td>preserve_state</td>" in page
+    assert "<p>Fix: checkpoint(..., context_fn=preserve_state)</p>" in page
 
 
 def test_the_model_itself_may_have_the_state():
@@ -415,7 +453,13 @@ def test_it_counts_how_often_a_batch_moves_it(kind, step, times):
     assert {name: finding.times for name, finding in found.items()} == {
         f"{block}.1.{attribute}": number for block, number in expected.items()
     }
-    assert all(finding.read is (kind is Normalizer) for finding in found.values())
+    if step is TIMES["written by hand"][0]:
+        assert found.gradients_right is None
+        assert "ran in the backward pass, but not in a checkpoint of torch's" in found.verdict
+    elif step is TIMES["an exception in a recomputation"][0] and kind is Load:
+        assert found.gradients_right is None  # of what was interrupted
+    else:
+        assert found.gradients_right is (kind is Load)
 
 
 def test_where_selective_checkpointing_saves_a_norm_only_its_counter_moves_again():
@@ -426,14 +470,38 @@ def test_where_selective_checkpointing_saves_a_norm_only_its_counter_moves_again
 
 
 def test_what_the_user_or_an_optimizer_changes_is_not_counted():
-    net = net_of(Load)
+    net = net_of(nn.Identity)
+    net.register_buffer("load", torch.ones(3))
     net.epoch = 0
     with diagnose(net) as report:
-        for _ in range(2):
-            train(net, by.one, data(1), plainly)
+        for x in data(2):
+            y = non_reentrant(net, x.requires_grad_())
             net.epoch += 1
-            net.a[1].load.zero_()
+            net.load.zero_()
+            y.sum().backward()
+            net.load += 1
     assert report.ok
+
+
+class CountsGradients(nn.Module):
+    """Counts in a hook that autograd calls, and so in the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = nn.Parameter(torch.ones(())), 0
+        self.weight.register_hook(self.count)
+
+    def count(self, _):
+        self.seen += 1
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def test_what_a_hook_moves_in_the_backward_pass_is_no_recomputations():
+    net = net_of(CountsGradients)
+    assert diagnosed(net).ok
+    assert net.a[1].seen == 2
 
 
 class MovesInAMethod(nn.Module):
@@ -453,21 +521,16 @@ class MovesInAMethod(nn.Module):
         return self.ckpt(self.part, self.a(x))
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("whole", [False, True])
-def test_what_a_method_moves_outside_of_a_call_is_found_and_who_reads_it_is_not_known(whole, after):
-    net = MovesInAMethod(ENGINES["reentrant"], after)
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+def test_what_a_method_moves_outside_of_a_call_of_a_module_is_found(ckpt):
+    net = MovesInAMethod(ckpt, after=False)
     with diagnose(net) as report:
         for _ in range(2):
-            y = net(torch.rand(2, 3)) if whole else net.ckpt(net.part, net.a(torch.rand(2, 3)))
-            y.sum().backward()
-    assert list(report) == ["steps"]
-    assert report["steps"].read is None
-    assert report["steps"].times == (None if after and not whole else 2)
-    assert report["steps"].remedy == "preserve_state"
-    assert report.verdict == (
-        "Gradients may be wrong: could not find out whether outputs read the state that moves (1 piece)."
-    )
+            net(torch.rand(2, 3)).square().sum().backward()
+    assert report.gradients_right is True  # no gradient depends on what is added
+    assert {name: (finding.times, finding.remedy) for name, finding in report.items()} == {
+        "steps": (2, "preserve_state")
+    }
 
 
 def test_what_early_stop_leaves_out_is_not_moved_again():
@@ -491,12 +554,10 @@ class OnlyInReplays(nn.BatchNorm2d):
         return y
 
 
-def test_what_moves_in_replays_only_needs_nothing():
+def test_what_moves_in_recomputations_only_is_said_to_be_moved_by_them():
     report = diagnosed(net_of(OnlyInReplays), ckpt=ENGINES["reentrant"])
-    assert {(each.times, each.read, each.note) for each in report.values()} == {
-        (None, False, "moved in recomputations only")
-    }
-    assert report.ok
+    assert not report.ok
+    assert {each.remedy for each in report.values()} == {"update_once"}
 
 
 # What is put right is ok, and what is only half right is not.
@@ -509,8 +570,9 @@ def test_update_once_is_ok_but_not_where_outputs_read_the_statistics():
         update_once(reads)
     assert diagnosed(torchs).ok
     report = diagnosed(reads)
-    assert {name for name, finding in report.items() if finding.read} == {f"{each}.1.running_var" for each in "abc"}
-    assert {finding.times for finding in report.values()} == {1}
+    assert report.gradients_right is False
+    assert not report  # statistics are right
+    assert {each.remedy for each in report.differences} == {"preserve_state"}
 
 
 class OwnChild(nn.BatchNorm2d):
@@ -549,13 +611,13 @@ def test_a_corrected_momentum_is_ok_if_it_is_corrected_for_that_number(passes, n
 def test_a_corrected_momentum_is_not_ok_where_the_layer_moves_once(ckpt):
     report = diagnosed(correct(Net(), passes=2), by.one, ckpt)
     assert not report.ok
-    assert report.verdict == (
-        "Gradients are right, but a momentum is corrected for passes that this step did not make (9 pieces)."
-    )
-    rows = {(f.times, f.read, f.remedy, f.note) for f in report.values()}
-    assert rows == {(1, False, "restore", "its momentum is corrected, but it moves once")}
-    assert diagnosed(Net(), by.one, ckpt).ok
-    assert diagnosed(correct(Net(), passes=2).eval(), by.one, ckpt).ok
+    assert "a momentum is corrected for passes that this step did not make (9 pieces)" in report.verdict
+    assert report.verdict.startswith("Not observed" if ckpt is plainly else "Gradients are right")
+    assert report.fixes == ("restore(model)",)
+    rows = {(f.times, f.remedy, f.note) for f in report.values()}
+    assert rows == {(1, "restore", "its momentum is corrected, but it moves once")}
+    assert not diagnosed(Net(), by.one, ckpt)
+    assert not diagnosed(correct(Net(), passes=2).eval(), by.one, ckpt)
 
 
 def test_a_correction_of_layers_outside_of_the_checkpoint_is_found_beside_a_right_one():
@@ -632,69 +694,41 @@ def test_a_replay_that_starts_where_its_forward_did_and_is_put_back_is_ok(step, 
 # What cannot be found out is never said to be ok.
 
 
-def test_an_output_that_varies_by_itself_cannot_be_judged():
-    class Varies(Steps):
-        def forward(self, x):
-            varying.append(len(varying))
-            return super().forward(x) * len(varying)
-
-    varying = []
-    report = diagnosed(net_of(Varies))
-    assert {(each.read, each.note) for each in report.values()} == {(None, "the output varies on its own")}
+@pytest.mark.parametrize("kind", [lambda: nn.BatchNorm2d(3), nn.Identity])
+def test_a_checkpoint_in_compiled_code_is_not_observed_and_that_is_said(kind):
+    report = diagnosed(net_of(kind), by.compiled_whole("aot_eager"), count=1)
+    assert report.gradients_right is None
     assert not report.ok
+    assert "nobody sees what compiled code recomputes" in report.verdict
+    assert "run a step without torch.compile" in report.verdict
 
 
-def test_a_module_that_does_not_run_again_cannot_be_judged_and_the_step_goes_on():
-    class Once(Steps):
-        def forward(self, x):
-            runs.append(x)
-            if len(runs) > 2:
-                raise RuntimeError("no more than a forward and a replay")
-            return super().forward(x)
-
-    runs = []
-    net = nn.Sequential(Once(), by.Kink())
-    with diagnose(net) as report:
-        non_reentrant(net, torch.rand(3, requires_grad=True)).sum().backward()
-    assert "does not run again (RuntimeError: no more than a forward and a replay)" in report["0.steps"].note
-    assert report["0.steps"].times == 2
-    assert report["0.steps"].read is None
+def test_a_compiled_model_is_not_observed():
+    model = torch.compile(net_of(nn.Identity), backend="aot_eager")
+    with diagnose(model) as report:
+        model(*data(1)).sum().backward()
+    assert report.gradients_right is None
+    assert not report.ok
+    assert "compiled code" in report.verdict
 
 
-def test_compiled_code_is_said_to_be_unseen():
-    for step in (by.compiled_whole("aot_eager"), by.compiled_block("aot_eager")):
-        report = diagnosed(Net(), step, count=1)
-        assert not report.ok
-        unseen = {finding.name for finding in report.values() if finding.note == "moved unseen"}
-        assert unseen >= {f"{each}.1.{name}" for each in "abc" for name in STATISTICS}
-        torch.compiler.reset()
-
-
-def test_a_compiled_model_is_said_to_be_unseen_and_one_without_state_is_ok():
-    for kind, ok in ((Load, False), (nn.Identity, True)):
-        model = torch.compile(net_of(kind), backend="aot_eager")
-        with diagnose(model) as report:
-            model(*data(1)).sum().backward()
-        assert report.ok is ok
-        torch.compiler.reset()
-
-
-def test_a_compiled_block_in_a_model_is_seen_from_outside():
-    net = net_of(Normalizer)
+@pytest.mark.parametrize("kind", [Normalizer, Load])
+def test_a_compiled_block_within_a_checkpoint_is_observed_from_outside(kind):
+    net = net_of(kind)
     net.b.compile(backend="aot_eager")
     report = diagnosed(net, count=1)
-    assert all(finding.read and finding.times == 2 for finding in report.values())
+    assert report.gradients_right is (kind is Load)
+    assert all(finding.times == 2 for finding in report.values())
+    assert len(report) == 3
 
 
-def test_torchscript_is_said_to_be_unseen():
+def test_torchscript_is_said_not_to_be_looked_at():
     net = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(3, 3))), nn.Tanh())
-    for mode, ok in ((True, False), (False, True)):
-        with diagnose(net.train(mode)) as report:
-            net(torch.rand(2, 3)).sum().backward()
-        assert report.ok is ok
-    with diagnose(net.train()) as report:
-        net(torch.rand(2, 3)).sum().backward()
-    assert report["0"].note == "not looked at"
+    with diagnose(net) as report:
+        non_reentrant(net, torch.rand(2, 3)).sum().backward()
+    assert report.gradients_right is True
+    assert not report.ok
+    assert report["0"].note == "its state is not looked at"
 
 
 def on_ranks(rank):
@@ -702,13 +736,15 @@ def on_ranks(rank):
     for _ in range(2):  # in the second step DDP sends the buffers of the first rank to the other
         with diagnose(net) as report:
             by.inside_the_model(net, data(1)[0] + rank, non_reentrant)
-    assert {finding.read for finding in report.values()} == {None}
-    assert {finding.note for finding in report.values()} == {"not tried on several ranks: run the step in one process"}
     times = {name: finding.times for name, finding in report.items()}
     assert times == {"module.a.1.mean": 2, "module.b.1.mean": 3, "module.c.1.mean": 2}
+    assert report.gradients_right is False
+    with diagnose(net) as report:
+        by.inside_the_model(net, data(1)[0] + rank, by_context)
+    assert report.ok
 
 
-def test_on_several_ranks_nothing_is_run_again(tmp_path):
+def test_each_rank_observes_its_own_recomputations(tmp_path):
     on_two_ranks(on_ranks, tmp_path)
 
 
@@ -827,18 +863,21 @@ def test_objects_stay_the_same_objects():
 
 def hooks(model):
     modules = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
-    return sum(modules) + sum(len(parameter._backward_hooks or ()) for parameter in model.parameters())
+    everywhere = torch.nn.modules.module
+    shared = len(everywhere._global_forward_hooks) + len(everywhere._global_forward_pre_hooks)
+    return sum(modules) + shared + sum(len(parameter._backward_hooks or ()) for parameter in model.parameters())
 
 
 def test_no_hook_stays_even_after_an_exception():
     net = Net()
     with diagnose(net):
-        assert hooks(net) > 20
+        assert hooks(net) > 10
         train(net, by.one, data(1), non_reentrant)
     assert hooks(net) == 0
     with pytest.raises(by.StoppedError), diagnose(net) as report:
         raise by.StoppedError
     assert hooks(net) == 0
+    assert torch.utils.checkpoint._CheckpointFrame.__module__ == "torch.utils.checkpoint"
     assert not report.ok
 
 
@@ -849,7 +888,7 @@ def test_a_copy_made_in_the_block_works():
         twin(*data(1))
         train(net, by.one, data(1), plainly)
     twin(*data(1))
-    assert report.ok
+    assert not report
     assert int(twin.a[1].num_batches_tracked) == 2
 
 
@@ -870,17 +909,9 @@ def test_nan_equals_nan():
     assert diagnosed(net_of(Spoilt)).ok
 
 
-def test_a_nan_differs_from_a_number():
-    for other in (1.0, None, torch.tensor(1.0)):
-        nan = torch.tensor(float("nan")) if isinstance(other, torch.Tensor) else float("nan")
-        assert not same(nan, other)
-        assert not same(other, nan)
-        assert same(nan, copy.copy(nan))
-
-
 def test_what_is_not_known_has_a_question_mark():
-    cells = Finding("a", "b", "C", None, None, "", "").cells()
-    assert cells == ("a.b", "C", "?", "?", "nothing", "")
+    report = Diagnosis({"a.b": Finding("a", "b", "C", None, "", "")})
+    assert str(report).splitlines()[-1].split() == ["a", "C", "b", "?", "nothing"]
 
 
 def test_a_large_buffer_is_as_well_looked_into_as_a_small_one():
@@ -895,18 +926,19 @@ def test_a_large_buffer_is_as_well_looked_into_as_a_small_one():
 
     net = net_of(Large)
     report = diagnosed(net, count=3)
-    assert {name.partition(".")[2] for name, finding in report.items() if finding.read} >= {"1.table", "1.mean"}
+    assert {name.partition(".")[2] for each in report.differences for name in each.moved} == {"1.table", "1.mean"}
+    assert {finding.times for finding in report.values()} == {2}
     assert net.b[1].table.unique().tolist() == [6]
 
 
-def test_state_that_is_read_later_only_is_found_by_more_steps():
+def test_right_is_true_of_this_step_and_more_steps_find_what_is_read_later():
     class Late(Steps):
         def forward(self, x):
             self.steps += 1
             return x * max(self.steps - 3, 1)
 
-    assert not any(finding.read for finding in diagnosed(net_of(Late), count=1).values())
-    assert all(finding.read for finding in diagnosed(net_of(Late), count=4).values())
+    assert diagnosed(net_of(Late), count=1).gradients_right is True
+    assert diagnosed(net_of(Late), count=4).gradients_right is False
 
 
 def test_modules_in_a_list_of_the_model_itself_are_named_by_the_list():
@@ -949,28 +981,6 @@ def test_a_change_of_shape_or_type_is_a_move():
     assert {finding.attribute for finding in diagnosed(net_of(Grows), count=1).values()} == {"values", "flag"}
 
 
-def test_outputs_may_be_of_many_kinds():
-    @dataclass
-    class Output:
-        values: list
-
-    class Gives(Steps):
-        def forward(self, x, *, give):
-            return give(super().forward(x))
-
-    gives = {
-        "dataclass": (lambda x: Output([{"x": x}]), lambda y: y.values[0]["x"]),
-        "distribution": (lambda x: torch.distributions.Normal(x, 1), lambda y: y.loc),
-        "tuple": (lambda x: (None, x, 3), lambda y: y[1]),
-    }
-    for give, get in gives.values():
-        net = nn.ModuleList([Gives(), by.Kink()])
-        with diagnose(net) as report:
-            x = torch.rand(3, requires_grad=True)
-            non_reentrant(lambda y, net=net, give=give, get=get: net[1](get(net[0](y, give=give))), x).sum().backward()
-        assert report["0.steps"].read
-
-
 def test_early_stop_within_the_module_that_reads_does_not_hide_it():
     class Last(Steps):
         def forward(self, x):
@@ -982,36 +992,8 @@ def test_early_stop_within_the_module_that_reads_does_not_hide_it():
         for _ in range(2):
             non_reentrant(net[0], torch.rand(4, 3, 1, 1, requires_grad=True)).sum().backward()
             net[1](torch.rand(4, 3, 1, 1))
-    assert {name: (finding.times, finding.read) for name, finding in report.items()} == {"0.steps": (2, True)}
-
-
-def test_inputs_are_those_from_before_the_modules_own_hooks():
-    net = nn.Sequential(Load(), by.Kink())
-    net.register_forward_pre_hook(lambda _, inputs: (inputs[0]["x"],))
-    with diagnose(net) as report:
-        non_reentrant(net, {"x": torch.rand(4, 3, 1, 1, requires_grad=True)}).sum().backward()
-    assert {name: finding.note for name, finding in report.items()} == {"0.load": ""}
-
-
-def test_a_module_that_writes_to_its_input_runs_again_on_what_it_was_given():
-    net = nn.Sequential(InPlace(), by.Kink())
-    with diagnose(net) as report:
-        x = torch.rand(3, requires_grad=True)
-        non_reentrant(lambda y: net(y.clone()), x).sum().backward()
-    assert {(finding.read, finding.note) for finding in report.values()} == {(True, "")}
-
-
-def test_a_module_that_warns_is_not_heard_more_often():
-    class Warns(Steps):
-        def forward(self, x):
-            warnings.warn("again", stacklevel=1)
-            return super().forward(x)
-
-    net = nn.Sequential(Warns(), by.Kink())
-    with warnings.catch_warnings(record=True) as heard, diagnose(net):
-        warnings.simplefilter("always")
-        non_reentrant(net, torch.rand(3, requires_grad=True)).sum().backward()
-    assert [str(each.message) for each in heard] == ["again"] * 2  # the forward pass, the replay
+    assert {name: finding.times for name, finding in report.items()} == {"0.steps": 2}
+    assert {each.module for each in report.differences} == {"0"}
 
 
 def test_many_modules_and_checkpoints_take_seconds():

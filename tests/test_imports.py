@@ -1,12 +1,15 @@
 """Importing the package costs nothing that the caller does not use."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import momentum_fix
 
+PACKAGE = Path(momentum_fix.__file__).parent
 HEAVY = ("torch", "sympy", "matplotlib", "numpy", "z3")
 
 
@@ -35,6 +38,21 @@ def test_the_theorems_load_sympy_and_neither_torch_nor_the_solver_of_the_tests()
 
 def test_this_check_can_fail():
     assert "torch" in loaded_after("from momentum_fix import calibrate")
+
+
+def imported_by(*files):
+    """Give what these files import, at the top or in a function."""
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    names = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    return names | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+def test_saved_files_are_read_without_torch_and_without_what_is_known_of_models():
+    files = sorted((PACKAGE / "files").glob("*.py"))
+    known = {"__future__", *sys.stdlib_module_names, *(f"momentum_fix.files.{file.stem}" for file in files)}
+    found = {name for name in imported_by(*files) if name not in known and name.partition(".")[0] not in known}
+    assert found == {"momentum_fix.formula", "momentum_fix.tables"}
+    assert {"momentum_fix.layers", "momentum_fix.corrected"} < imported_by(PACKAGE / "auditing.py")
 
 
 def test_the_package_can_be_imported_anew():

@@ -76,12 +76,12 @@ def test_the_sdist_holds_nothing_that_is_made_here(packed):
 def test_the_wheel_holds_the_package_its_types_and_its_license_and_nothing_else(built):
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
-    files = [file for file in (ROOT / "momentum_fix").rglob("*") if file.is_file() and file.suffix != ".pyc"]
-    ours = {file.relative_to(ROOT).as_posix() for file in files}
+    files = (file for file in (ROOT / "momentum_fix").rglob("*") if file.is_file() and file.suffix != ".pyc")
+    ours = {str(file.relative_to(ROOT)) for file in files}
     about = f"momentum_fix-{momentum_fix.__version__}.dist-info/"
     said = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
     assert names == ours | {about + name for name in said}
-    assert {"momentum_fix/py.typed", "momentum_fix/symbolic/proof.py"} <= ours
+    assert {"momentum_fix/py.typed", "momentum_fix/files/reading.py", "momentum_fix/symbolic/proof.py"} <= ours
 
 
 def test_the_wheel_alone_gives_the_number(installed):

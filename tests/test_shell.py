@@ -26,7 +26,7 @@ def test_value_prints_the_corrected_momentum_and_nothing_else(capsys):
 
 
 HELP = {
-    "": "BatchNorm's running statistics as if|value print the|prove check every|plot draw the|audit find recomputed",
+    "": "BatchNorm's running statistics as if|value print the|prove check every|plot draw the|audit find layers",
     "value": "momentum PyTorch's momentum, the weight|--passes PASSES updates per batch (default: 2)",
     "plot": "--output FILE file to write",
     "audit": "file a checkpoint, a|--steps STEPS batches|--momentum MOMENTUM the model's momentum (default: 0.1)|"
@@ -181,7 +181,7 @@ def test_a_picture_that_cannot_be_written_is_refused_before_it_is_drawn(monkeypa
         (["value", "0.1"], "momentum_fix.corrected_momentum"),
         (["prove"], "momentum_fix.symbolic.theorems"),
         (["plot", "-o", "curves.png"], "momentum_fix.plots.save"),
-        (["audit", "x.pt"], "momentum_fix.auditing.audit_files"),
+        (["audit", "x.pt"], "momentum_fix.files.verdict.audit_files"),
     ],
 )
 def test_ctrl_c_is_one_line_and_status_130_in_every_command(command, slow, capsys, monkeypatch):

@@ -7,8 +7,8 @@ from fractions import Fraction
 
 import pytest
 
-from momentum_fix import unpickling
-from momentum_fix.unpickling import Refused
+from momentum_fix.files import unpickling
+from momentum_fix.files.unpickling import Refused
 
 ORDERED = b"ccollections\nOrderedDict\nq\x01"  # named once, and then called
 PIECES = {  # what a pickle can make, and how many bytes that is said to take

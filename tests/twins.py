@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.utils.checkpoint
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,8 +22,8 @@ def plainly(function, *args, **_):
     return function(*args)
 
 
-def reentrant(function, *args):
-    return checkpoint(function, *args, use_reentrant=True)
+def reentrant(function, *args, **kwargs):
+    return checkpoint(function, *args, use_reentrant=True, **kwargs)
 
 
 def non_reentrant(function, *args, **kwargs):
@@ -42,6 +43,12 @@ def drop_in_reentrant(function, *args):
 
 
 EXACT = {"context_fn": by_context, "drop-in": drop_in, "drop-in, reentrant": drop_in_reentrant}
+
+
+def torchs_checkpoint():
+    """Give all that is in torch's module and in the function of its reentrant engine, to see whether it is changed."""
+    module = torch.utils.checkpoint
+    return [(name, getattr(owner, name)) for owner in (module, module.CheckpointFunction) for name in vars(owner)]
 
 
 def batches(count, *shape, seed=1):

@@ -7,7 +7,6 @@ that the file chooses. (It also takes a quarter of a minute for 100,000 tensors,
 
 from __future__ import annotations
 
-import gc
 import io
 import json
 import math
@@ -16,37 +15,51 @@ import re
 import stat
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from momentum_fix.files.unpickling import OBJECTS, STEPS, TOO_MUCH, Dictionary, Name, Refused, Tensor, damaged, unpickle
 from momentum_fix.tables import printable, shortened
-from momentum_fix.unpickling import (
-    NO_MORE_THAN_OBJECTS,
-    STEPS,
-    TOO_MUCH,
-    Dictionary,
-    Name,
-    Refused,
-    Tensor,
-    damaged,
-    unpickle,
-)
 
 COUNTER = "num_batches_tracked"
 _NAMES = (COUNTER, "running_mean", "running_var")
-_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-_INDEX = ".index.json"
-_NO_MODELS = re.compile(  # what trainers save beside a model, by exact name
-    r"(optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args)(_\d+)?\.(pt|pth|bin)"
-)
+_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pt.tar", ".pth.tar", ".ckpt.tar")
+INDEX = ".index.json"
+# What trainers save beside a model, by exact name.
+_BESIDE = re.compile(r"(optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args)(_\d+)?\.(pt|pth|bin)")
 _LARGEST = 2**25  # bytes of a pickle or a header; 200,000 tensors need 20 MB
 _MANY = 350_000  # entries of an index or a header
 _LAYERS = 2**17
 _WORDS = 2**24  # characters of the names of all layers, each with the way to it
-_DEEP = 10_000  # containers in containers
+_DEEP = 10_000  # containers in containers that are searched
+_WAY = 20  # keys on the way to a container that are written
 _NOTE = 80  # characters of what is said about one counter
+
+# What files of other formats are, by how they begin or by the names in an archive, and what to audit instead.
+_INSTEAD = "Audit `model.state_dict()`, or a file that it was saved to"
+_KERAS = "as Keras writes it, whose layers do not count batches. Of a PyTorch model, audit `model.state_dict()`"
+_TOOL = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+_DISTRIBUTED = f"is a distributed checkpoint. Convert its directory with `{_TOOL} DIRECTORY FILE`, and audit that file"
+_PROGRAM = "is a program of torch.export. Audit `torch.export.load(file).state_dict`"
+_BEGINNINGS = {
+    r"\x89HDF\r\n": f"is HDF5, {_KERAS}",
+    r"\x93NUMPY": f"is a NumPy array, without names of layers. {_INSTEAD}",
+    r"\x08[\3-\x1f](\x12.[ -~]|:)": f"is ONNX, an exported graph without counters. {_INSTEAD}",
+    r"\x80(?!.{,20}l\xfc\x9cF\xf9)": f"is a pickle, but not of torch.save; nothing in it was executed. {_INSTEAD}",
+    r"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd": "is compressed. Decompress it, and audit what it holds",
+    r".{257}ustar": "is a tar archive. Unpack it, and audit what it holds",
+    r"version https://git-lfs": "is only a pointer to the file. Fetch the file itself with `git lfs pull`",
+    r"(?i)\s*<(!doctype )?html": "is a web page. Open it: it may say why the file was not downloaded",
+}
+_ENTRIES = {
+    r".*/constants\.pkl$": f"is TorchScript. {_INSTEAD}",
+    r".*\b(archive_format|serialized_exported_program\.json)$": _PROGRAM,
+    r".*\.npy$": "is a NumPy archive. If it holds a state dict, audit `numpy.load(file)`",
+    r".*\.h5$": f"is a model {_KERAS}",
+}
 
 Layers = dict[str, Any]  # the counter of each layer, or None
 
@@ -69,50 +82,47 @@ def checkpoint_files(path: Path) -> list[Path]:
     Raises:
         UnreadableError: the path may not be looked at, or is a directory that holds none.
     """
-    try:
+    with _sentences(path):
         if not path.is_dir():
             return [path]
-        files = sorted(file for file in path.iterdir() if file.name.endswith((*_ENDINGS, _INDEX)))
-    except OSError as error:
-        raise _unreadable(path, f"cannot be read ({error.strerror})") from error
+        names = sorted(os.listdir(path))
+    files = [path / name for name in names if name.endswith((*_ENDINGS, INDEX)) and not _BESIDE.fullmatch(name)]
     shards: set[str] = set()
     for index in files:
-        if index.name.endswith(_INDEX):
-            try:
+        if index.name.endswith(INDEX):
+            with suppress(Exception):  # which reading the index itself will report
                 shards.update(_weight_map(index).values())
-            except Exception:
-                continue  # reading the index itself will report it
-    files = [file for file in files if file.name not in shards and not _NO_MODELS.fullmatch(file.name)]
+    files = [file for file in files if file.name not in shards]
     if not files:
-        raise _unreadable(path, f"holds no file that ends in {', '.join(_ENDINGS)} or {_INDEX}")
+        nothing = f"holds no file that ends in {', '.join(_ENDINGS)} or {INDEX}"
+        raise _unreadable(path, _DISTRIBUTED if any(name.endswith(".distcp") for name in names) else nothing)
     return files
 
 
 def read(path: Path) -> list[tuple[str, Layers]]:
     """Give the counters of each state dict in a file, with the way to it.
 
-    Damaged and foreign bytes can raise nearly anything on their way through a reader, so every error becomes
-    one sentence here, with the original as its cause.
-
     Raises:
         UnreadableError: the file cannot be read.
     """
-    collects = gc.isenabled()
-    gc.disable()  # which would look for garbage among a file's objects again and again, and there is none
-    try:
+    with _sentences(path):
         found = _read(path)
         if sum(sum(map(len, layers)) + len(way) * len(layers) for way, layers in found) > _WORDS:
             raise Refused(TOO_MUCH)
         return found
+
+
+@contextmanager
+def _sentences(path: Path) -> Iterator[None]:
+    """Turn every error into one sentence: damaged and foreign bytes can raise nearly anything inside a reader."""
+    try:
+        yield
     except Refused as error:
         raise _unreadable(path, str(error)) from error
     except OSError as error:
         raise _unreadable(path, f"cannot be read ({error.strerror or error})") from error
     except Exception as error:
         raise _unreadable(path, "is damaged or no checkpoint") from error
-    finally:
-        if collects:
-            gc.enable()
 
 
 def _unreadable(path: Path, reason: str) -> UnreadableError:
@@ -120,22 +130,32 @@ def _unreadable(path: Path, reason: str) -> UnreadableError:
 
 
 def _read(path: Path) -> list[tuple[str, Layers]]:
-    if path.name.endswith(_INDEX):
+    if path.name.endswith(INDEX):
         return _read_shards(path)
+    if path.suffix == ".distcp":
+        raise Refused(_DISTRIBUTED)  # which is an archive after the other, as other damaged files are
     with _open(path) as file:
-        if path.suffix == ".safetensors":
+        head = file.read(300)
+        if head[5:9] == b"\0\0\0{":  # after a length of 8 bytes
             return [("", _read_safetensors(file))]
-        head = file.read(4)
-        if head != b"PK\3\4" and head[:1] != b"\x80":
-            raise damaged("it begins like none")
-        tree, objects, fetch = _open_archive(file) if head == b"PK\3\4" else _open_legacy(file)
-        found = [
-            (way, {name: _resolved(value, fetch) for name, value in layers.items()})
-            for way, layers in search(tree, _LAYERS)
-        ]
+        _refuse(_BEGINNINGS, [head.decode("latin-1")])
+        if head[:4] == b"PK\3\4":
+            tree, objects, fetch = _open_archive(file)
+        elif head[:1] == b"\x80":
+            tree, objects, fetch = _open_legacy(file)
+        else:
+            raise damaged("it begins as none does")
+        dicts = search(tree, _LAYERS)
+        found = [(way, {name: _resolved(value, fetch) for name, value in layers.items()}) for way, layers in dicts]
     if objects and not found:
-        raise Refused(NO_MORE_THAN_OBJECTS)
+        raise Refused(OBJECTS)
     return found
+
+
+def _refuse(kinds: Mapping[str, str], texts: Iterable[str]) -> None:
+    for pattern, kind in kinds.items():
+        if any(re.match(pattern, text, re.DOTALL) for text in texts):
+            raise Refused(kind)
 
 
 class _Limited(io.FileIO):
@@ -167,67 +187,54 @@ def _open(path: Path) -> _Limited:
 # Where state dicts are, in a file or in memory.
 
 
-def search(tree: Any, most: float = math.inf) -> Iterator[tuple[str, Layers]]:
-    """Find the mappings that hold running statistics or counters, wherever they are, with the way to each.
+def search(tree: Any, most: float = math.inf, models: tuple[type, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Find the mappings that hold running statistics or counters, and the models, wherever they are.
 
-    Names are fit to be printed.
+    Gives the way to each, and of a mapping the counter of each layer. Names are fit to be printed.
 
     Raises:
         Refused: there are more than `most` layers, or twice as many containers.
     """
-    seen: set[int] = set()
+    kinds = (Mapping, list, tuple, *models)
     found = 0
     names: dict[str, tuple[str, str]] = {}  # once each, for many mappings may share one that is long
-    path: list[tuple[Any, Iterator[tuple[Any, Any]]]] = [(None, iter([(None, tree)]))]
-    while path:  # each container once, however often it holds itself
-        way, items = path[-1]
-        for key, node in items:
-            if not isinstance(node, (Mapping, list, tuple)) or not node or id(node) in seen or len(path) > _DEEP:
-                continue
-            seen.add(id(node))
-            inner = way if key is None and way is None else (way, key)
-            layers: Layers = {}
-            for text, value in _items(node):
-                if isinstance(text, str) and text.endswith(_NAMES):
-                    if text not in names:
-                        name, _, kind = text.rpartition(".")
-                        names[text] = _readable(name), kind
-                    _enter(layers, *names[text], value)
-                if found + len(layers) > most or len(seen) > 2 * most:
-                    raise Refused(TOO_MUCH)
-            if layers:
-                found += len(layers)
-                yield _written(inner), layers
-            path.append((inner, _items(node)))
-            break
-        else:
-            path.pop()
+    seen = {id(tree)}  # each container once, however often it holds itself
+    stack: list[tuple[int, tuple[Any, ...], Any]] = [(0, (), tree)] if isinstance(tree, kinds) else []
+    while stack:
+        depth, way, node = stack.pop()
+        if isinstance(node, models):
+            yield _written(way), node
+            continue
+        layers: Layers = {}
+        inner = []
+        for key, value in node.items() if isinstance(node, (Mapping, Dictionary)) else enumerate(node):
+            if isinstance(value, kinds) and id(value) not in seen and depth < _DEEP:
+                seen.add(id(value))
+                inner.append((depth + 1, (*way[-_WAY:], key), value))
+            if isinstance(key, str) and key.endswith(_NAMES):
+                if key not in names:
+                    name, _, kind = key.rpartition(".")
+                    names[key] = _readable(name), kind
+                name, kind = names[key]
+                if kind in _NAMES:
+                    layers[name] = value if kind == COUNTER else layers.get(name)
+            if found + len(layers) > most or len(seen) > 2 * most:
+                raise Refused(TOO_MUCH)
+        stack += reversed(inner)
+        if layers:
+            found += len(layers)
+            yield _written(way), layers
 
 
-def _enter(layers: Layers, name: str, kind: str, counter: Any) -> None:
-    if kind == COUNTER:
-        layers[name] = counter
-    elif kind in _NAMES:
-        layers.setdefault(name, None)
+def _written(way: tuple[Any, ...]) -> str:
+    """Write the keys on the way to a container; of very many, the last."""
+    return shortened("".join(f"{key}/" for key in ["…"] * (len(way) > _WAY) + [_key(key) for key in way[-_WAY:]]))
 
 
-def _items(node: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(node, Dictionary):
-        items = iter(node)
-        return zip(items, items, strict=True)
-    return iter(node.items()) if isinstance(node, Mapping) else enumerate(node)
-
-
-def _written(way: Any) -> str:
-    """Write a way of nested keys; of one that is absurdly long, the end."""
-    keys: list[str] = []
-    while way is not None and len(keys) < 20:
-        way, key = way
-        small = type(key) is int and abs(key) < 10**20
-        keys.append(_readable(key) if isinstance(key, str) else str(key) if small else f"({type(key).__name__})")
-    if way is not None:
-        keys.append("…")
-    return shortened("".join(f"{key}/" for key in reversed(keys)))
+def _key(key: Any) -> str:
+    if isinstance(key, str):
+        return _readable(key)
+    return str(key) if type(key) is int and abs(key) < 10**20 else f"({type(key).__name__})"
 
 
 def _readable(text: str, longest: int = 300) -> str:
@@ -279,10 +286,7 @@ def _resolved(value: Any, fetch: Fetch) -> Any:
     if isinstance(value, Tensor):
         kind, key, offset = _place(value)
         return _number(kind, value.shape, lambda size: fetch(key, offset * size, size))
-    if isinstance(value, (Name, Dictionary)):
-        kind = _readable(value, _NOTE) if isinstance(value, Name) else "dict"
-        return Odd(f"is of type {kind}, not a whole number")
-    return value
+    return Odd(f"is of type {_readable(value, _NOTE)}, not a whole number") if isinstance(value, Name) else value
 
 
 def _place(tensor: Tensor) -> tuple[str, str, int]:
@@ -300,12 +304,9 @@ def _open_archive(file: _Limited) -> tuple[Any, bool, Fetch]:
     """Read the pickle of a zip archive; give what it says, whether it holds objects, and a way to the storages."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-            raise Refused("is TorchScript. Save `model.state_dict()` of what it was made from, and audit that")
-        for entry in entries:
-            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-                name = _readable(entry.filename)
-                raise damaged(f"its entry {name} is compressed or encrypted, which torch.save never does")
+        _refuse(_ENTRIES, archive.namelist())
+        if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
+            raise damaged("an entry is compressed or encrypted, which torch.save never does")
         root = entries[0].filename.partition("/")[0] + "/"
         inside = (entry for entry in entries if entry.filename.startswith(root))
         places = {entry.filename[len(root) :]: (entry.header_offset, entry.file_size) for entry in inside}
@@ -313,7 +314,7 @@ def _open_archive(file: _Limited) -> tuple[Any, bool, Fetch]:
             raise damaged("it has two entries of one name, or several roots")
         if min(places.values())[0] != 0:
             raise damaged("something stands before its first entry")
-    del archive, entries, entry, inside  # which take more memory than all that follows
+    del archive, entries, inside  # which take more memory than all that follows
 
     def whole(name: str, start: int = 0, size: int | None = None) -> bytes:
         header, length = places[name]
@@ -331,16 +332,11 @@ def _open_legacy(file: _Limited) -> tuple[Any, bool, Fetch]:
     """Read a file from before torch 1.6: pickles in a row, and each storage after its length."""
     end = file.seek(0, io.SEEK_END)
     data = file.exactly(0, min(end, _LARGEST))
-    few, left = 2**16, iter(STEPS)
-    magic, at, objects, _ = unpickle(data, 0, few, left)
-    if objects:
-        raise Refused(NO_MORE_THAN_OBJECTS)
-    if magic != 0x1950A86A20F9469CFC6C:
-        raise damaged("it begins like none")
-    _, at, _, _ = unpickle(data, at, few, left)
-    machine, at, _, _ = unpickle(data, at, few, left)
-    tree, at, objects, storages = unpickle(data, at, steps=left)
-    keys, at, _, _ = unpickle(data, at, _LARGEST, left)
+    at, steps = 0, iter(STEPS)
+    for _ in range(3):  # a magic number, the protocol, the machine
+        machine, at, _, _ = unpickle(data, at, 2**16, steps)
+    tree, at, objects, storages = unpickle(data, at, steps=steps)
+    keys, at, _, _ = unpickle(data, at, _LARGEST, steps)
     order = 1 if machine[machine.index("little_endian") + 1] is True else -1
     kinds = {key: kind for kind, key, _ in (_place(Tensor(storage, 0, ())) for storage in storages)}
     places = {}
@@ -357,61 +353,48 @@ def _open_legacy(file: _Limited) -> tuple[Any, bool, Fetch]:
 
 # Files of safetensors, and indexes of shards.
 
-_BETWEEN = re.compile(r'[\s,]*(?=["}])')
-_IS_TEXT = re.compile(r'\s*:\s*(?=")')
-_IS_OBJECT = re.compile(r"\s*:\s*(?={)")
+_STRING = r'"(?:[^"\\]++|\\.)*+"'  # possessive (++), or a header that is made for it would take for ever
+_ENTRY = re.compile(rf'\s*+(?:({_STRING})\s*+:\s*+({{(?:[^"{{}}]++|{_STRING})*+}})\s*+)?+([,}}])', re.DOTALL)
 
 
 def _read_safetensors(file: _Limited) -> Layers:
-    """Read a header, the length of which stands before it; its offsets count from its end."""
+    """Read a header, the length of which stands before it; its offsets count from its end.
+
+    Entry by entry, because read at once as JSON it could be made to fill the memory.
+    """
     end = 8 + int.from_bytes(file.exactly(0, 8), "little")
-    layers: Layers = {}
-
-    def counted(tensor: Mapping[str, Any]) -> Any:
-        start, stop = tensor["data_offsets"]
-        if start < 0 or stop < start:
-            raise damaged("a tensor ends before it starts")
-        return _number(tensor["dtype"], tensor["shape"], lambda _: file.exactly(end + start, stop - start))
-
-    for key, text in _described(file.exactly(8, end - 8).decode()):
-        name, _, kind = key.rpartition(".")
-        name = _readable(name)
-        if kind == COUNTER and layers.get(name) is not None:
-            raise damaged(f"it describes {name} twice")
-        _enter(layers, name, kind, counted(json.loads(text)) if kind == COUNTER else None)
-        if len(layers) > _LAYERS:
-            raise Refused(TOO_MUCH)
-    return layers
-
-
-def _described(header: str) -> Iterator[tuple[str, str]]:
-    """Give each tensor's name and description, one by one: a header that is made for it would fill the memory."""
+    header, at = file.exactly(8, end - 8).decode(), 1
     decode = json.JSONDecoder().raw_decode
-
-    def after(pattern: re.Pattern[str], at: int) -> int:
-        found = pattern.match(header, at)
-        if found is None:
-            raise damaged("its header is not of safetensors")
-        return found.end()
-
-    at, within = after(_BETWEEN, 1), False
+    layers: Layers = {}
     for _ in range(_MANY):
-        if header[at] == "}":
-            if not within:
-                return
-            at, within = at + 1, False
-        else:
-            name, at = decode(header, at)
-            if within:  # texts of the one that saved it, which no reader needs
-                _, at = decode(header, after(_IS_TEXT, at))
-            elif name == "__metadata__":
-                at, within = after(_IS_OBJECT, at) + 1, True
-            else:
-                start = after(_IS_OBJECT, at)
-                at = header.index("}", start, start + 1000) + 1
-                yield name, header[start:at]
-        at = after(_BETWEEN, at)
+        entry = _ENTRY.match(header, at)
+        if entry is None:
+            raise damaged("its header is not of safetensors")
+        at = entry.end()
+        key = decode(header, entry.start(1))[0] if entry.start(1) > 0 else ""
+        longest = _LARGEST // 4 if key == "__metadata__" else 1000
+        if entry.end(2) - entry.start(2) > longest:
+            raise damaged("a description is too long")
+        name, _, kind = key.rpartition(".")
+        if kind in _NAMES:
+            name = _readable(name)
+            known = layers.get(name)
+            if kind == COUNTER and known is not None:
+                raise damaged(f"it describes {name} twice")
+            layers[name] = known if kind != COUNTER else _stored(decode(header, entry.start(2))[0], file, end)
+        if len(layers) > _LAYERS:
+            break
+        if entry[3] == "}":
+            return layers
     raise Refused(TOO_MUCH)
+
+
+def _stored(tensor: Mapping[str, Any], file: _Limited, end: int) -> Any:
+    """Give a number from behind a header that ends there."""
+    start, stop = tensor["data_offsets"]
+    if not 0 <= start <= stop:
+        raise damaged("a tensor ends before it starts")
+    return _number(tensor["dtype"], tensor["shape"], partial(file.exactly, end + start))
 
 
 def _read_shards(index: Path) -> list[tuple[str, Layers]]:
@@ -425,9 +408,8 @@ def _read_shards(index: Path) -> list[tuple[str, Layers]]:
         except UnreadableError as error:
             raise Refused(f"a shard is unreadable: {error}") from error
         for way, layers in parts:
-            for name, value in layers.items():
-                if value is not None or way + name not in merged:  # another shard may have the counter
-                    merged[way + name] = value
+            new = {way + name: value for name, value in layers.items()}
+            merged |= {name: value for name, value in new.items() if value is not None or name not in merged}
             if len(merged) > _LAYERS:
                 raise Refused(TOO_MUCH)
     return [("", merged)]
@@ -435,7 +417,7 @@ def _read_shards(index: Path) -> list[tuple[str, Layers]]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     with _open(index) as file:
-        text = file.read(max(1, os.fstat(file.fileno()).st_size))
+        text = file.exactly(0, file.seek(0, io.SEEK_END))
     try:
         if sum(map(text.count, (b",", b":", b"[", b"{"))) > 2 * _MANY:
             raise ValueError

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,11 @@ class Dictionary(list[Any]):
 
     __slots__ = ()
 
+    def items(self) -> Iterator[tuple[Any, Any]]:
+        """Give the pairs of keys and values."""
+        parts = iter(self)
+        return zip(parts, parts, strict=True)
+
 
 @dataclass(slots=True)
 class Tensor:
@@ -45,26 +50,34 @@ class Tensor:
     kind: Any = None  # its type, where the storage has none
 
 
+_MADE = 96  # bytes that a container takes at most while it is empty, or a tensor
+
 # The operations that torch.save writes, by their codes (the standard library's pickletools explains each).
 _PUT, _GET, _MARK, _TEXT, _TUPLE, _CALL, _STORAGE, _COUNT, _GLOBAL, _STOP = b"qh(XtRQKc."
 _NEGATIVE, _FLOAT, _LONG, _ADD, _SET, _ADD_ALL, _SET_ALL, _BUILD, _NEW, _PROTOCOL = b"JG\x8aaseub\x81\x80"
 _NOTE, _NAMED = b"\x94\x93"  # of protocol 4 and 5, which torch.save writes if it is told to
 # Those that differ in the size of their argument, or in what does not matter here: a set is read as a list.
 _ALIKE = bytes.maketrans(b"rjUT\x8cCBM\x8b\x95\x8f\x90\x91", b"qhXXXXXK\x8a\x80]et")
-_ARGUMENTS = {1: b"qhKUC\x80\x8a\x8c", 2: b"M", 4: b"rjJXTB\x8b", 8: b"G\x95"}  # bytes
 _BYTES = b"UTCB"  # texts of Python 2, which may be any bytes, and bytes
-_SIZES = [sum(size for size, codes in _ARGUMENTS.items() if code in codes) for code in range(256)]
 _CONSTANTS = dict(zip(b"N\x88\x89)", (None, True, False, ()), strict=True))
 _EMPTY: dict[int, type[list[Any]]] = dict(zip(b"]}", (list, Dictionary), strict=True))
 _TUPLES = dict(zip(b"\x85\x86\x87", (1, 2, 3), strict=True))
 
+
+def _by_code(numbers: dict[int, bytes]) -> list[int]:
+    """Give the number that each operation stands beside, or 0."""
+    return [sum(number for number, codes in numbers.items() if code in codes) for code in range(256)]
+
+
+_SIZES = _by_code({1: b"qhKUC\x80\x8a\x8c", 2: b"M", 4: b"rjJXTB\x8b", 8: b"G\x95"})  # bytes of the argument
+_COSTS = _by_code({_MADE: b"tR\x85\x86\x87]}", 2 * _MADE: b"c\x93", _MADE // 2: b"JG\x8a"})  # bytes of what it makes
+
 STEPS = range(8_000_000)  # one an operation; a tensor of a state dict is 30
 _BUDGET = 120 * 2**20  # bytes that the rest may make; a tensor makes 600
-_MADE = 96  # bytes that a container takes at most while it is empty, or a tensor
 _DEEP = 10_000  # dictionaries in dictionaries
 _NAME = 400  # characters of the name of a class
 
-NO_MORE_THAN_OBJECTS = (
+OBJECTS = (
     "holds objects but no running statistics outside of them, or is not a checkpoint; nothing in it was executed. "
     "Save `model.state_dict()` and audit that"
 )
@@ -97,6 +110,7 @@ def unpickle(
             number = data[at] if size == 1 else from_bytes(data[at : at + size], "little")
             at += size
         op = _ALIKE[code]
+        left -= _COSTS[op]
         if op == _PUT:
             if number == len(memo):
                 memo.append(stack[-1])
@@ -117,7 +131,6 @@ def unpickle(
             left -= sys.getsizeof(text)
             stack.append(text)
         elif op == _TUPLE:
-            left -= _MADE
             made = tuple(stack)
             stack = below.pop()
             stack.append(made)
@@ -125,7 +138,7 @@ def unpickle(
             arguments = stack.pop()
             stack[-1] = made = _made(stack[-1], arguments)
             objects = objects or isinstance(made, Name)
-            left -= _MADE + (16 * len(made) if isinstance(made, Dictionary) else 0)
+            left -= 16 * len(made) if isinstance(made, Dictionary) else 0
         elif op == _STORAGE:
             if isinstance(stack[-1], tuple) and stack[-1][:1] == ("module",):  # a class, with its source
                 stack[-1] = stack[-1][1]
@@ -135,7 +148,6 @@ def unpickle(
             left -= _MADE // 2 * (number > 255)
             stack.append(number)
         elif op in _TUPLES:
-            left -= _MADE
             stack[-_TUPLES[op] :] = [tuple(stack[-_TUPLES[op] :])]
         elif op in (_ADD_ALL, _SET_ALL):
             items = stack
@@ -146,15 +158,12 @@ def unpickle(
             del stack[-len(items) :]
             _fill(stack[-1], items, op == _SET)
         elif op in _EMPTY:
-            left -= _MADE
             stack.append(_EMPTY[op]())
         elif op == _GLOBAL:
-            left -= 2 * _MADE
             end = data.index(b"\n", data.index(b"\n", at, at + _NAME) + 1, at + _NAME)
             stack.append(Name(data[at:end].decode().replace("\n", ".")))
             at = end + 1
         elif op == _NAMED:
-            left -= 2 * _MADE
             name = stack.pop()
             if not isinstance(name, str) or not isinstance(stack[-1], str) or len(name) + len(stack[-1]) > _NAME:
                 raise damaged("a name is no text")
@@ -164,24 +173,20 @@ def unpickle(
                 memo.clear()
             memo.append(stack[-1])
         elif op == _NEGATIVE:
-            left -= _MADE // 2
             stack.append(number - (number >> 31 << 32))
         elif op == _FLOAT:
-            left -= _MADE // 2
             stack.append(struct.unpack(">d", data[at - 8 : at])[0])
         elif op == _LONG:
-            left -= _MADE // 2 + number
+            left -= number
             stack.append(int.from_bytes(data[at : at + number], "little", signed=True))
             at += number
-        elif op == _NEW:
-            stack.pop()
-            objects = True
-        elif op == _BUILD:
-            stack.pop()  # an OrderedDict's `_metadata`, or what an object would become
+        elif op in (_NEW, _BUILD):
+            stack.pop()  # what an object is made from or would become, or an OrderedDict's `_metadata`
+            objects = objects or op == _NEW
         elif op == _STOP:
             return stack.pop(), at, objects, storages
         elif op != _PROTOCOL:
-            raise Refused(NO_MORE_THAN_OBJECTS)
+            raise Refused(OBJECTS)
         if left < 0:
             break
     raise Refused(TOO_MUCH)

@@ -1,0 +1,345 @@
+"""The way into torch's checkpoint and modules: be told of each call, each recomputation, each module that runs.
+
+Two places lead into the checkpoint in torch 2.9 to 2.15, however it was imported and whoever calls it: the class of
+which the non-reentrant engine makes an object for each call, and the forward pass of the reentrant engine. Both are
+private. So they are changed only while somebody listens, and what they tell is checked first, with a checkpoint of our
+own.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch._guards import TracingContext
+from torch.nn import functional
+from torch.nn.modules import module as torchs_module
+from torch.utils import checkpoint as torchs
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+@dataclass
+class Call:
+    """A call of torch's checkpoint in which gradients are on."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    reentrant: bool
+    keeps_random_numbers: bool  # `preserve_rng_state`
+    in_compilation: bool = (
+        False  # torch is compiling it with its model, and runs it once for that; it will not be seen again
+    )
+
+
+class Listener:
+    """What hears of one call."""
+
+    def forward(self) -> AbstractContextManager[Any]:
+        """Give what to enter around the forward pass."""
+        return nullcontext()
+
+    def recomputation(self) -> AbstractContextManager[Any]:
+        """Give what to enter around each recomputation, outside of the contexts of a `context_fn`."""
+        return nullcontext()
+
+    def saved(self, tensor: torch.Tensor) -> Any:
+        """Describe a tensor that autograd saves, or that is recomputed for it. Of the non-reentrant engine."""
+
+    def compare(self, forward: Any, recomputed: Any) -> None:
+        """Hear the descriptions of a saved tensor and of the recomputed one."""
+
+    def returned(self, output: Any) -> None:
+        """Hear what the function gave, in the forward pass and in each recomputation. Of the reentrant engine."""
+
+
+Begin: TypeAlias = Callable[[Call], Listener | None]
+_lock = threading.RLock()
+_beginnings: list[Begin] = []  # the outermost first
+
+
+def listen(begin: Begin, *, outermost: bool = False) -> Callable[[], None]:
+    """Have `begin` give a listener for each call of torch's checkpoint, in any thread; return what ends that.
+
+    Raises:
+        RuntimeError: this torch's checkpoint is not built as this module knows it.
+    """
+    _check()
+    return _begin(begin, outermost)
+
+
+def _begin(begin: Begin, outermost: bool) -> Callable[[], None]:
+    with _lock:
+        _beginnings.insert(0 if outermost else len(_beginnings), begin)
+        for (owner, name), (_, ours) in _places().items():
+            setattr(owner, name, ours)
+
+    def stop() -> None:
+        with _lock:
+            _beginnings.remove(begin)
+            if not _beginnings:
+                for (owner, name), (theirs, _) in _places().items():
+                    setattr(owner, name, theirs)
+
+    return stop
+
+
+def _listeners(call: Call) -> list[Listener]:
+    call.in_compilation = TracingContext.try_get() is not None
+    return [listener for begin in dict.fromkeys(_beginnings) if (listener := begin(call)) is not None]
+
+
+@functools.cache
+def _places() -> dict[tuple[Any, str], tuple[Any, Any]]:
+    """Give where torch is changed while somebody listens: what stands there, and what is put there instead."""
+    torchs_frame, torchs_hook, function = torchs._CheckpointFrame, torchs._checkpoint_hook, torchs.CheckpointFunction
+    torchs_forward = function.forward
+
+    class Frame(torchs_frame):  # type: ignore[misc, valid-type]
+        """A call of the non-reentrant engine."""
+
+        def __init__(self, recompute_fn: Any, early_stop: Any, unpack_error_cb: Any, metadata_fn: Any) -> None:
+            self.begun_with, listeners = recompute_fn, list[Listener]()
+            self.listeners = listeners  # the functions below hold the list and not the frame, which holds them
+
+            def recompute(*args: Any) -> None:
+                with _entered(each.recomputation() for each in listeners):
+                    recompute_fn(*args)
+
+            def describe(tensor: torch.Tensor) -> Any:
+                return _described(tensor, metadata_fn, listeners)
+
+            super().__init__(recompute, early_stop, unpack_error_cb, describe)
+
+        def save_inputs(self, *args: Any) -> None:
+            """Begin. torch calls this right before the forward pass, if gradients are on."""
+            super().save_inputs(*args)
+            fn, kwargs, keeps = _variables(self.begun_with, "fn", "kwargs", "preserve_rng_state")
+            self.listeners += _listeners(Call(fn, args, kwargs, False, keeps))
+
+    class ForwardHook(torchs_hook):  # type: ignore[misc, valid-type]
+        """What torch enters around the forward pass of the non-reentrant engine."""
+
+        def __init__(self, frame: Any) -> None:
+            super().__init__(frame)
+            self.contexts = _entered(each.forward() for each in getattr(frame, "listeners", ()))
+
+        def __enter__(self) -> None:
+            self.contexts.__enter__()
+            super().__enter__()
+
+        def __exit__(self, *error: Any) -> None:
+            super().__exit__(*error)
+            self.contexts.__exit__(*error)
+
+    def forward(ctx: Any, run_function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+        listeners = _listeners(Call(run_function, args, {}, True, preserve_rng_state))
+        forwards: Iterator[Any] = iter([[each.forward() for each in listeners]])  # what runs again is a recomputation
+
+        def run(*args: Any) -> Any:
+            with _entered(next(forwards, ()) or (each.recomputation() for each in listeners)):
+                output = run_function(*args)
+            for each in listeners:
+                each.returned(output)
+            return output
+
+        return torchs_forward(ctx, run if listeners else run_function, preserve_rng_state, *args)  # type: ignore[no-untyped-call]
+
+    return {
+        (torchs, "_CheckpointFrame"): (torchs_frame, Frame),
+        (torchs, "_checkpoint_hook"): (torchs_hook, ForwardHook),
+        (function, "forward"): (staticmethod(torchs_forward), staticmethod(forward)),
+    }
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled code saves tensors too
+def _described(tensor: torch.Tensor, metadata_fn: Any, listeners: list[Listener]) -> Any:
+    theirs = None if metadata_fn is None else metadata_fn(tensor)
+    ours = [(each, each.saved(tensor)) for each in listeners if type(each).saved is not Listener.saved]
+    return _Description(theirs, ours) if ours else theirs
+
+
+class _Description:
+    """What torch compares of a saved tensor: its own description decides, the listeners hear theirs."""
+
+    def __init__(self, theirs: Any, ours: list[tuple[Listener, Any]]) -> None:
+        self.theirs, self.ours = theirs, ours
+
+    def __ne__(self, recomputed: Any) -> bool:
+        for (listener, forward), (_, again) in zip(self.ours, recomputed.ours, strict=True):
+            listener.compare(forward, again)
+        return bool(self.theirs != recomputed.theirs)
+
+    def __repr__(self) -> str:
+        return repr(self.theirs)
+
+
+@contextmanager
+def _entered(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for each in contexts:
+            stack.enter_context(each)
+        yield
+
+
+def _variables(function: types.FunctionType, *names: str) -> list[Any]:
+    """Give variables that a function has from around it."""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    return [cells[name].cell_contents for name in names]
+
+
+_SEEN = ["forward", "saved 2 2", "recomputation", "forward", "returned 4", "recomputation", "returned 4"]
+
+
+@functools.cache
+def _check() -> None:
+    """Raise if a small checkpoint of either engine is not seen as what it is."""
+    seen: list[str] = []
+
+    class Probe(Listener):
+        def forward(self) -> AbstractContextManager[Any]:
+            seen.append("forward")
+            return nullcontext()
+
+        def recomputation(self) -> AbstractContextManager[Any]:
+            seen.append("recomputation")
+            return nullcontext()
+
+        def saved(self, tensor: torch.Tensor) -> Any:
+            return int(tensor)
+
+        def compare(self, forward: Any, recomputed: Any) -> None:
+            seen.insert(-1, f"saved {forward} {recomputed}")
+
+        def returned(self, output: Any) -> None:
+            seen.append(f"returned {int(output)}")
+
+    def probe(x: torch.Tensor) -> torch.Tensor:
+        return x.square()
+
+    try:
+        stop = _begin(lambda call: Probe() if call.function is probe else None, outermost=True)
+        try:
+            with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+                for reentrant in (False, True):
+                    two = torch.full((), 2.0, device="cpu", requires_grad=True)
+                    torchs.checkpoint(probe, two, use_reentrant=reentrant).backward()
+        finally:
+            stop()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        seen.append(f"{type(error).__name__}: {error}")
+    if seen != _SEEN:
+        raise RuntimeError(
+            f"torch {torch.__version__} does not tell of its checkpoints as torch 2.9 to 2.15 do "
+            f"({', '.join(seen)}), so diagnose and preserve_everywhere cannot work with it: install a newer "
+            "momentum_fix. update_once, "
+            "calibrate, correct and momentum_fix.checkpoint do not need this"
+        )
+
+
+def checkpoint_in_the_making() -> tuple[Any, ...]:
+    """Give function, arguments and keywords of the call of torch's checkpoint that runs a `context_fn`, or ().
+
+    A `context_fn` is called without them, and there is no public way to ask. So they are read where torch has them.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == torchs.__name__:
+            return tuple(frame.f_locals.get(name) for name in ("fn", "args", "kwargs"))
+        frame = frame.f_back
+    return ()
+
+
+def is_called_by_library() -> bool:
+    """Tell whether the call of torch's checkpoint that is being made stands in torch or in an installed package."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        room, function = frame.f_globals.get("__name__", ""), frame.f_code
+        if room.startswith("torch.distributed.") or function.co_name == "checkpoint_sequential":
+            return True
+        if not room.startswith(("torch.", __package__ + ".")):
+            return "-packages" in function.co_filename  # site-packages, or Debian's dist-packages
+        frame = frame.f_back
+    return False
+
+
+def is_unread_statistic(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor that is being saved is running statistics, saved in training though backward reads none.
+
+    torch's batch norm and instance norm do so. The saved tensor is in the memory of the statistics, or repeats them.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    passed = (f"{__package__}.", "torch._dynamo.", torchs.__name__)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(passed):
+        frame = frame.f_back
+    if frame is None or frame.f_code not in (functional.batch_norm.__code__, functional.instance_norm.__code__):
+        return False
+    given = frame.f_locals
+    statistics = [given[name] for name in ("running_mean", "running_var") if given[name] is not None]
+    if frame.f_code is functional.batch_norm.__code__:
+        return given["training"] and any(tensor.data_ptr() == each.data_ptr() for each in statistics)
+    batch = len(given["input"])
+    return given["use_input_stats"] and any(
+        tensor.shape == (batch * len(each),) and torch.equal(tensor, each.repeat(batch)) for each in statistics
+    )
+
+
+# Modules.
+
+Enter: TypeAlias = Callable[[nn.Module, Any], None]
+_entering: dict[Enter, int] = {}  # with the number of those who want it
+
+
+def hear_entering(enter: Enter, wanted: int) -> None:
+    """Have `enter` called with each module that is called and its inputs, in any thread, if anybody still wants it."""
+    with _lock:
+        _entering[enter] = _entering.get(enter, 0) + wanted
+        if not _entering[enter]:
+            del _entering[enter]
+        handle = _entering_handle()  # always under the same number: compiled code is compiled again for another one
+        if _entering:
+            handle.hooks_dict_ref()[handle.id] = _on_entering
+        else:
+            handle.remove()
+
+
+@functools.cache
+def _entering_handle() -> Any:
+    return torchs_module.register_module_forward_pre_hook(_on_entering)
+
+
+def _on_entering(module: nn.Module, args: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for enter in tuple(_entering):
+            enter(module, args)
+
+
+def hear_leaving(leave: Callable[[nn.Module], None]) -> Callable[[], None]:
+    """Have `leave` called with each module that is left, by an exception too; return what ends that."""
+    handle = torchs_module.register_module_forward_hook(_Leaving(leave), always_call=True)
+    return handle.remove
+
+
+class _Leaving:
+    """A hook that is known as one of this package."""
+
+    def __init__(self, leave: Callable[[nn.Module], None]) -> None:
+        self.leave = leave
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.leave(module)
+
+
+def others_hear_modules() -> bool:
+    """Tell whether somebody else has a global hook on, which may do anything with a module."""
+    hooks = (torchs_module._global_forward_pre_hooks, torchs_module._global_forward_hooks)
+    return any(hook is not _on_entering and type(hook) is not _Leaving for each in hooks for hook in each.values())

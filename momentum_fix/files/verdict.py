@@ -1,0 +1,231 @@
+"""What the counters of norm layers tell: a row per layer, a verdict, and the possible causes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Any, SupportsFloat, SupportsIndex
+
+from momentum_fix.files.causes import causes, nearly, recomputed
+from momentum_fix.files.reading import INDEX, Odd, UnreadableError, read
+from momentum_fix.formula import corrected_momentum, effective_momentum, positive_integer
+from momentum_fix.tables import aligned, html, presentable
+
+_ABSURD = 10**12  # batches: a thousand a second for thirty years
+_STATE_DICTS = 5  # of a file for which causes are listed
+_ENOUGH, _TOO_LITTLE, _TOO_MUCH = "corrected already", "not corrected enough", "corrected too much"
+_SAID = {  # of so many layers
+    _TOO_MUCH: "Corrected too much: {}. Their momentum is for more updates per step.",
+    _TOO_LITTLE: "Not corrected enough: {}. Their momentum is for fewer updates per step.",
+    "": "Updated more than once per step: {}. The counters do not say why; `diagnose` around one training step can.",
+    _ENOUGH: "Corrected already: {}. Their momentum makes up for the updates per step.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAudit:
+    """What one layer's counter tells; numbers are None where it tells nothing, and `note` says why."""
+
+    source: str  # the file, or "" for a model or a state dict
+    state_dict: str  # the way to it in the source, as "model/"
+    layer: str  # its name, with that way
+    batches: int | None  # as the layer counted them
+    steps: int | None
+    inferred: bool  # whether `steps` was read off the counters
+    passes: Fraction | None = None  # updates per step
+    effective_momentum: float | None = None  # what these updates amount to if they were recomputations
+    variance_ratio: float | None = None  # of the running value, against one update per step, for independent batches
+    corrected: float | None = None  # the momentum that would make up for recomputations
+    correction: str = ""  # how the momentum compares with `passes`, if it is a corrected one, which only a model knows
+    note: str = ""
+
+    @property
+    def repeated(self) -> bool:
+        """Whether the layer was updated more than once per step."""
+        return self.passes is not None and self.passes > 1
+
+    def cells(self) -> tuple[str, ...]:
+        """Give the row's text."""
+        layer = self.layer or "(the model)"
+        if self.passes is None:
+            return layer, *"-----", self.note
+        shown = self.repeated or self.correction
+        forms = (self.effective_momentum, ".6g"), (self.variance_ratio, ".2f"), (self.corrected, ".6g")
+        numbers = (format(value, form) if shown and value is not None else "-" for value, form in forms)
+        return layer, str(self.batches), f"{float(self.passes):.6g}", *numbers, self.note
+
+
+@dataclass(frozen=True, repr=False)
+class Audit:
+    """What `audit` found: a row per layer, an error per file that could not be read. Prints as a verdict and tables."""
+
+    rows: tuple[LayerAudit, ...]
+    errors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def repeated(self) -> tuple[LayerAudit, ...]:
+        """The layers that were updated more than once per step."""
+        return tuple(row for row in self.rows if row.repeated)
+
+    def as_json(self) -> dict[str, Any]:
+        """Give plain lists, dictionaries and numbers; passes are floats."""
+        rows = [{**vars(row), "passes": None if row.passes is None else float(row.passes)} for row in self.rows]
+        found = {"verdict": self.verdict, "repeated": len(self.repeated), "causes": list(_causes(self.rows))}
+        return {**found, "layers": rows, "errors": self.errors}
+
+    def __repr__(self) -> str:
+        return f"<Audit: {self.verdict}>"
+
+    def __str__(self) -> str:
+        tables = ("\n".join(filter(None, [above, aligned(cells)])) for above, cells in self.tables())
+        return "\n\n".join([self.verdict, *tables, "\n".join(self.errors.values())]).rstrip()
+
+    def _repr_html_(self) -> str:
+        parts = [f"<p>{escape(self.verdict)}</p>"]
+        parts += [f"<pre>{escape(above)}</pre>\n{html(cells, '')}" for above, cells in self.tables()]
+        return "\n".join([*parts, *(f"<p>{escape(error)}</p>" for error in self.errors.values())])
+
+    def tables(self) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+        """Give each source with its possible causes, and the cells of its table, the header in the first row."""
+        header = ("layer", "batches", "per step", "if recomputed: effective momentum", "variance ratio")
+        for source, found in groupby(self.rows, key=lambda row: row.source):
+            rows = list(found)
+            cells = [(*header, "corrected momentum", "note"), *(row.cells() for row in rows)]
+            yield "\n".join([presentable(source)] * bool(source) + list(_causes(rows))), cells
+
+    @property
+    def verdict(self) -> str:
+        """What was found, in a sentence or two."""
+        counted = [row for row in self.rows if row.passes is not None]
+        found = [row.correction for row in counted if row.correction or row.repeated]
+        inferred = any(row.inferred for row in counted)
+        said = [_SAID[kind].format(f"{found.count(kind)} of {len(counted)} layers") for kind in _SAID if kind in found]
+        if said:
+            return " ".join([*said, *["The steps are inferred from the counters; pass `steps` to be sure."] * inferred])
+        if self.errors and not self.rows:
+            return "Nothing read: no file with norm layers could be read."
+        if not counted:
+            return "Nothing to judge: no layer with running statistics has counted a batch."
+        if inferred:
+            none = f"Nothing found: none of {len(counted)} layers has counted more than another of its state dict."
+            return f"{none} If all were updated equally often, only the number of steps can tell: pass `steps`."
+        return f"Clean: none of {len(counted)} layers was updated more than once per step."
+
+
+def _causes(rows: Iterable[LayerAudit]) -> Iterator[str]:
+    """Give the possible causes as lines, for each state dict with updates that no corrected momentum makes up for."""
+    shown = 0
+    for (source, way, steps), found in groupby(rows, key=lambda row: (row.source, row.state_dict, row.steps)):
+        group = list(found)
+        unexplained = any(row.repeated and row.correction in ("", _TOO_LITTLE) for row in group)
+        if steps and unexplained and shown < _STATE_DICTS:
+            shown += 1
+            where = f" in {way}" if way else ""
+            yield f"Possible causes of the extra updates{where}, and what speaks for (+) and against (-) each:"
+            counts = {row.layer.removeprefix(way) or "(the model)": row.batches for row in group if row.batches}
+            ordered = not source.endswith((".safetensors", INDEX))  # where layers stand by name
+            yield from [*causes(counts, steps, group[0].inferred, ordered), ""]
+
+
+def audit_files(files: Iterable[Path], steps: SupportsIndex | None, momentum: SupportsFloat | None) -> Audit:
+    """Audit files one by one; one that cannot be read is listed in `errors`, and the others are read."""
+    steps = checked(steps, momentum)
+    rows: list[LayerAudit] = []
+    errors = {}
+    for file in files:
+        try:
+            rows += read_file(file, steps, momentum)
+        except UnreadableError as error:
+            errors[str(file)] = str(error)
+    return Audit(tuple(rows), errors)
+
+
+def checked(steps: SupportsIndex | None, momentum: SupportsFloat | None) -> int | None:
+    """Refuse wrong numbers before any file is opened."""
+    corrected_momentum(momentum)
+    return None if steps is None else positive_integer("steps", steps, "the batches trained on, or None to infer them")
+
+
+def read_file(path: Path, steps: int | None, momentum: SupportsFloat | None) -> list[LayerAudit]:
+    """Judge the layers of a file, which does not hold their momentum."""
+    return [row for way, counters in read(path) for row in judged(str(path), way, built(counters, momentum), steps)]
+
+
+def built(counters: Mapping[str, Any], momentum: SupportsFloat | None) -> dict[str, tuple[Any, Any, Any]]:
+    """Give layers that count like this and were built with this momentum."""
+    return {name: (counter, momentum, momentum) for name, counter in counters.items()}
+
+
+def judged(source: str, way: str, layers: Mapping[str, Sequence[Any]], steps: int | None) -> Iterator[LayerAudit]:
+    """Judge the layers of one state dict or model: each a counter, a momentum, and what that was corrected from."""
+    counts = {name: _count(counter) for name, (counter, _, _) in layers.items()}
+    meant = {name: _meant(*momenta) for name, (_, *momenta) in layers.items()}
+    taken = steps or _inferred({name: count for name, (count, _) in counts.items() if count}, meant)
+    for name, (batches, note) in counts.items():
+        found: dict[str, Any] = {"batches": batches, "steps": taken, "inferred": steps is None, "note": note}
+        if batches and taken:
+            found["passes"] = passes = Fraction(batches, taken)
+            if times := recomputed(batches, taken):
+                momentum, plain = (None if value is None else float(value) for value in layers[name][1:])
+                found |= _numbers(momentum, plain, times)
+            if meant[name] != 1:
+                wrong = _TOO_LITTLE if passes > meant[name] else _TOO_MUCH
+                found["correction"] = how = _ENOUGH if nearly(batches, meant[name], taken) else wrong
+                found["note"] = f"{how}: for {meant[name]} updates per step"
+            elif passes < 1:
+                found["note"] = "updated in fewer steps than were given"
+        yield LayerAudit(source=source, state_dict=way, layer=way + name, **found)
+
+
+def _meant(momentum: Any, plain: Any) -> int:
+    """Tell for how many updates per step a momentum is corrected: for 1 if it is not."""
+    return 1 if plain == momentum else round(math.log1p(-plain) / math.log1p(-momentum))
+
+
+def _inferred(counts: Mapping[str, int], meant: Mapping[str, int]) -> int | None:
+    """Infer the steps: those for which all corrected momenta are right, if there are such, else the lowest count."""
+    corrected = any(meant[name] != 1 for name in counts)
+    steps = max((math.ceil(count / meant[name]) for name, count in counts.items()), default=1)
+    if corrected and all(nearly(count, meant[name], steps) for name, count in counts.items()):
+        return steps
+    return min(counts.values(), default=None)
+
+
+@lru_cache
+def _numbers(momentum: float | None, plain: float | None, passes: int) -> dict[str, float | None]:
+    """Give what recomputed passes amount to with a momentum, and what would make up for them."""
+    effective, ratio = effective_momentum(momentum, passes), None
+    if plain and effective is not None:
+        ratio = effective / (2 - effective) * (2 - plain) / plain
+    return {"effective_momentum": effective, "variance_ratio": ratio, "corrected": corrected_momentum(plain, passes)}
+
+
+def _count(value: Any) -> tuple[int | None, str]:
+    """Read a counter: the number, or None and the reason."""
+    if value is None:
+        return None, "no counter"
+    if hasattr(value, "item"):  # a tensor or an array, of which there are many kinds, and any may refuse any of this
+        try:
+            if any(length != 1 for length in value.shape):
+                return None, f"counter has shape {tuple(value.shape)}"
+            value = Odd("has no value") if getattr(value, "is_meta", False) else value.item()
+        except Exception:
+            value = Odd(f"is of type {getattr(value, 'dtype', type(value).__name__)}, not a whole number")
+    if isinstance(value, Odd):
+        return None, f"counter {value.what}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None, f"counter is of type {type(value).__name__}, not a whole number"
+    if value % 1 != 0:
+        return None, f"counter is {value}, not a whole number"
+    if not 0 <= value <= _ABSURD:
+        digits = int(value) if abs(value) < 10**30 else "a number of more than 30 digits"
+        return None, f"counter is {digits}, which no training can have counted"
+    if value == 0:
+        return None, "counter is 0: never updated, or a layer that does not count (InstanceNorm)"
+    return int(value), ""

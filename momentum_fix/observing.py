@@ -1,0 +1,345 @@
+"""Watch a training step: what each recomputation gives autograd beside its forward pass, and what state it moves."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from fractions import Fraction
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from momentum_fix import _torch
+from momentum_fix.fingerprint import difference, rounding
+from momentum_fix.preserving import is_compiled, reached
+from momentum_fix.replay import preserved, replaying, unseen
+from momentum_fix.state import is_as_made, mark, pieces
+from momentum_fix.tracing import Operation, Tracing, Value, compared, tensors_in, value_of
+
+_UNWATCHED = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)  # DDP only refers to what others have
+ITSELF = "the function itself"
+
+Marks: TypeAlias = dict[str, Any]  # of the state of a module, by the name of the piece
+Piece: TypeAlias = tuple[int, str]  # the id of a module, and the name of a piece of its state
+
+
+class Part(NamedTuple):
+    """A module of the model, or one outside of it that a checkpoint runs."""
+
+    module: Any
+    name: str
+    in_a_list: bool  # a plain one, so that it is not registered
+
+
+class Moved:
+    """How often recomputations have moved a piece of state."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self.regions: list[Region | None] = []  # None: by another engine than torch's checkpoint
+
+    def for_one_batch(self, passes: int) -> int | Fraction:
+        """Give how often it moves for one batch, if calls of its module in forward passes have moved it so often."""
+        times = 1 + Fraction(self.times, passes or len({id(region) for region in self.regions}) or 1)
+        return int(times) if times.denominator == 1 else times
+
+
+class _Running(threading.local):
+    """What is running in this thread."""
+
+    def __init__(self) -> None:
+        self.modules: list[tuple[nn.Module, Marks]] = []  # with the state that they were entered with
+        self.regions: list[Region] = []
+        self.recomputing: list[Counter[Piece]] = []  # how often calls of modules have moved what, in each recomputation
+        self.before: dict[int, Marks] | None = None  # the state before a recomputation by another engine
+
+
+class Watch:
+    """Sees each call of torch's checkpoint, and each call of a module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parts = parts_of(model)
+        self.regions: list[Region] = []  # the calls of torch's checkpoint that were recomputed
+        self.latest: Region | None = None  # the last one of them
+        self.passes = Counter[Piece]()  # how often calls of its module have moved a piece of state in forward passes
+        self.moved: dict[Piece, Moved] = {}
+        self.ran: list[bool] = []  # of each call of a module: whether that is in training mode
+        self.elsewhere: dict[str, None] = {}  # what has run in a backward pass, but not in a checkpoint that was seen
+        self.backward = self.compiles = False  # whether a backward pass was seen, and a checkpoint being compiled
+        self.running = _Running()
+
+    def begin(self, call: _torch.Call) -> Region | None:
+        """Begin a call of torch's checkpoint."""
+        self.compiles |= call.in_compilation
+        return None if call.in_compilation else Region(self, call)
+
+    def in_backward(self, _: torch.Tensor) -> None:
+        """Hear that a backward pass has reached a parameter."""
+        self.backward = True
+
+    def enter(self, module: nn.Module, _: Any) -> None:
+        """Hear that a module is called."""
+        running, is_part = self.running, id(module) in self.parts
+        with unseen():
+            for region in running.regions:
+                region.first_module()
+            if replaying() and is_part and not running.recomputing:
+                self.elsewhere[self.name(module)] = None
+                running.before, running.recomputing = self.look({}), [Counter()]
+            self.ran.append(module.training)
+            running.modules.append((module, _own_marks(module) if is_part else {}))
+
+    def leave(self, module: nn.Module) -> None:
+        """Hear that a module is left."""
+        running = self.running
+        if not any(each is module for each, _ in running.modules):
+            return
+        with unseen():
+            while (last := running.modules.pop())[0] is not module:  # those that an exception has left
+                pass
+            if id(module) in self.parts:
+                moved = [(id(module), name) for name in differing(last[1], _own_marks(module))]
+                (running.recomputing[-1] if running.recomputing else self.passes).update(moved)
+            if running.before is not None and not running.modules:
+                before, running.before = running.before, None
+                self.count(before, self.look({}), running.recomputing.pop(), None)
+
+    def look(self, inside: dict[int, Part]) -> dict[int, Marks]:
+        """Give the state of the model: of the parts that are inside a checkpoint, tensors by value."""
+        return {key: _marks(part.module, key in inside) for key, part in (self.parts | inside).items()}
+
+    def count(
+        self, before: dict[int, Marks], after: dict[int, Marks], by_calls: Counter[Piece], region: Region | None
+    ) -> None:
+        """Count what a recomputation has moved: as often as calls of the module did, or else once."""
+        for key, marks in after.items():
+            for name in differing(before.get(key, marks), marks):
+                moved = self.moved.setdefault((key, name), Moved())
+                moved.times += by_calls.get((key, name), 1)
+                moved.regions.append(region)
+
+    def name(self, module: nn.Module) -> str:
+        """Give a module's name in the model, or that of its class."""
+        part = self.parts.get(id(module))
+        return type(module).__name__ if part is None else part.name or "(the model)"
+
+
+class Recomputation:
+    """A recomputation: what it gave beside what the forward pass gave, and the state that it found."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[Value, Value | None]] = []  # None: other code ran
+        self.found_moved: list[Piece] = []  # what was another state than in the forward pass
+        self.preserved = False  # whether preserve_state had put state back
+
+
+class Region(_torch.Listener):
+    """A call of torch's checkpoint."""
+
+    def __init__(self, watch: Watch, call: _torch.Call) -> None:
+        function = getattr(call.function, "preserves_state", call.function)  # what momentum_fix.checkpoint was given
+        self.watch, self.function, self.reentrant = watch, _described(function, watch), call.reentrant
+        self.keeps_random_numbers, self.by_library = call.keeps_random_numbers, _torch.is_called_by_library()
+        self.parts: dict[int, Part] = {}
+        for module in reached(function, call.args, call.kwargs):
+            self.parts |= {key: watch.parts.get(key, part) for key, part in parts_of(module).items()}
+        self.is_compiled = any(is_compiled(part.module) for part in self.parts.values()) or is_compiled(function)
+        self.state: dict[int, Marks] = {}  # as the first module of the forward pass has found it
+        self.drew: set[str] = set()  # whose random numbers the forward pass has drawn
+        self.recomputations: list[Recomputation] = []
+        self.trace = self.forward_trace = Tracing(self.where)  # of the reentrant engine
+        self.untouched = False  # no module has run yet in the pass that is running
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Remember what state and random numbers the forward pass starts from."""
+        before = _random_numbers()
+        with self._running():
+            yield
+        self.drew = {name for name, state in _random_numbers().items() if state != before[name]}
+
+    @contextmanager
+    def recomputation(self) -> Iterator[None]:
+        """Compare the state before and after, and with that of the forward pass."""
+        watch, running = self.watch, self.watch.running
+        if not self.recomputations:
+            watch.regions.append(self)
+        self.recomputations.append(Recomputation())
+        watch.latest = self
+        begun = preserved.begun
+        with unseen():
+            before = watch.look(self.parts)
+        running.recomputing.append(Counter())
+        try:
+            with self._running():
+                yield
+        finally:
+            self.recomputations[-1].preserved = preserved.begun > begun
+            with unseen():
+                watch.count(before, watch.look(self.parts), running.recomputing.pop(), self)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        running = self.watch.running
+        self.depth = len(running.modules)
+        self._look()
+        self.untouched = True
+        running.regions.append(self)
+        try:
+            self.trace = Tracing(self.where)
+            with self.trace if self.reentrant and not self.is_compiled else nullcontext():
+                yield
+        finally:
+            running.regions.remove(self)
+
+    def first_module(self) -> None:
+        """Look again when the first module is called: now contexts have put state back, and the function has begun."""
+        if self.untouched:
+            self._look()
+
+    def _look(self) -> None:
+        self.untouched = False
+        with unseen():
+            state = {key: _marks(part.module, True) for key, part in self.parts.items()}
+        if not self.recomputations:
+            self.state = state
+            return
+        self.recomputations[-1].found_moved = [
+            (key, name) for key, marks in state.items() for name in differing(self.state.get(key, marks), marks)
+        ]
+
+    def where(self) -> str:
+        """Name the module of this checkpoint that is running."""
+        inside = self.watch.running.modules[self.depth :]
+        return self.watch.name(inside[-1][0]) if inside else ITSELF
+
+    def saved(self, tensor: torch.Tensor) -> Value:
+        """Keep what is needed to compare a saved tensor."""
+        return value_of(tensor, self.where(), not _torch.is_unread_statistic(tensor))
+
+    def compare(self, forward: Value, recomputed: Value) -> None:
+        """Keep two saved tensors that belong together."""
+        if forward.matters:
+            self.recomputations[-1].pairs.append((forward, recomputed))
+
+    def returned(self, output: Any) -> None:
+        """Compare the operations that led to a result; where compiled code hides them, compare the result."""
+        if self.is_compiled:
+            self.trace.operations = [
+                Operation(("", ""), [value_of(each, ITSELF, each.requires_grad)], None, False)
+                for each in tensors_in(output)
+            ]
+        if self.recomputations:
+            self.recomputations[-1].pairs = [*compared(self.forward_trace.operations, self.trace.operations)]
+            self.trace.operations = []
+        else:
+            self.forward_trace = self.trace
+
+
+class Judgement(NamedTuple):
+    """What a recomputation gave, beside the forward pass."""
+
+    recomputation: Recomputation
+    starts_in: str  # the module whose values are the first to differ by more than rounding; "" if there is none
+    size: float  # of that difference, or of the largest that is rounding, relative to the values
+    is_known: bool  # whether all values could be compared
+
+
+def judge(regions: Iterable[Region]) -> list[tuple[Region, Judgement]]:
+    """Compare what was kept: now, as numbers on a device are fetched faster all at once."""
+    recomputed = [(region, each) for region in regions for each in region.recomputations]
+    values = [value for _, each in recomputed for pair in each.pairs for value in pair if value is not None]
+    numbers = _numbers([value.numbers for value in values if value.numbers is not None])
+    return [(region, _judge(each, numbers)) for region, each in recomputed]
+
+
+def _judge(recomputation: Recomputation, numbers: dict[int, list[float]]) -> Judgement:
+    tolerance = largest = 0.0
+    known = bool(recomputation.pairs)
+    for forward, recomputed in recomputation.pairs:
+        if recomputed is None or recomputed.dtype != forward.dtype:
+            return Judgement(recomputation, forward.where, math.inf, True)
+        tolerance = max(tolerance, rounding(forward.dtype))  # what is computed from coarse numbers is coarse
+        if forward.numbers is None or recomputed.numbers is None:
+            known = False
+            continue
+        size = difference(numbers[id(forward.numbers)], numbers[id(recomputed.numbers)])
+        if size is not None and (size > tolerance or not rounding(forward.dtype)):
+            return Judgement(recomputation, forward.where, size, True)
+        largest = max(largest, size or 0.0)
+    return Judgement(recomputation, "", largest, known)
+
+
+def _numbers(tensors: list[torch.Tensor]) -> dict[int, list[float]]:
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for each in tensors:
+        by_device.setdefault(each.device, []).append(each)
+    return {
+        id(each): row
+        for there in by_device.values()
+        for each, row in zip(there, torch.stack(there).tolist(), strict=True)
+    }
+
+
+def differing(one: Marks, other: Marks) -> list[str]:
+    """Give the names of the pieces that are not equal, or that only one has."""
+    if one == other:
+        return []
+    return [name for name in {**one, **other} if name not in one or name not in other or one[name] != other[name]]
+
+
+def _marks(module: nn.Module, by_value: bool) -> Marks:
+    own = vars(module)
+    state = {**own["_buffers"], **own["_parameters"]} if not by_value and is_as_made(module) else pieces(module)
+    return {name: mark(value, by_value=by_value) for name, value in state.items()}
+
+
+def _own_marks(module: nn.Module) -> Marks:
+    """Give those of all that a call of the module may move. Trained parameters are looked at less often."""
+    state = pieces(module).items()
+    return {name: mark(value) for name, value in state if not (isinstance(value, nn.Parameter) and value.requires_grad)}
+
+
+def parts_of(model: nn.Module) -> dict[int, Part]:
+    """Give the modules of a model, and those in its lists, which are not registered.
+
+    Not TorchScript; nor DDP, which has but lists of what others have, and sends buffers around before each forward.
+    """
+    parts = {
+        id(each): Part(each, name, False) for name, each in model.named_modules() if not isinstance(each, _UNWATCHED)
+    }
+    waiting = list(parts.values())
+    for part in waiting:
+        for attribute, value in vars(part.module).items():
+            for place, each in enumerate(value if isinstance(value, (list, tuple)) else ()):
+                if isinstance(each, nn.Module) and id(each) not in parts and not isinstance(each, _UNWATCHED):
+                    parts[id(each)] = Part(each, f"{part.name}.{attribute}[{place}]".strip("."), True)
+                    waiting.append(parts[id(each)])
+    return parts
+
+
+def _described(function: Any, watch: Watch) -> str:
+    """Name a checkpointed function for a table."""
+    if isinstance(function, nn.Module):
+        return watch.name(function)
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, nn.Module):
+        return f"{watch.name(owner)}.{function.__name__}"
+    name: str = getattr(function, "__qualname__", None) or type(function).__qualname__
+    return name.rpartition("<locals>.")[2]
+
+
+def _random_numbers() -> dict[str, Any]:
+    """Give where each stream of random numbers is."""
+    streams = {"Python": random.getstate(), "NumPy": mark(np.random.get_state()), "torch": mark(torch.get_rng_state())}
+    if torch.accelerator.is_available():
+        device = torch.get_device_module()
+        if hasattr(device, "get_rng_state"):
+            streams["torch"] = streams["torch"], mark(device.get_rng_state())
+    return streams

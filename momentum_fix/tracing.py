@@ -1,0 +1,133 @@
+"""What a reentrant checkpoint computes: autograd saves nothing in its forward pass, so operations are compared."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from difflib import SequenceMatcher
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from momentum_fix.fingerprint import fingerprint
+from momentum_fix.state import mark
+
+_NORMS = (functional.batch_norm, functional.instance_norm)
+_UNREAD = ("running_mean", "running_var", "momentum")  # what backward does not read of what these were given
+_ADDITIONS = ("AddBackward", "SubBackward", "RsubBackward")  # where it does not read numbers
+
+
+class Value(NamedTuple):
+    """What is kept of a tensor."""
+
+    numbers: torch.Tensor | None  # its fingerprint
+    dtype: torch.dtype
+    where: str  # the module that it was computed in
+    matters: bool  # whether gradients depend on it
+
+
+class Operation(NamedTuple):
+    """What is kept of an operation."""
+
+    name: tuple[str, str]  # the module that it ran in, and its own
+    values: list[Value]  # what it was given and what it gave
+    options: Any  # what else it was given
+    options_matter: bool
+
+
+class Tracing(TorchFunctionMode):
+    """Keeps each operation that runs within, and what autograd keeps of it if gradients are on.
+
+    Args:
+        where: gives the name of the module that is running.
+    """
+
+    def __init__(self, where: Callable[[], str]) -> None:
+        super().__init__()
+        self.where = where
+        self.operations: list[Operation] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and keep what gradients may depend on."""
+        kwargs = kwargs or {}
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(f"{__package__}."):
+            return func(*args, **kwargs)
+        kept = set[Any]()
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept.add((tensor.data_ptr(), tensor.shape))
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor) if torch.is_grad_enabled() else nullcontext():
+            output = func(*args, **kwargs)
+        given = [args, kwargs]
+        if func in _NORMS:
+            bound = inspect.signature(func).bind(*args, **kwargs).arguments
+            given = [value for name, value in bound.items() if name not in _UNREAD]
+        outputs = [*tensors_in(output)]
+        if any(each.is_floating_point() or each.is_complex() for each in outputs):
+            values = [*tensors_in(given), *outputs]
+            places = [(each.data_ptr(), each.shape) for each in values]
+            all_matter = bool(kept.difference(places))  # autograd keeps something else, computed from all of them
+            graph = [type(each.grad_fn).__name__ for each in outputs if each.requires_grad]
+            where, pairs = self.where(), zip(values, places, strict=True)
+            kept_of_it = [value_of(each, where, all_matter or place in kept) for each, place in pairs]
+            trained = any(isinstance(each, nn.Parameter) for each in values)  # or no longer
+            reads_options = any(not name.startswith(_ADDITIONS) for name in graph) or (trained and not graph)
+            name = where, getattr(func, "__name__", str(func))
+            self.operations.append(Operation(name, kept_of_it, _options(given), reads_options))
+        return output
+
+
+def compared(forward: list[Operation], recomputed: list[Operation]) -> Iterator[tuple[Value, Value | None]]:
+    """Give the values that gradients depend on, with those of the forward pass; None where other code ran.
+
+    What only the forward pass has computed, as the first one of a lazy module does, is passed over.
+    """
+    names = [[each.name for each in trace] for trace in (forward, recomputed)]
+    if names[0] == names[1]:
+        partner = {place: place for place in range(len(forward))}
+    else:
+        blocks = SequenceMatcher(None, names[0], names[1], False).get_matching_blocks()
+        partner = {there + i: here + i for here, there, length in blocks for i in range(length)}
+    for place, now in enumerate(recomputed):
+        then = forward[partner[place]] if place in partner else None
+        if then is None or (now.options_matter and now.options != then.options):
+            if now.options_matter or any(each.matters for each in now.values):
+                yield now.values[-1], None
+        else:
+            yield from (pair for pair in zip(then.values, now.values, strict=False) if pair[1].matters)
+
+
+def value_of(tensor: torch.Tensor, where: str, matters: bool) -> Value:
+    """Keep of a tensor what is needed to compare it."""
+    return Value(fingerprint(tensor), tensor.dtype, where, matters)
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Give the tensors in lists, tuples and dictionaries, but not those of lazy modules."""
+    if isinstance(value, torch.Tensor):
+        if not nn.parameter.is_lazy(value):
+            yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(each)
+
+
+def _options(value: Any) -> Any:
+    """Give what is no tensor in what an operation was given."""
+    if isinstance(value, slice):
+        return _options((value.start, value.stop, value.step))
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_options, value))
+    if isinstance(value, dict):
+        return tuple((name, _options(each)) for name, each in value.items())
+    if isinstance(value, torch.Tensor):
+        return isinstance(value, nn.Parameter) and value.requires_grad
+    return mark(value)

@@ -1,0 +1,259 @@
+"""What is private in torch is checked before it is used: where torch has changed, that is said, and the rest works."""
+
+import inspect
+import re
+import sys
+
+import pytest
+import torch
+import torch.utils.checkpoint as torchs
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from twins import batches, counters, torchs_checkpoint
+
+NEED_IT = "diagnose and preserve_everywhere"
+
+
+@pytest.fixture
+def anew():
+    """Give a function that imports the package anew, as in a process where torch was never another one."""
+    here = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "momentum_fix"}
+
+    def imported():
+        for name in here:
+            sys.modules.pop(name, None)
+        import momentum_fix
+
+        return momentum_fix
+
+    yield imported
+    for name in [name for name in sys.modules if name.partition(".")[0] == "momentum_fix"]:
+        del sys.modules[name]
+    sys.modules.update(here)
+
+
+def rewritten(name, pattern, replacement):
+    """Give a function of torch's checkpoint as a torch would have it in which this text is another one."""
+    source, found = re.subn(pattern, replacement, inspect.getsource(getattr(torchs, name)))
+    assert found
+    made = {}
+    exec(source, vars(torchs), made)
+    return made[name]
+
+
+def generator():
+    """Give the name of the function that makes the frame of a non-reentrant checkpoint; torch 2.14 has two of them."""
+    name = "_checkpoint_without_reentrant_generator"
+    return f"{name}_impl" if hasattr(torchs, f"{name}_impl") else name
+
+
+def frame_renamed(patch):
+    patch.setattr(torchs, "_CallOfCheckpoint", torchs._CheckpointFrame, raising=False)
+    patch.setattr(torchs, generator(), rewritten(generator(), "_CheckpointFrame", "_CallOfCheckpoint"))
+    patch.delattr(torchs, "_CheckpointFrame")
+
+
+def frame_not_used(patch):
+    patch.setattr(torchs, "_CallOfCheckpoint", torchs._CheckpointFrame, raising=False)
+    patch.setattr(torchs, generator(), rewritten(generator(), "_CheckpointFrame", "_CallOfCheckpoint"))
+
+
+def frame_with_another_argument(patch):
+    class Frame(torchs._CheckpointFrame):
+        def __init__(self, function, options):
+            super().__init__(function, *options)
+
+    patch.setattr(torchs, "_CheckpointFrame", Frame)
+    call = r"_CheckpointFrame\(\s*(\w+),(.*?metadata_fn)\s*\)"
+    patch.setattr(torchs, generator(), rewritten(generator(), f"(?s){call}", r"_CheckpointFrame(\1, (\2))"))
+
+
+def variable_renamed(patch):
+    patch.setattr(torchs, generator(), rewritten(generator(), r"\bfn\b", "function_to_run"))
+
+
+def random_numbers_renamed(patch):
+    renamed = rewritten(generator(), r"\bpreserve_rng_state\b", "keeps_random_numbers")
+
+    def called(*args, **kwargs):
+        return renamed(
+            *args, **{name.replace("preserve_rng_state", "keeps_random_numbers"): kwargs[name] for name in kwargs}
+        )
+
+    patch.setattr(torchs, generator(), called)
+
+
+def hook_not_used(patch):
+    patch.setattr(torchs, "_hook_of_forward", torchs._checkpoint_hook, raising=False)
+    patch.setattr(torchs, generator(), rewritten(generator(), r"\b_checkpoint_hook\b", "_hook_of_forward"))
+
+
+def hook_renamed(patch):
+    hook_not_used(patch)
+    patch.delattr(torchs, "_checkpoint_hook")
+
+
+def inputs_saved_otherwise(patch):
+    patch.setattr(torchs._CheckpointFrame, "keep_inputs", torchs._CheckpointFrame.save_inputs, raising=False)
+    patch.setattr(torchs, generator(), rewritten(generator(), "save_inputs", "keep_inputs"))
+
+
+def values_not_compared(patch):
+    frame = torchs._CheckpointFrame
+
+    class Frame(frame):
+        def check_recomputed_tensors_match(self, gid):
+            pass
+
+    patch.setattr(torchs, "_CheckpointFrame", Frame)
+
+
+def another_reentrant_function(patch):
+    class Function(torch.autograd.Function):
+        forward, backward = (
+            staticmethod(torchs.CheckpointFunction.forward),
+            staticmethod(torchs.CheckpointFunction.backward),
+        )
+
+    def checkpoint(function, *args, use_reentrant, **kwargs):
+        return (
+            Function.apply(function, True, *args)
+            if use_reentrant
+            else plain(function, *args, use_reentrant=False, **kwargs)
+        )
+
+    plain = torchs.checkpoint
+    patch.setattr(torchs, "checkpoint", checkpoint)
+
+
+def reentrant_function_with_other_arguments(patch):
+    class Function(torchs.CheckpointFunction):
+        @staticmethod
+        def forward(ctx, options, function, *args):
+            return theirs(ctx, function, options["preserve_rng_state"], *args)
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            return torchs_own.backward(ctx, *gradients)
+
+        @classmethod
+        def apply(cls, function, preserve, *args):
+            return super().apply({"preserve_rng_state": preserve}, function, *args)
+
+    torchs_own, theirs = torchs.CheckpointFunction, torchs.CheckpointFunction.forward
+    patch.setattr(torchs, "CheckpointFunction", Function)
+
+
+CHANGES = [
+    frame_renamed,
+    frame_not_used,
+    frame_with_another_argument,
+    variable_renamed,
+    random_numbers_renamed,
+    hook_not_used,
+    hook_renamed,
+    inputs_saved_otherwise,
+    values_not_compared,
+    another_reentrant_function,
+    reentrant_function_with_other_arguments,
+]
+
+
+class Steps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, x):
+        self.steps += 1
+        return (x * self.steps).tanh()
+
+
+def stepped(by, *prepare):
+    """Train a net for a step by this checkpoint; give what was counted."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), Steps())
+    for each in prepare:
+        each(net)
+    x = batches(1, 4, 3)[0].requires_grad_()
+    by(net, x).square().sum().backward()
+    return set(counters(net).values()) | {net[2].steps}, x.grad
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_where_torch_has_changed_what_needs_it_says_so_and_the_rest_works(change, anew, monkeypatch):
+    true = stepped(lambda net, x: net(x))
+    change(monkeypatch)
+    changed = torchs_checkpoint()
+    package = anew()
+    what = f"torch {re.escape(torch.__version__)} .*{NEED_IT} cannot work with it.* update_once, calibrate, correct and"
+    for _ in range(2):  # not only the first time
+        with pytest.raises(RuntimeError, match=what), package.diagnose(nn.Linear(1, 1)):
+            pass
+        with pytest.raises(RuntimeError, match=what):
+            package.preserve_everywhere()
+    assert torchs_checkpoint() == changed
+
+    def by_context(net, x):
+        return torchs.checkpoint(net, x, use_reentrant=False, context_fn=package.preserve_state)
+
+    for by in (
+        by_context,
+        lambda net, x: package.checkpoint(net, x, use_reentrant=False),
+        lambda net, x: package.checkpoint(net, x, use_reentrant=True),
+    ):
+        counted, gradient = stepped(by)
+        assert counted == {1}
+        assert torch.equal(gradient, true[1])
+    net = package.correct(nn.Sequential(nn.BatchNorm1d(3)), 2)
+    assert net[0].momentum == package.corrected_momentum(0.1, 2)
+    for use_reentrant in (False, True):
+        counted, _ = stepped(
+            lambda *args, r=use_reentrant: torchs.checkpoint(*args, use_reentrant=r), package.update_once
+        )
+        assert counted == {1, 2}  # BatchNorm once; the steps are no business of it
+    with package.calibrate(net := nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))) as report:
+        torchs.checkpoint(net, *batches(1, 4, 3), use_reentrant=False).sum().backward()
+    assert report.passes == {"1": 2}
+
+
+def test_where_torch_is_as_it_was_nothing_is_said(anew):
+    package = anew()
+    with package.preserve_everywhere():
+        assert stepped(lambda net, x: torchs.checkpoint(net, x, use_reentrant=False))[0] == {1}
+
+
+MODES = {
+    "inference": torch.inference_mode,
+    "without gradients": torch.no_grad,
+    "another device": lambda: torch.device("meta"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "fake tensors": FakeTensorMode,
+    "counting operations": lambda: FlopCounterMode(display=False),
+    "without early stop": lambda: torchs.set_checkpoint_early_stop(False),
+    "debugging": lambda: torchs.set_checkpoint_debug_enabled(True),
+    "saved tensors elsewhere": torch.autograd.graph.save_on_cpu,
+    "anomaly detection": lambda: torch.autograd.detect_anomaly(check_nan=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_the_check_does_not_mind_where_it_is_done_first(mode, anew):
+    package = anew()
+    with mode():
+        package.preserve_everywhere().remove()
+
+
+def test_what_is_checked_is_not_seen_by_others(anew):
+    seen, package = [], anew()
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: seen.append("a module"))
+    state = torch.get_rng_state()
+    try:
+        package.preserve_everywhere().remove()
+    finally:
+        hook.remove()
+    assert not seen
+    assert torch.equal(torch.get_rng_state(), state)
