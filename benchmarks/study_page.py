@@ -302,7 +302,7 @@ change.
 
 ## The plan
 
-[The plan](../benchmarks/study_plan.md) was committed before the first run; the data file names its contents, and the
+The plan (`benchmarks/study_plan.md`) was committed before the first run; the data file names its contents, and the
 history shows it (`git log -- benchmarks/study_plan.md benchmarks/study.jsonl`). From it:
 
 {from_plan("Primary family", "Verdicts", "The headline")}

@@ -1,6 +1,6 @@
 """BatchNorm's running statistics, and all other state, as if activation checkpointing did not exist.
 
-    with diagnose(model) as report:    around one training step: which state recomputation moves, and what to use
+    with diagnose(model) as report:    around one training step: are gradients right, which state moves, what to use
     update_once(model)                 the exact way: statistics move on the forward pass, never on a recomputation
     checkpoint(function, *args)        torch's checkpoint, exact also for modules that read what they change
     preserve_state                     the same as a context_fn: checkpoint(..., context_fn=preserve_state)
@@ -36,6 +36,7 @@ if _TYPE_CHECKING:
     from momentum_fix.files.verdict import Audit as Audit
     from momentum_fix.once import Handle as Handle
     from momentum_fix.once import update_once as update_once
+    from momentum_fix.preserving import Everywhere as Everywhere
     from momentum_fix.preserving import checkpoint as checkpoint
     from momentum_fix.preserving import preserve_everywhere as preserve_everywhere
     from momentum_fix.preserving import preserve_state as preserve_state
@@ -58,6 +59,7 @@ _HOMES = {
     "UnreadableError": "files.reading",
     "preserve_state": "preserving",
     "preserve_everywhere": "preserving",
+    "Everywhere": "preserving",
     "checkpoint": "preserving",
 }
 _MODULES = ("symbolic", "plots")

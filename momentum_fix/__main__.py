@@ -25,7 +25,7 @@ from momentum_fix.tables import can_draw, presentable, show, show_lines
 EXAMPLES = """\
 examples:
   python -m momentum_fix value 0.1 --passes 2     the momentum to give a layer that is updated twice per batch
-  python -m momentum_fix prove                    check every step of every theorem
+  python -m momentum_fix prove                    check every step of every theorem by computer algebra
   python -m momentum_fix plot -o curves.png       draw the curves (png, svg or pdf, by the name)
   python -m momentum_fix audit runs/ --steps 9000 find layers that were updated more than once per step
 """
@@ -51,12 +51,14 @@ def value(arguments: argparse.Namespace) -> int:
 
 
 def prove(arguments: argparse.Namespace) -> int:
-    """Check every step of every theorem and print it with a tick, or a cross where it fails."""
+    """Print every theorem, its claims and its steps, each step with a tick, or a cross where it fails."""
     from momentum_fix import symbolic
+    from momentum_fix.symbolic import letters
 
-    failed, count, theorems = 0, 0, symbolic.theorems()
+    failed, theorems = 0, symbolic.theorems()
+    print(letters.__doc__)
     for number, theorem in enumerate(theorems, start=1):
-        print(f"{number}. {theorem.name}\n   {theorem.statement}")
+        print(f"{number}. {theorem}")
         failed_before = failed
         for step in theorem.steps:
             try:
@@ -64,15 +66,15 @@ def prove(arguments: argparse.Namespace) -> int:
                 mark = "✓"
             except symbolic.ProofError:
                 failed, mark = failed + 1, "✗ FAILS:"
-            count += 1
-            print(f"   {mark} {step.lhs} = {step.rhs}\n       {step.reason}", flush=True)
+            print(f"   {mark} {step}\n       {step.reason}", flush=True)
         try:  # the steps may hold and not lead to what is claimed
             theorem.prove()
         except symbolic.ProofError as error:
             if failed == failed_before:
                 failed += 1
                 print(f"   ✗ FAILS: {error}", flush=True)
-    print(f"{len(theorems)} theorems, {count} steps: {f'{failed} FAILED' if failed else 'all hold'}")
+    claims, steps = (sum(len(getattr(theorem, part)) for theorem in theorems) for part in ("claims", "steps"))
+    print(f"{len(theorems)} theorems, {claims} claims, {steps} steps: {f'{failed} FAILED' if failed else 'all hold'}")
     return 1 if failed else 0
 
 

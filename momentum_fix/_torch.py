@@ -23,6 +23,7 @@ from torch._guards import TracingContext
 from torch.nn import functional
 from torch.nn.modules import module as torchs_module
 from torch.utils import checkpoint as torchs
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @dataclass
@@ -150,7 +151,7 @@ def _places() -> dict[tuple[Any, str], tuple[Any, Any]]:
                 each.returned(output)
             return output
 
-        return torchs_forward(ctx, run if listeners else run_function, preserve_rng_state, *args)
+        return torchs_forward(ctx, run if listeners else run_function, preserve_rng_state, *args)  # type: ignore[no-untyped-call]
 
     return {
         (torchs, "_CheckpointFrame"): (torchs_frame, Frame),
@@ -227,7 +228,7 @@ def _check() -> None:
     try:
         stop = _begin(lambda call: Probe() if call.function is probe else None, outermost=True)
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
                 for reentrant in (False, True):
                     two = torch.full((), 2.0, device="cpu", requires_grad=True)
                     torchs.checkpoint(probe, two, use_reentrant=reentrant).backward()
@@ -238,7 +239,8 @@ def _check() -> None:
     if seen != _SEEN:
         raise RuntimeError(
             f"torch {torch.__version__} does not tell of its checkpoints as torch 2.9 to 2.15 do "
-            f"({', '.join(seen)}), so diagnose and preserve_everywhere cannot work with it: install a newer momentum_fix. update_once, "
+            f"({', '.join(seen)}), so diagnose and preserve_everywhere cannot work with it: install a newer "
+            "momentum_fix. update_once, "
             "calibrate, correct and momentum_fix.checkpoint do not need this"
         )
 

@@ -1,19 +1,20 @@
-"""Am I affected? Watch one training step: are gradients right, which state does recomputation move again, and what to use."""
+"""Am I affected? Watch a training step: are gradients right, which state does recomputation move, what to use."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from html import escape
-from math import isclose
+from math import inf, isclose, isfinite
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointError
 
 from momentum_fix import _torch
 from momentum_fix.corrected import is_corrected, uncorrected
@@ -22,7 +23,7 @@ from momentum_fix.formula import corrected_momentum
 from momentum_fix.layers import at_gradients, named, tracks
 from momentum_fix.observing import ITSELF, Judgement, Moved, Region, Watch, judge
 from momentum_fix.preserving import is_compiled
-from momentum_fix.state import LARGE, pieces
+from momentum_fix.state import LARGE, mark, pieces
 from momentum_fix.tables import aligned, html
 
 _PRESERVE, _ONCE, _RESTORE = "preserve_state", "update_once", "restore"
@@ -37,9 +38,13 @@ _RANDOM = {
 _WEIGHTS = (
     "the same weights in backward: call functional_call inside of the checkpoint; let the optimizer step after backward"
 )
+_OFF = mark(False)
+_MANY = 8  # modules of which the same is to be said, from which on that is said once
+_MODE = "the same mode in backward: call train() or eval() before the forward pass, or after the backward pass"
 _ELSEWHERE = (
-    "pass what the function reads from elsewhere as an argument, or keep it in a buffer or a plain attribute of a module in "
-    "the checkpoint (a global, an object of your own, a changed argument, a context or hook of the forward pass alone)"
+    "make what the function reads from elsewhere (a global, an object of your own, a closure) a buffer or a plain "
+    "attribute of a module in the checkpoint; keep contexts and hooks on in backward; pass a copy of an argument "
+    "that changes"
 )
 
 
@@ -99,15 +104,26 @@ class Diagnosis(dict[str, Finding]):
 
     def _tables(self) -> list[list[tuple[str, ...]]]:
         differences = [
-            (each.module, each.checkpoint, f"{each.size:.2g}", named(each.moved) or "none") for each in self.differences
+            (
+                each.module,
+                each.checkpoint,
+                f"{each.size:.2g}" if isfinite(each.size) else "other code",
+                named(each.moved),
+            )
+            for each in self.differences
         ]
         modules: dict[tuple[str, ...], list[str]] = {}
         for each in self.values():
             times, use = "?" if each.times is None else str(each.times), each.remedy or "nothing"
             row = each.module or "(the model)", each.module_class, times, use, each.note
             modules.setdefault(row, []).append(each.attribute)
-        states = [(name, kind, ", ".join(state), *others) for (name, kind, *others), state in modules.items()]
-        tables = [
+        alike: dict[tuple[str, ...], list[str]] = {}  # but for their names
+        for (name, kind, *others), state in modules.items():
+            alike.setdefault((kind, ", ".join(state), *others), []).append(name)
+        states = [
+            (name, *row) for row, names in alike.items() for name in ([named(names)] if len(names) > _MANY else names)
+        ]
+        tables: list[list[tuple[str, ...]]] = [
             [("differs from", "in the checkpoint of", "by", "state that was another"), *differences],
             [("module", "class", "state", "times", "use", "note"), *states],
         ]
@@ -125,18 +141,19 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
     """Observe whether the recomputations of a training step repeat their forward pass, and which state they move again.
 
     Put one ordinary training step inside the block, backward pass included. Gradients are those of the run without
-    checkpointing if what each recomputation gives autograd is, to the bit, what the forward pass gave it. These are the
-    tensors that torch's checkpoint compares by their shapes; `diagnose` keeps a fingerprint of each (88 bytes) and compares
-    values. It also compares the state of the model before and after each recomputation. Nothing runs again, and the model
-    and the results of the step are the same as without this, bit for bit.
+    checkpointing if what each recomputation gives autograd is, to the bit, what the forward pass gave it. These are
+    the tensors that torch's checkpoint compares by their shapes; `diagnose` keeps a fingerprint of each (88 bytes)
+    and compares values. It also compares the state of the model before and after each recomputation. Nothing runs
+    again, and the model and the results of the step are the same as without this, bit for bit.
 
     `report.gradients_right` is True, False, or None where not all could be observed: another engine than torch's
-    checkpoint, or compiled code. A difference of rounding, which kernels make that are not deterministic, is told from a
-    real one, and is not called wrong. If gradients are wrong, the report says in which module the difference starts, how
-    large it is, which state was another one there than in the forward pass, and what to use.
+    checkpoint, or compiled code. A difference of rounding, which kernels make that are not deterministic, is told
+    from a real one, and is not called wrong. If gradients are wrong, the report says in which module the difference
+    starts, how large it is, which state was another one there than in the forward pass, and what to use.
 
-    Exact for: torch's non-reentrant engine. With the reentrant engine, where autograd saves nothing in the forward pass,
-    what modules and the function give is compared; what is computed between them is seen as far as it changes these.
+    Exact for: torch's non-reentrant engine. With the reentrant engine, where autograd saves nothing in the forward
+    pass, what modules and the function give is compared; what is computed between them is seen as far as it changes
+    these.
 
     Not for: state in objects of your own, in globals and in TorchScript (that it makes gradients wrong is seen, but not
     that it moves twice). "Right" is true of this step: put a second one into the block if the first one of a model is
@@ -146,8 +163,8 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
         model: any module. Calls of torch's checkpoint outside of it are observed too.
 
     Returns:
-        A context manager that gives a `Diagnosis`, which is filled when the block ends. Its `ok` is True only if gradients
-        were observed to be right, in training mode, and no state needs fixing.
+        A context manager that gives a `Diagnosis`, which is filled when the block ends. Its `ok` is True only if
+        gradients were observed to be right, in training mode, and no state needs fixing.
 
     Raises:
         TypeError: model is not a module, or is TorchScript.
@@ -177,7 +194,7 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
 def _diagnosing(model: nn.Module) -> Iterator[Diagnosis]:
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model is of type {type(model).__name__}, but must be an nn.Module, and not TorchScript")
-    watch, report = Watch(model), Diagnosis()
+    watch, report, raised = Watch(model), Diagnosis(), None
     ends = [_torch.listen(watch.begin, outermost=True)]
     try:
         _torch.hear_entering(watch.enter, 1)
@@ -186,24 +203,32 @@ def _diagnosing(model: nn.Module) -> Iterator[Diagnosis]:
         with warnings.catch_warnings():  # what torch says of hooks does not go for these, which only look
             warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks")
             yield report
+    except BaseException as error:
+        raised = error
+        raise
     finally:
         for end in ends:
             end()
-        _fill(report, model, watch)
+        _fill(report, model, watch, raised)
 
 
-def _fill(report: Diagnosis, model: nn.Module, watch: Watch) -> None:
+def _fill(report: Diagnosis, model: nn.Module, watch: Watch, raised: BaseException | None) -> None:
     """Say what was observed."""
     judged = judge(watch.regions)
+    if isinstance(raised, CheckpointError) and watch.latest is not None:  # torch has seen a difference itself
+        last = watch.latest.recomputations[-1]
+        if not any(each.starts_in for _, each in judged if each.recomputation is last):
+            judged = [(region, each) for region, each in judged if each.recomputation is not last]
+            judged.append((watch.latest, Judgement(last, ITSELF, inf, True)))
     wrong = [(region, each) for region, each in judged if each.starts_in]
     seen = {key for region in watch.regions for key in region.parts}
     compiled = [name for key, (part, name, _) in watch.parts.items() if is_compiled(part) and key not in seen]
     unknown = [region for region, each in judged if not each.is_known]
     report.in_training = any(watch.ran) if watch.ran else model.training
-    if wrong or (judged and not (unknown or watch.elsewhere or compiled or watch.compiles)):
+    if wrong or (judged and not (raised or unknown or watch.elsewhere or compiled or watch.compiles)):
         report.gradients_right = not wrong
     report.rounding = max((each.size for _, each in judged if not each.starts_in), default=0.0)
-    report.differences = tuple(dict.fromkeys(_difference(region, each) for region, each in wrong))
+    report.differences = tuple(_merged(_difference(region, each, watch) for region, each in wrong))
     report.update((each.name, each) for each in _findings(model, watch, {id(region) for region, _ in wrong}))
     report.fixes = tuple(_fixes(report, watch))
     bad = [each for each in report.values() if each.remedy]
@@ -214,16 +239,19 @@ def _fill(report: Diagnosis, model: nn.Module, watch: Watch) -> None:
     exactly = f"up to rounding ({report.rounding:.1g})" if report.rounding else "to the bit"
     if wrong:
         report.verdict = (
-            f"Gradients are wrong: {len(wrong)} of {_count(len(judged), 'recomputation')} gave autograd something else than "
+            f"Gradients are wrong: {len(wrong)} of {_count(len(judged), 'recomputation')} gave autograd something "
+            "else than "
             "the forward pass."
         )
     elif not report.in_training:
         report.verdict = "Not observed: the model ran in evaluation mode. Call model.train(), and run a training step."
     elif report.gradients_right is None:
-        report.verdict = f"Not observed: {_why(watch, unknown, compiled)}" + (f" And {again}." if bad else "")
+        why = f"the step raised {type(raised).__name__}." if raised else _why(watch, unknown, compiled)
+        report.verdict = f"Not observed: {why}" + (f" And {again}." if bad else "")
     elif not bad:
         report.verdict = (
-            f"Clean: {_count(len(judged), 'recomputation')} gave autograd the same as the forward pass, {exactly}, and moved "
+            f"Clean: {_count(len(judged), 'recomputation')} gave autograd the same as the forward pass, {exactly}, "
+            "and moved "
             "no state again."
         )
     else:
@@ -234,7 +262,8 @@ def _why(watch: Watch, unknown: list[Region], compiled: list[str]) -> str:
     """Say why it is not known whether gradients are right, and what to do."""
     if watch.elsewhere:
         return (
-            f"{named([*watch.elsewhere])} ran in the backward pass, but not in a checkpoint of torch's that began in this "
+            f"{named([*watch.elsewhere])} ran in the backward pass, but not in a checkpoint of torch's that began in "
+            "this "
             "block. What another engine recomputes cannot be compared with its forward pass: run a step with torch's."
         )
     if compiled or watch.compiles:
@@ -245,24 +274,42 @@ def _why(watch: Watch, unknown: list[Region], compiled: list[str]) -> str:
     if not watch.backward:
         return "no backward pass was seen inside the block. Put a whole training step into it."
     return (
-        "no recomputation was seen. Is checkpointing on? Only torch's checkpoint is seen, and not inside compiled code: "
+        "no recomputation was seen. Is checkpointing on? Only torch's checkpoint is seen, and not inside compiled "
+        "code: "
         "run a step without torch.compile."
     )
 
 
-def _difference(region: Region, judgement: Judgement) -> Difference:
+def _merged(differences: Iterable[Difference]) -> list[Difference]:
+    """Say once what goes for several calls of a checkpoint, with the largest size."""
+    largest: dict[Any, Difference] = {}
+    for each in differences:
+        key = each.module, each.checkpoint, frozenset(each.moved), each.remedy
+        if key not in largest or each.size > largest[key].size:
+            largest[key] = each
+    return [*largest.values()]
+
+
+def _difference(region: Region, judgement: Judgement, watch: Watch) -> Difference:
     """Say where a difference starts, and what to do about it."""
     recomputation, where = judgement.recomputation, judgement.starts_in
     moved = [(region.parts[key], name) for key, name in recomputation.found_moved]
     weights = [(part, name) for part, name in moved if _is_unpreserved(part.module, name)]
     statistics = [(part, name) for part, name in moved if tracks(part.module) and only_writes(part.module)]
     others = [each for each in moved if each not in weights and each not in statistics]
-    buffer = _BUFFER.partition(",")[0] if recomputation.preserved else _BUFFER
+    buffer = _BUFFER.partition(",")[0] if recomputation.preserved or others else _BUFFER
     drawn = region.drew - ({"torch"} if region.keeps_random_numbers else set())
     remedies = [_RANDOM[name] for name in _RANDOM if name in drawn]
     if weights:
-        trained = any(part.module._parameters[name].requires_grad for part, name in weights)
+        by_itself = any((id(part.module), name) in watch.moved for part, name in weights)
+        trained = any(part.module._parameters[name].requires_grad for part, name in weights) and not by_itself
         remedies.append(_WEIGHTS if trained else buffer)
+    evaluated = [
+        key for key, name in recomputation.found_moved if name == "training" and region.state[key][name] == _OFF
+    ]
+    if evaluated:
+        remedies.append(_MODE)
+        others = [(part, name) for part, name in others if name != "training"]
     if others and not recomputation.preserved:
         remedies.append(_PRESERVE)
     elif statistics and not (remedies or recomputation.preserved):
@@ -328,10 +375,12 @@ def _of_statistics(layer: Any, times: int | Fraction) -> tuple[str, str]:
 
 def _fixes(report: Diagnosis, watch: Watch) -> Iterator[str]:
     """Give the lines to paste."""
-    remedies = [each.remedy for each in (*report.values(), *report.differences)]
+    remedies = [each.remedy for each in report.values()] + [each.remedy for each in report.differences]
     if _ONCE in remedies:
         yield "update_once(model)"
-    if any(each.endswith(_PRESERVE) for each in remedies):
+    if _PRESERVE in remedies or any(
+        f" {_PRESERVE}" in each for each in remedies if each not in (_BUFFER, _REACH, _ENGINE)
+    ):
         if any(region.by_library for region in watch.regions):
             yield "preserve_everywhere()"
         elif any(region.reentrant for region in watch.regions):

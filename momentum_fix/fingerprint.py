@@ -3,12 +3,13 @@
     hash(x) = sum_r u_r sum_c v_c x_rc  modulo 2**64, of the bits of x in words of at most 32 bits
     |x - y|**2 is the mean of (p_j(x) - p_j(y))**2, where p_j(x) = sum_i s_ij x_i for eight fixed vectors s_j of signs
 
-The weights u and v are fixed and look random, so tensors that differ have one hash with a probability of about 2**-32. (An
-exclusive or of all words would not see values that change places.) The distance is right to some 40 %. A tensor is read on
-its own device, in slices: nothing as large as it is copied, unless it has gaps or another order in memory.
+The weights u and v are fixed and look random, so tensors that differ have one hash with a probability of about
+2**-32. (An exclusive or of all words would not see values that change places.) The distance is right to some 40 %. A
+tensor is read on its own device, in slices: nothing as large as it is copied, unless it has gaps or another order in
+memory.
 
-Source: multilinear hashing, Lemire and Kaser 2014, "Strongly universal string hashing is fast"; random projections, Johnson
-and Lindenstrauss 1984, with the signs of Achlioptas 2003.
+Source: multilinear hashing, Lemire and Kaser 2014, "Strongly universal string hashing is fast"; random projections,
+Johnson and Lindenstrauss 1984, with the signs of Achlioptas 2003.
 """
 
 from __future__ import annotations

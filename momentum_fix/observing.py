@@ -1,4 +1,4 @@
-"""Watch a training step: what each recomputation gives autograd beside what its forward pass gave, and what state it moves."""
+"""Watch a training step: what each recomputation gives autograd beside its forward pass, and what state it moves."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Moved:
         self.regions: list[Region | None] = []  # None: by another engine than torch's checkpoint
 
     def for_one_batch(self, passes: int) -> int | Fraction:
-        """Give how often it moves for one batch, if the calls of its module in forward passes have moved it so often."""
+        """Give how often it moves for one batch, if calls of its module in forward passes have moved it so often."""
         times = 1 + Fraction(self.times, passes or len({id(region) for region in self.regions}) or 1)
         return int(times) if times.denominator == 1 else times
 
@@ -66,6 +66,7 @@ class Watch:
     def __init__(self, model: nn.Module) -> None:
         self.parts = parts_of(model)
         self.regions: list[Region] = []  # the calls of torch's checkpoint that were recomputed
+        self.latest: Region | None = None  # the last one of them
         self.passes = Counter[Piece]()  # how often calls of its module have moved a piece of state in forward passes
         self.moved: dict[Piece, Moved] = {}
         self.ran: list[bool] = []  # of each call of a module: whether that is in training mode
@@ -152,6 +153,7 @@ class Region(_torch.Listener):
         self.state: dict[int, Marks] = {}  # as the first module of the forward pass has found it
         self.drew: set[str] = set()  # whose random numbers the forward pass has drawn
         self.recomputations: list[Recomputation] = []
+        self.trace = self.forward_trace = Tracing(self.where)  # of the reentrant engine
         self.untouched = False  # no module has run yet in the pass that is running
 
     @contextmanager
@@ -169,6 +171,7 @@ class Region(_torch.Listener):
         if not self.recomputations:
             watch.regions.append(self)
         self.recomputations.append(Recomputation())
+        watch.latest = self
         begun = preserved.begun
         with unseen():
             before = watch.look(self.parts)
@@ -226,10 +229,10 @@ class Region(_torch.Listener):
             self.recomputations[-1].pairs.append((forward, recomputed))
 
     def returned(self, output: Any) -> None:
-        """Compare the operations that have led to a result. In compiled code they are not seen, so compare the result."""
+        """Compare the operations that led to a result; where compiled code hides them, compare the result."""
         if self.is_compiled:
             self.trace.operations = [
-                Operation(("", ""), [value_of(each, ITSELF, each.requires_grad)], None, False)
+                Operation(("", ""), [value_of(each, ITSELF, each.requires_grad)], None, False, [])
                 for each in tensors_in(output)
             ]
         if self.recomputations:
@@ -260,7 +263,7 @@ def _judge(recomputation: Recomputation, numbers: dict[int, list[float]]) -> Jud
     tolerance = largest = 0.0
     known = bool(recomputation.pairs)
     for forward, recomputed in recomputation.pairs:
-        if recomputed is None:
+        if recomputed is None or recomputed.dtype != forward.dtype:
             return Judgement(recomputation, forward.where, math.inf, True)
         tolerance = max(tolerance, rounding(forward.dtype))  # what is computed from coarse numbers is coarse
         if forward.numbers is None or recomputed.numbers is None:

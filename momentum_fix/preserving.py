@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
 from momentum_fix import _torch
@@ -25,20 +26,22 @@ def preserve_state(*mistaken: Any) -> tuple[AbstractContextManager[None], Abstra
 
         checkpoint(block, x, use_reentrant=False, context_fn=preserve_state)
 
-    Use it if a module changes itself during training and its output depends on what it changed: spectral normalization,
-    Batch Renormalization, codebooks, quantization-aware training, spiking neurons, step counters. State is what a module
-    keeps in buffers, in plain attributes (numbers, tensors, NumPy arrays, generators of random numbers; lists, tuples,
-    dictionaries, sets and deques of them) and in parameters of up to 64 KiB that no gradient trains. You name none of
-    it: it is preserved for every module that runs in the checkpoint in training mode, and for all modules below it.
+    Use it if a module changes itself during training and its output depends on what it changed: spectral
+    normalization, Batch Renormalization, codebooks, quantization-aware training, spiking neurons, step counters.
+    State is what a module keeps in buffers, in plain attributes (numbers, tensors, NumPy arrays, generators of random
+    numbers; lists, tuples, dictionaries, sets and deques of them) and in parameters of up to 64 KiB that no gradient
+    trains. You name none of it: it is preserved for every module that runs in the checkpoint in training mode, and
+    for all modules below it.
 
     Exact for: state, gradients and all values, bit for bit, in any order of forwards and backwards, if the forward is
-    deterministic. Not for: state inside objects of your own, on classes or in globals; random numbers of Python and NumPy;
-    modules that the function reaches in another way than by calling them or by its closure, defaults, globals and
-    arguments; a checkpoint inside this one that is called by torch's own function (use `preserve_everywhere`); a
+    deterministic. Not for: state inside objects of your own, on classes or in globals; random numbers of Python and
+    NumPy; modules that the function reaches in another way than by calling them or by its closure, defaults, globals
+    and arguments; a checkpoint inside this one that is called by torch's own function (use `preserve_everywhere`); a
     checkpoint that is compiled together with its model (use `checkpoint`). docs/limits.md has the whole list.
 
-    Memory: a copy of the state for each checkpoint whose backward pass is still to come, but none for blocks of torch's
-    own modules without hooks, whose outputs read no state. What is larger than 64 KiB and does not change is copied once.
+    Memory: a copy of the state for each checkpoint whose backward pass is still to come, but none for blocks of
+    torch's own modules without hooks, whose outputs read no state. What is larger than 64 KiB and does not change is
+    copied once.
 
     Returns:
         The contexts of the forward pass and of its recomputations, as torch's checkpoint wants them.
@@ -46,8 +49,8 @@ def preserve_state(*mistaken: Any) -> tuple[AbstractContextManager[None], Abstra
     Raises:
         TypeError: it is called with a model or used in `with`, which is not how it is used; or a module in the
             checkpoint is TorchScript, is in training mode and has buffers.
-        RuntimeError: the checkpoint is being compiled together with its model; or, in the backward pass, a recomputation
-            wrote to a parameter for a second time, because the state that guards this was put back.
+        RuntimeError: the checkpoint is being compiled together with its model; or, in the backward pass, a
+            recomputation wrote to a parameter for a second time, because the state that guards this was put back.
 
     Warns:
         UserWarning: a parameter was written to between the start of the forward pass and the recomputation, other than
@@ -79,6 +82,9 @@ class _Contexts(tuple[AbstractContextManager[None], AbstractContextManager[None]
 
     __slots__ = ()
 
+    def __call__(self) -> NoReturn:
+        _refuse_use("called")
+
     def __enter__(self) -> NoReturn:
         _refuse_use("used in a `with` statement")
 
@@ -97,10 +103,10 @@ def _refuse_use(how: str) -> NoReturn:
 def checkpoint(function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
     """Do what `torch.utils.checkpoint.checkpoint` does, but recompute from the state that the forward pass saw.
 
-    See `preserve_state` for when to use it. This one works with both engines (`use_reentrant=True` too), together with
-    any `context_fn`, and in a model that is compiled as a whole: it breaks the graph, so compiled code ends before it and
-    goes on after it. Blocks that are compiled themselves stay compiled. Instead of `checkpoint_sequential`, which has no
-    `context_fn`, run each segment yourself, or call `preserve_everywhere`.
+    See `preserve_state` for when to use it. This one works with both engines (`use_reentrant=True` too), together
+    with any `context_fn`, and in a model that is compiled as a whole: it breaks the graph, so compiled code ends
+    before it and goes on after it. Blocks that are compiled themselves stay compiled. Instead of
+    `checkpoint_sequential`, which has no `context_fn`, run each segment yourself, or call `preserve_everywhere`.
 
     Exact for, Not for, Memory: as `preserve_state`. The reentrant engine may add up gradients in another order than the
     run without checkpointing, with or without this package.
@@ -125,7 +131,7 @@ def checkpoint(function: Callable[..., Any] | None = None, *args: Any, **kwargs:
     Source: as `preserve_state`.
     """
     if function is None and not args:
-        decorate = torchs_checkpoint(**kwargs)  # type: ignore[call-arg]  # a TypeError before torch 2.14
+        decorate = torchs_checkpoint(**kwargs)  # a TypeError before torch 2.14
 
         def decorated(function: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(function)
@@ -154,7 +160,7 @@ def _outside_of_compiled_code(engine: Any, function: Any, *args: Any, **kwargs: 
     return engine(run, *args, **kwargs)
 
 
-def _in_turn(begin: Callable[[], _Region]) -> Iterator[AbstractContextManager[None]]:
+def _in_turn(begin: Callable[[], _Region | _OfTorchs]) -> Iterator[AbstractContextManager[None]]:
     """Give the context of the forward pass, then that of each recomputation."""
     region = begin()
     yield region.forward()
@@ -191,9 +197,9 @@ def preserve_everywhere() -> Everywhere:
     inside timm, MONAI, Hugging Face or mmseg, those inside another checkpoint, and `checkpoint_sequential`. It works
     together with a `context_fn` of the caller's, and with `update_once` and `calibrate` on the same model.
 
-    Exact for: what `preserve_state` is exact for. Not for: a checkpoint that torch compiles together with its model, where
-    nothing of this runs: BatchNorm is right there by itself, and for modules whose output reads their state keep the
-    checkpoint out of the compiled code (`momentum_fix.checkpoint` does). Not for engines other than torch's.
+    Exact for: what `preserve_state` is exact for. Not for: a checkpoint that torch compiles together with its model,
+    where nothing of this runs: BatchNorm is right there by itself, and for modules whose output reads their state
+    keep the checkpoint out of the compiled code (`momentum_fix.checkpoint` does). Not for engines other than torch's.
 
     Returns:
         An `Everywhere`: call `remove()` on it, or use it in `with`. After a second call, both have to be removed.
@@ -217,8 +223,10 @@ def preserve_everywhere() -> Everywhere:
 def _preserving(call: _torch.Call) -> _Preserving | None:
     if call.in_compilation:
         warnings.warn(
-            "a checkpoint is being compiled together with its model, where preserve_everywhere does nothing. BatchNorm is "
-            "right there. For modules whose output reads their state use momentum_fix.checkpoint instead, which stays out "
+            "a checkpoint is being compiled together with its model, where preserve_everywhere does nothing. "
+            "BatchNorm is "
+            "right there. For modules whose output reads their state use momentum_fix.checkpoint instead, which "
+            "stays out "
             "of the compiled code",
             stacklevel=2,
         )
@@ -255,8 +263,9 @@ def _region(function: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None
 class _OfTorchs(AbstractContextManager[None]):
     """A call of a checkpoint around torch's own modules. What they compute depends on no buffer, so none is copied.
 
-    A process may hold thousands of these, so each is few objects: Python's garbage collector goes through all that there
-    are, again and again. That is why every checkpoint costs more the more of them there are, torch's own ones too.
+    A process may hold thousands of these, so each is few objects: Python's garbage collector goes through all that
+    there are, again and again. That is why every checkpoint costs more the more of them there are, torch's own ones
+    too.
     """
 
     __slots__ = ("everything", "modules", "parameters", "present", "versions")
@@ -308,7 +317,8 @@ class _Region(AbstractContextManager[None]):
         self.state: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {}
         self.parameters: list[_Parameter] = []
         self.alone: list[torch.Tensor] = []  # of the copies those that share no memory
-        # Whether recomputations meet the hook too. It does nothing then, but code compiled with it would be compiled anew.
+        # Whether recomputations meet the hook too. It does nothing then, but code compiled with it would be compiled
+        # anew without it.
         self.hears_recomputations = False
         self.changes = False  # whether the forward pass has changed any state but the statistics of torch's own norms
         # For each recomputation that is running: what the modules have, with their submodules and parameters; the
@@ -350,6 +360,7 @@ class _Region(AbstractContextManager[None]):
             _running.regions = outer
             self.alone = list(self.copier.alone.values())
             self.changes = any(mark(_guards(module), by_value=False) != before for module, before in self.marks)
+            self.written = {id(each.parameter) for each in self.parameters if each.version != version(each.parameter)}
             del self.copier, self.entered, self.marks
 
     def holds(self, module: nn.Module) -> bool:
@@ -365,11 +376,14 @@ class _Region(AbstractContextManager[None]):
                 {name: copier.copy(value) for name, value in copied.items()} for *_, copied in self.state.values()
             ]
             written = {id(p): p for p, kept in zip(parameters, self.parameters, strict=True) if kept.value is None}
-            values = [(each, each.detach().clone()) for each in written.values()] if self.changes else []
+            written = {} if is_in_torch_dispatch_mode(include_infra_modes=True) else written  # which has no values
+            values = [(each, each.detach().clone()) for each in written.values() if id(each) in self.written]
+            unseen_writes = [*written.values()] if self.changes else []
+            guard = values, unseen_writes, _sums(unseen_writes)
         present = [
             (each, vars(each).copy(), each._modules.copy(), each._parameters.copy()) for each, *_ in self.state.values()
         ]
-        self.present.append((present, values))
+        self.present.append((present, guard))
         preserved.begin(self)
         _torch.hear_entering(_entered, self.hears_recomputations)
         for (module, everything, _), copied in zip(self.state.values(), copies, strict=True):
@@ -381,7 +395,7 @@ class _Region(AbstractContextManager[None]):
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
         preserved.end()
-        present, values = self.present.pop()
+        present, guard = self.present.pop()
         for module, everything, children, parameters in present:
             put(module, everything)
             if self.detach:  # the recomputation's are not what the forward pass has
@@ -393,7 +407,7 @@ class _Region(AbstractContextManager[None]):
                 _put_parameter(module, name, parameter)
         _torch.hear_entering(_entered, -self.hears_recomputations)
         with _own_operations():
-            _refuse_writes(values)
+            _refuse_writes(*guard)
 
     def enter(self, module: nn.Module, whole: bool = True) -> None:
         """Copy the state of a module, and of all below it: a parent may move a child's before it calls it."""
@@ -461,19 +475,26 @@ def _warn_of_writes(parameters: Iterable[tuple[Any, int]]) -> None:
 
 def _guards(module: nn.Module) -> dict[str, Any]:
     """Give what may tell a forward whether it has written to a parameter before: all state but trained parameters."""
-    return {name: value for name, value in pieces(module).items() if not isinstance(value, nn.Parameter)}
+    state = pieces(module).items()
+    return {name: value for name, value in state if not (isinstance(value, nn.Parameter) and value.requires_grad)}
 
 
-def _refuse_writes(values: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
-    """Undo what a recomputation has written to parameters that are not preserved, and raise if there was anything."""
+def _sums(parameters: Iterable[nn.Parameter]) -> list[str]:
+    """Give what tells whether parameters were written to, where autograd does not see it either."""
+    return [repr(each.detach().sum(dtype=torch.complex128).item()) for each in parameters]
+
+
+def _refuse_writes(values: list[tuple[nn.Parameter, torch.Tensor]], parameters: list[nn.Parameter], sums: Any) -> None:
+    """Raise if a recomputation has written to parameters that are not preserved, and undo what can be undone."""
     written = [(parameter, value) for parameter, value in values if not _is_equal(parameter, value)]
     for parameter, value in written:
         parameter.data.copy_(value)
-    if written:
+    if written or _sums(parameters) != sums:
+        left = "They are as the forward pass left them" if written else "They are written to twice now: load them again"
         raise RuntimeError(
-            f"a recomputation wrote to a parameter of shape {tuple(written[0][0].shape)} that its forward pass had "
-            "written to before: the state that tells whether this is still to be done was put back. The parameter is as "
-            "the forward pass left it. Write to it outside of the checkpoint, or use torch.utils.checkpoint here"
+            "a recomputation wrote to parameters that its forward pass had written to: the state that tells whether "
+            "this "
+            f"is still to be done was put back. {left}. Write to them outside of the checkpoint, or use torch's here"
         )
 
 

@@ -66,7 +66,8 @@ def put(module: nn.Module, everything: dict[str, Any]) -> None:
 
 def reads_no_buffer(module: nn.Module) -> bool:
     """Tell whether a module runs no code but torch's, in training mode, and its output depends on no buffer it has."""
-    own, kind = vars(module), type(module)
+    own: dict[str, Any] = vars(module)
+    kind: Any = type(module)
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or not own.get("training"):
         return False
     if own["_buffers"] and not isinstance(module, _NormBase):
@@ -99,7 +100,7 @@ class _Made:
 
 @functools.lru_cache
 def _runs_torchs(kind: Any, forward: Any) -> bool:
-    """Tell whether a class is one of torch.nn's, or adds nothing to one but an `__init__`, and nobody has replaced that."""
+    """Tell whether a class runs torch.nn's code: it is one of torch's, or adds but an `__init__` to one."""
     if not getattr(forward, "__globals__", {}).get("__name__", "").startswith(_TORCHS):
         return False
     others = (vars(each).keys() for each in kind.__mro__[:-1] if not _is_torchs_own(each))
@@ -113,7 +114,8 @@ def _is_torchs_own(kind: type) -> bool:
 def is_as_made(module: nn.Module) -> bool:
     """Tell whether all that is on a module, but buffers, is what one of torch's own classes puts there for good."""
     own = vars(module)
-    return own.keys() <= _options(type(module)) and _OF_OPTIONS.issuperset(map(type, own.values()))
+    kind: Any = type(module)
+    return own.keys() <= _options(kind) and _OF_OPTIONS.issuperset(map(type, own.values()))
 
 
 @functools.lru_cache
@@ -203,7 +205,7 @@ class Copier:
         return copied
 
     def _container(self, value: Any) -> Any:
-        """Copy a container, or give it itself if it cannot be written to: what it has in it then stands still as well."""
+        """Copy a container, or give it itself if it cannot be written to."""
         kind = type(value)
         try:
             if isinstance(value, (set, frozenset)):
@@ -220,7 +222,8 @@ class Copier:
             if _holds_a_tensor(value, set()):
                 warnings.warn(
                     f"a {kind.__name__} on a module holds a tensor and cannot be copied ({type(refusal).__name__}: "
-                    f"{refusal}), so it is not preserved. If the forward writes to that tensor, gradients may be wrong: "
+                    f"{refusal}), so it is not preserved. If the forward writes to that tensor, gradients may be "
+                    "wrong: "
                     "keep it in a buffer",
                     stacklevel=2,
                 )
@@ -408,7 +411,7 @@ def _of_tensor(tensor: torch.Tensor) -> Any:
 
 
 def _digest(memory: np.ndarray) -> bytes:
-    return hashlib.blake2b(memory.view(np.uint8) if memory.size else b"", digest_size=16).digest()
+    return hashlib.blake2b(memory.view(np.uint8).data if memory.size else b"", digest_size=16).digest()
 
 
 def version(tensor: torch.Tensor) -> int:

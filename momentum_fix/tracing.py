@@ -1,4 +1,4 @@
-"""What a reentrant checkpoint computes. Autograd saves nothing in its forward pass, so operations are compared instead."""
+"""What a reentrant checkpoint computes: autograd saves nothing in its forward pass, so operations are compared."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class Operation(NamedTuple):
     values: list[Value]  # what it was given and what it gave
     options: Any  # what else it was given
     options_matter: bool
+    trains: list[bool]  # of each of the values: whether it is a parameter that gets a gradient
 
 
 class Tracing(TorchFunctionMode):
@@ -80,7 +81,8 @@ class Tracing(TorchFunctionMode):
             kept_of_it = [value_of(each, where, all_matter or place in kept) for each, place in pairs]
             reads_options = any(not name.startswith(_ADDITIONS) for name in graph)
             name = where, getattr(func, "__name__", str(func))
-            self.operations.append(Operation(name, kept_of_it, _options(given), reads_options))
+            trains = [isinstance(each, nn.Parameter) and each.requires_grad for each in values]
+            self.operations.append(Operation(name, kept_of_it, _options(given), reads_options, trains))
         return output
 
 
@@ -90,17 +92,23 @@ def compared(forward: list[Operation], recomputed: list[Operation]) -> Iterator[
     What only the forward pass has computed, as the first one of a lazy module does, is passed over.
     """
     names = [[each.name for each in trace] for trace in (forward, recomputed)]
-    blocks = (
-        [(0, 0, len(forward))] if names[0] == names[1] else SequenceMatcher(None, *names, False).get_matching_blocks()
-    )
-    partner = {there + i: here + i for here, there, length in blocks for i in range(length)}
+    if names[0] == names[1]:
+        partner = {place: place for place in range(len(forward))}
+    else:
+        blocks = SequenceMatcher(None, names[0], names[1], False).get_matching_blocks()
+        partner = {there + i: here + i for here, there, length in blocks for i in range(length)}
     for place, now in enumerate(recomputed):
         then = forward[partner[place]] if place in partner else None
-        if then is None or (now.options_matter and now.options != then.options):
+        if then is None or (now.options_matter and now.options != then.options) or _trains_more(then, now):
             if now.options_matter or any(each.matters for each in now.values):
                 yield now.values[-1], None
         else:
             yield from (pair for pair in zip(then.values, now.values, strict=False) if pair[1].matters)
+
+
+def _trains_more(then: Operation, now: Operation) -> bool:
+    """Tell whether a parameter gets a gradient that got none when the forward pass ran."""
+    return any(new and not old for old, new in zip(then.trains, now.trains, strict=False))
 
 
 def value_of(tensor: torch.Tensor, where: str, matters: bool) -> Value:

@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 import recipes as by
 import rivals
 import twins
-from momentum_fix import calibrate, correct, update_once
+from momentum_fix import calibrate, correct, preserve_everywhere, preserve_state, update_once
 from recipes import MIDWAY, Net
 from twins import by_context, drop_in, drop_in_reentrant, non_reentrant, plainly, reentrant
 
@@ -173,6 +173,15 @@ def replacing(ckpts):
     return lambda net, row, data: go(net, row, data, ckpts.get(row.ckpt, row.ckpt))
 
 
+def by_context_reentrant(function, *args):
+    return checkpoint(function, *args, use_reentrant=True, context_fn=preserve_state)
+
+
+def everywhere(net, row, data):
+    with preserve_everywhere():
+        return go(net, row, data, row.ckpt)
+
+
 def around_the_region(net, row, data):
     for part in (data[:MIDWAY], data[MIDWAY:]):  # midway it may become another model
         net = go(net, row, part, rivals.around_the_region(net, row.ckpt))
@@ -226,11 +235,17 @@ METHODS = {
     ),
     "`update_once`": Method(by_update_once, "exact", {"wrong": UNSEEN}),
     "`preserve_state`": Method(
-        replacing({non_reentrant: by_context}),
+        replacing({non_reentrant: by_context, reentrant: by_context_reentrant}),
         "exact",
         {
-            "wrong": ["*, reentrant", "checkpoint_sequential", "recomputation written by hand"],
-            "fails": ["with debug=True", "selective: *", "compiled with the checkpoint*"],
+            "wrong": ["checkpoint_sequential*", "recomputation written by hand"],
+            "refused": [
+                "[!c]*, reentrant",
+                "compiled block, reentrant",
+                "with debug=True",
+                "selective: *",
+                "compiled with the checkpoint*",
+            ],
         },
     ),
     "`checkpoint`": Method(
@@ -238,9 +253,10 @@ METHODS = {
         "exact",
         {
             "wrong": ["checkpoint_sequential*", "recomputation written by hand"],
-            "fails": ["compiled with the checkpoint*"],
+            "refused": ["compiled with the checkpoint*"],
         },
     ),
+    "`preserve_everywhere`": Method(everywhere, "exact", {"wrong": ["recomputation written by hand"]}),
     "flag, saved statistics": Method(preparing(rivals.flag), "exact", {"wrong": [*UNSEEN, "compiled block*"]}),
     "stand-in buffers": Method(preparing(rivals.stand_ins), "exact", {"wrong": [*UNSEEN, "compiled block*"]}),
     "only in backward": Method(
@@ -261,7 +277,7 @@ OUTCOMES = {
     "equal": "running_mean and running_var are equal to rounding (float64, 1e-12); num_batches_tracked counts passes",
     "decay": "the old value keeps the right weight, the batches share the rest differently",
     "wrong": "neither",
-    "fails": "an exception",
+    "refused": "an exception, of torch or of this package",
     "(said)": "and a warning of momentum_fix says so",
 }
 
@@ -282,7 +298,7 @@ def outcome(row: Row, method: Callable, device: str = "cpu") -> str:
         try:
             found = _outcome(row, method, device)
         except Exception:
-            found = "fails"
+            found = "refused"
         finally:
             torch.compiler.reset()
     said = any(str(warning.message).startswith(("only the decay", "not corrected")) for warning in caught)
@@ -389,11 +405,12 @@ def document(table: Mapping[str, Mapping[str, str]]) -> str:
         "",
         *grid("recomputed how", table),
         "",
-        "`preserve_state` and `checkpoint` are used where the row calls torch's checkpoint. The reentrant engine and",
-        "`checkpoint_sequential` have no `context_fn`, and code that recomputes by hand has no checkpoint to replace.",
-        "torch accepts no `context_fn` with `debug=True`, and no second one with that of selective checkpointing. The",
-        "rows that are compiled with the checkpoint require a single graph, which neither of the two allows. For",
-        "compiled code without that requirement, and for state other than running statistics, see",
+        "`preserve_state` and `checkpoint` are used where the row itself calls torch's checkpoint. torch refuses a",
+        "`context_fn` with the reentrant engine and with `debug=True`, and a second one beside that of selective",
+        "checkpointing. The rows that are compiled with the checkpoint require a single graph, which neither of the",
+        "two allows. `checkpoint_sequential` calls the checkpoint itself and takes no `context_fn`:",
+        "`preserve_everywhere` reaches it. Code that recomputes by hand has no checkpoint to reach. For compiled code",
+        "that need not be a single graph, and for state other than running statistics, see",
         "[which state is preserved](states.md).",
         "",
         "The last four are fixes that people write by hand, each as strong as we could make it (`tests/rivals.py`).",

@@ -32,6 +32,12 @@ def headings(page):
     return found
 
 
+def rows(page, header):
+    """Give the cells of each row of the table with this header."""
+    below = (DOCS / page).read_text(encoding="utf-8").partition(f"\n{header}\n")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in below.splitlines()[1:]]
+
+
 def wrapped(text, width=118):
     """Lay a paragraph out in lines."""
     return "\n".join(textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False))

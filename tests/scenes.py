@@ -1,11 +1,12 @@
 """Scenes: causes that make a recomputation differ from its forward pass or move state, and some that do not.
 
-A scene is a block and a step. Each step runs once with a checkpoint, under `diagnose`, and once without: the twin, which
-tells whether gradients and state are right.
+A scene is a block and a step. Each step runs once with a checkpoint, under `diagnose`, and once without: the twin,
+which tells whether gradients and state are right.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import enum
 import random
@@ -450,11 +451,54 @@ def cache_filled(net, ckpt):
     ckpt(run, net.stem(data()[0]), cache).square().mean().backward()
 
 
+def cache_returned(net, ckpt):
+    cache = []
+
+    def run(y, cache):
+        return net.body(y * (1 + len(cache))), 1
+
+    y, new = ckpt(run, net.stem(data()[0]), tuple(cache))
+    cache.append(new)
+    y.square().mean().backward()
+
+
 def hooked_in_the_forward(net, ckpt):
     handle = net.body[0].register_forward_hook(lambda *given: given[-1] * 2)
     y = ckpt(net.body, net.stem(data()[0]))
     handle.remove()
     y.square().mean().backward()
+
+
+@contextlib.contextmanager
+def tripled():
+    GLOBAL["factor"] = 3
+    yield
+    del GLOBAL["factor"]
+
+
+def context_of_the_forward(net, ckpt):
+    with tripled():
+        y = ckpt(net.body, net.stem(data()[0]))
+    y.square().mean().backward()
+
+
+def context_of_both(net, ckpt):
+    with tripled():
+        ckpt(net.body, net.stem(data()[0])).square().mean().backward()
+
+
+def in_two_modes(net, ckpt):
+    net.body.eval()
+    y = ckpt(net.body, net.stem(data()[0]))
+    net.body.train()
+    y.square().mean().backward()
+
+
+def under_autocast(net, ckpt):
+    net.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ckpt(net.body, net.stem(data()[0].float()))
+    y.float().square().mean().backward()
 
 
 def linearly(net, ckpt):
@@ -522,16 +566,16 @@ SCENES = {
         own(of_object, tracker=types.SimpleNamespace(steps=0)),
         False,
         preserved=False,
-        use="pass what the function reads from elsewhere",
+        use="make what the function reads from elsewhere",
     ),
     "an object with slots": Scene(
-        own(of_object, tracker=Slots()), False, preserved=False, use="pass what the function reads from elsewhere"
+        own(of_object, tracker=Slots()), False, preserved=False, use="make what the function reads from elsewhere"
     ),
     "an attribute of the class": Scene(
-        own(of_class), False, preserved=False, use="pass what the function reads from elsewhere"
+        own(of_class), False, preserved=False, use="make what the function reads from elsewhere"
     ),
-    "a global": Scene(own(of_global), False, preserved=False, use="pass what the function reads from elsewhere"),
-    "a closure": Scene(Closure, False, preserved=False, use="pass what the function reads from elsewhere"),
+    "a global": Scene(own(of_global), False, preserved=False, use="make what the function reads from elsewhere"),
+    "a closure": Scene(Closure, False, preserved=False, use="make what the function reads from elsewhere"),
     "a weak reference": Scene(Weak, False, False),
     "dropout": Scene(lambda: nn.Dropout(0.4), True),
     "dropout whose random numbers are not kept": Scene(
@@ -560,13 +604,13 @@ SCENES = {
         nn.Tanh, False, preserved=False, step=functionally, use="the same weights in backward"
     ),
     "an argument that changes": Scene(
-        nn.Tanh, False, preserved=False, step=cache_filled, use="pass what the function reads from elsewhere"
+        nn.Tanh, False, preserved=False, step=cache_filled, use="make what the function reads from elsewhere"
     ),
     "an input that changes": Scene(
-        nn.Tanh, False, preserved=False, step=input_changed, use="pass what the function reads from elsewhere"
+        nn.Tanh, False, preserved=False, step=input_changed, use="make what the function reads from elsewhere"
     ),
     "a hook of the forward alone": Scene(
-        nn.Tanh, False, preserved=False, step=hooked_in_the_forward, use="pass what the function reads from elsewhere"
+        nn.Tanh, False, preserved=False, step=hooked_in_the_forward, use="make what the function reads from elsewhere"
     ),
     "a difference that hides in the output": Scene(Hidden, False, False),
     "a shift that no gradient depends on": Scene(Shift, True, True, step=linearly, engines=("non-reentrant",)),
@@ -578,9 +622,26 @@ SCENES = {
     "a slice that moves": Scene(lambda: Power(lambda x, n: x.roll(n, 1) + x[:, n : n + 1]), False, False),
     "cumulative BatchNorm": Scene(lambda: nn.BatchNorm1d(WIDTH, momentum=None), True, False, fine=True),
     "InstanceNorm": Scene(lambda: Images(nn.InstanceNorm1d(2, track_running_stats=True)), True, False),
+    "a copy of what changes as the argument": Scene(nn.Tanh, True, step=cache_returned),
+    "a context of both passes": Scene(own(lambda _: GLOBAL.get("factor", 1)), True, step=context_of_both),
+    "a context of the forward alone": Scene(
+        own(lambda _: GLOBAL.get("factor", 1)),
+        False,
+        preserved=False,
+        step=context_of_the_forward,
+        use="make what the function reads from elsewhere",
+    ),
+    "another mode in backward": Scene(
+        own(lambda layer: 1 + layer.training),
+        False,
+        preserved=False,
+        step=in_two_modes,
+        use="the same mode in backward",
+    ),
+    "autocast in the forward alone": Scene(nn.Tanh, True, step=under_autocast),
     "noise of rounding": Scene(lambda: Noise(1e-16), True, preserved=True),
     "noise that is larger": Scene(
-        lambda: Noise(1e-3), False, preserved=False, use="pass what the function reads from elsewhere"
+        lambda: Noise(1e-3), False, preserved=False, use="make what the function reads from elsewhere"
     ),
 }
 

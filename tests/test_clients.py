@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TSpeechEncoder
 
-from momentum_fix import calibrate, correct, update_once
+from momentum_fix import calibrate, correct, diagnose, preserve_everywhere, update_once
 from recipes import TINY_CONFORMER
 from twins import ROUNDING, counters, deviation
 
@@ -182,9 +182,12 @@ def test_the_statistics_are_those_of_the_unchanged_twin(client, passes):
     once = copy.deepcopy(model)
     with update_once(once):
         train(once, shapes, True, range(4))
+    everywhere = copy.deepcopy(model)
+    with preserve_everywhere():
+        train(everywhere, shapes, True, range(4))
     assert set(report.values()) == passes
     assert len(report) == len(report.rows)
-    for other in (calibrated, corrected, once):
+    for other in (calibrated, corrected, once, everywhere):
         assert all(map(torch.equal, other.parameters(), uncorrected.parameters()))
     for mine, true in zip(uncorrected.parameters(), truth.parameters(), strict=True):
         # not bit for bit: a checkpoint may add up the gradients of a tensor with three uses in another order
@@ -192,5 +195,22 @@ def test_the_statistics_are_those_of_the_unchanged_twin(client, passes):
     assert deviation(uncorrected, truth) > 1e-2
     assert deviation(calibrated, truth) < ROUNDING
     assert deviation(corrected, truth) < ROUNDING
-    assert deviation(once, truth) < ROUNDING  # not 0 where the weights are not equal bit for bit
-    assert counters(once) == counters(truth) != counters(uncorrected)
+    for other in (once, everywhere):
+        assert deviation(other, truth) < ROUNDING  # not 0 where the weights are not equal bit for bit
+        assert counters(other) == counters(truth) != counters(uncorrected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant parameter should be passed explicitly")
+@pytest.mark.parametrize(("client", "passes"), CLIENTS.items(), ids=[client.__name__ for client in CLIENTS])
+def test_diagnose_says_what_their_unchanged_twins_say(client, passes):
+    model, shapes = client()
+    with diagnose(model) as report:
+        train(model, shapes, True, range(1))
+    assert report.gradients_right
+    assert not report.ok
+    assert {finding.times for finding in report.values()} == passes - {1}
+    assert report.fixes == ("update_once(model)",)
+    with update_once(model), diagnose(model) as report:
+        train(model, shapes, True, range(1))
+    assert report.ok

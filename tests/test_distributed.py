@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import recipes
 import twins
-from momentum_fix import calibrate, correct, corrected_momentum, update_once
+from momentum_fix import calibrate, correct, corrected_momentum, diagnose, preserve_everywhere, update_once
 from twins import ROUNDING, batches, deviation, momenta, non_reentrant, plainly, same_path, statistics, train
 
 BOTH = {"outer.1": 2, "inner.1": 3}
@@ -88,7 +89,8 @@ def check_torchs_own_checkpointing(rank):
     net = recipes.Net()
     wrap = functools.partial(apply_activation_checkpointing, check_fn=lambda module: isinstance(module, nn.Sequential))
     ends = []
-    for checkpointed, method in ((False, None), (True, None), (True, calibrate), (True, update_once)):
+    methods = None, calibrate, update_once, preserve_everywhere
+    for checkpointed, method in ((False, None), *((True, each) for each in methods)):
         model = copy.deepcopy(net)
         if checkpointed:
             wrap(model)
@@ -99,12 +101,15 @@ def check_torchs_own_checkpointing(rank):
             with calibrate(model) as report:
                 train(model, step, data[:1], None)
             assert set(report.values()) == {2}
-        train(model, step, data[1 if method is calibrate else 0 :], None)
+        with preserve_everywhere() if method is preserve_everywhere else nullcontext(), diagnose(model) as report:
+            train(model, step, data[1 if method is calibrate else 0 :], None)
+        assert report.ok is (method is not None)
         ends.append(list(statistics(model).values()))
-    truth, uncorrected, calibrated, once = ends
+    truth, uncorrected, calibrated, once, everywhere = ends
     assert all(not torch.allclose(mine, true, rtol=1e-3) for mine, true in zip(uncorrected, truth, strict=True))
     torch.testing.assert_close(calibrated, truth, rtol=ROUNDING, atol=ROUNDING)
-    assert all(torch.equal(mine, true) for mine, true in zip(once, truth, strict=True))
+    for exact in (once, everywhere):
+        assert all(torch.equal(mine, true) for mine, true in zip(exact, truth, strict=True))
 
 
 def check_agreement(rank):

@@ -10,7 +10,7 @@ import pytest
 import momentum_fix
 
 PACKAGE = Path(momentum_fix.__file__).parent
-HEAVY = ("torch", "sympy", "matplotlib", "numpy")
+HEAVY = ("torch", "sympy", "matplotlib", "numpy", "z3")
 
 
 def loaded_after(statement):
@@ -29,6 +29,11 @@ def loaded_after(statement):
 )
 def test_the_number_loads_neither_torch_nor_sympy_nor_matplotlib(statement):
     assert loaded_after(statement) == []
+
+
+def test_the_theorems_load_sympy_and_neither_torch_nor_the_solver_of_the_tests():
+    proved = "from momentum_fix import symbolic; [theorem.prove() for theorem in symbolic.theorems()]"
+    assert loaded_after(proved) == ["sympy"]
 
 
 def test_this_check_can_fail():

@@ -81,7 +81,7 @@ def test_the_wheel_holds_the_package_its_types_and_its_license_and_nothing_else(
     about = f"momentum_fix-{momentum_fix.__version__}.dist-info/"
     said = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
     assert names == ours | {about + name for name in said}
-    assert {"momentum_fix/py.typed", "momentum_fix/files/reading.py"} <= ours
+    assert {"momentum_fix/py.typed", "momentum_fix/files/reading.py", "momentum_fix/symbolic/proof.py"} <= ours
 
 
 def test_the_wheel_alone_gives_the_number(installed):

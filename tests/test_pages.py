@@ -8,7 +8,6 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from monai.networks.blocks import activation_checkpointing
 
 import test_state_clients as clients
 from pages import DOCS, blocks, headings, run
@@ -25,8 +24,6 @@ TRAINERS = [
 @pytest.mark.parametrize(("code", "printed"), TRAINERS)
 def test_an_example_for_trainers_runs_by_itself_and_prints_what_the_page_says(code, printed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # put back what the example for MONAI replaces for the whole process
-    monkeypatch.setattr(activation_checkpointing, "checkpoint", activation_checkpointing.checkpoint)
     torch.set_default_dtype(torch.float32)
     found = run(code, "trainers.md", {"__name__": "__main__"})
     if printed:

@@ -123,7 +123,7 @@ def test_a_missing_citation_stops_the_build(tmp_path, monkeypatch):
 
 
 def test_the_measured_gradients_of_a_layer_that_reads_its_state_agree_with_the_theory(values):
-    claims = next(theorem for theorem in symbolic.theorems() if theorem.name == "Replay").claims
+    claims = next(theorem for theorem in symbolic.theorems() if theorem.name == "Recomputation").claims
     momentum, corrected = sp.Rational(1, 10), corrected_momentum(0.1, 2)
     right, replayed = claims[1].rhs, claims[3].rhs  # symbols by name: the weight, the batch, the old running value
 

@@ -1,6 +1,7 @@
 """Reading files that were made to break the reader: a result or one sentence, at once, in little memory."""
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -456,7 +457,7 @@ SAFE = {
     "offsets below 0": (crafted.described(offsets=(-8, 8)), "a tensor ends before it starts"),
     "offsets in reverse": (crafted.described(offsets=(8, 0)), "a tensor ends before it starts"),
     "data that are too few": (crafted.described(offsets=(4, 12)), "it is shorter than it says"),
-    "a long description": ({**crafted.described(), "x": "x" * 1000}, "is damaged or no checkpoint"),
+    "a long description": ({**crafted.described(), "x": "x" * 1000}, "a description is too long"),
     "a description of text": ("x", "its header is not of safetensors"),
 }
 
@@ -482,6 +483,22 @@ def test_a_tensor_that_is_described_twice_is_named(tmp_path):
         audit(tmp_path / "x.safetensors")
 
 
+def test_metadata_may_be_long_but_not_as_long_as_it_likes(tmp_path, monkeypatch):
+    header = {"__metadata__": {"x": '}{"' * 1000}, crafted.NAME: crafted.described()}
+    (tmp_path / "x.safetensors").write_bytes(crafted.safetensors(header))
+    assert [row.batches for row in audit(tmp_path / "x.safetensors").rows] == [7]
+    length = len(json.dumps(header["__metadata__"]))
+    for longest, refused in ((4 * length, False), (4 * length - 4, True)):
+        monkeypatch.setattr(reading, "_LARGEST", longest)
+        with pytest.raises(UnreadableError, match="is too long") if refused else contextlib.nullcontext():
+            audit(tmp_path / "x.safetensors")
+
+
+def test_a_tensor_of_a_storage_that_was_on_another_device_is_read(tmp_path):
+    (tmp_path / "x.pt").write_bytes(with_counter(crafted.tensor(kind=b"ctorch.cuda\nLongStorage\n")))
+    assert [row.batches for row in audit(tmp_path / "x.pt").rows] == [7, 7]
+
+
 def test_an_old_file_of_a_big_endian_machine_is_read(tmp_path):
     data = crafted.legacy(crafted.state(a=5))
     tail = b"".join(number.to_bytes(8, "big") for number in (1, 5))
@@ -498,6 +515,12 @@ def test_statistics_and_counters_may_be_in_different_shards(tmp_path):
         index = {f"a.{first}": "0.pt", f"a.{second}": "1.pt"}
         (tmp_path / "x.index.json").write_text(json.dumps({"weight_map": index}))
         assert [(row.layer, row.batches) for row in audit(tmp_path / "x.index.json").rows] == [("a", 5)]
+
+
+def test_a_layer_of_shards_that_has_no_counter_is_named(tmp_path):
+    torch.save({"a.running_mean": torch.zeros(3)}, tmp_path / "0.pt")
+    (tmp_path / "x.index.json").write_text(json.dumps({"weight_map": {"a.running_mean": "0.pt"}}))
+    assert [row.note for row in audit(tmp_path / "x.index.json").rows] == ["no counter"]
 
 
 def test_the_way_to_a_state_dict_is_written_as_it_was_gone():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
 import momentum_fix
-from momentum_fix import calibrate, correct, preserve_state, update_once
+from momentum_fix import calibrate, correct, diagnose, preserve_everywhere, preserve_state, update_once
 from pages import blocks, definitions
 from twins import ROUNDING, batches, counters, non_reentrant, plainly, statistics, train
 
@@ -148,6 +148,11 @@ def equal(model, truth):
     return all(map(torch.equal, mine, true))
 
 
+def everywhere(model, *args):
+    with preserve_everywhere():
+        return remats(model, *args)
+
+
 READ = [lambda: Block(Normalizer, ()), OneLayerInBoth]
 
 
@@ -172,6 +177,27 @@ def test_around_its_checkpoint_preserve_state_and_the_drop_in_are_of_no_use(made
 def test_inside_of_it_torch_notices_that_other_tensors_are_recomputed(made):
     with pytest.raises(CheckpointError, match="different metadata than during the forward pass"):
         go(made(), inside)
+
+
+@pytest.mark.parametrize("step", [once, twice])
+def test_preserve_everywhere_is_exact_unless_a_layer_is_in_both_regions(step):
+    for made in READ:
+        model = made()
+        truth = go(copy.deepcopy(model), plainly, step=step)
+        assert equal(go(model, everywhere, step=step), truth) is (made is not OneLayerInBoth)
+
+
+@pytest.mark.parametrize("ckpt", [remats, with_hook, everywhere])
+@pytest.mark.parametrize("made", [Block, *READ], ids=["BatchNorm", "one layer in each", "one layer in both"])
+def test_diagnose_says_of_its_recomputations_what_the_uncheckpointed_run_says(made, ckpt):
+    model = made()
+    truth, (x,) = copy.deepcopy(model), batches(1, 8, 4)
+    once(truth, x.clone(), plainly)
+    with diagnose(model) as report:
+        once(model, x.clone(), ckpt)
+    gradients, true = ([parameter.grad for parameter in each.parameters()] for each in (model, truth))
+    assert report.gradients_right is all(map(torch.equal, gradients, true))
+    assert report.ok is equal(model, truth)
 
 
 def test_its_checkpoint_takes_no_context_fn():

@@ -1,9 +1,10 @@
 """What diagnose says of each scene is what the uncheckpointed twin says, and what it recommends helps."""
 
 import pytest
-from scenes import ENGINES, SCENES, plain_state, plainly, run, same_gradients
 
 from momentum_fix.observing import ITSELF
+from pages import rows
+from scenes import ENGINES, SCENES, plain_state, plainly, run, same_gradients
 
 CELLS = [(name, engine) for name, scene in SCENES.items() for engine in scene.engines]
 
@@ -47,3 +48,10 @@ def test_no_wrong_gradient_is_called_right_and_there_are_scenes_of_both_kinds():
     wrong = [name for name, scene in SCENES.items() if not scene.gradients]
     assert len(wrong) > 30
     assert len(SCENES) - len(wrong) > 15
+
+
+def test_the_page_about_diagnose_has_a_row_for_each_remedy_that_a_scene_asks_for_and_no_other():
+    table = rows("diagnose.md", '| why the recomputation differs | "Use:" begins with |')
+    said = {use.partition(" ...")[0] for _, use in table}
+    asked = {scene.use for scene in SCENES.values() if not scene.gradients}
+    assert {max((each for each in said if use.startswith(each)), key=len, default=use) for use in asked} == said

@@ -42,16 +42,31 @@ def test_the_help_says_what_each_command_and_option_is_for(command, said, capsys
     assert all(each in shown for each in said.split("|"))
 
 
-def test_prove_prints_every_theorem_and_a_tick_for_every_step(capsys):
+def test_prove_prints_every_theorem_its_claims_and_then_a_tick_for_every_step(capsys):
     assert main(["prove"]) == 0
     out = capsys.readouterr().out
-    steps = [step for theorem in symbolic.theorems() for step in theorem.steps]
+    theorems = symbolic.theorems()
+    claims, steps = ([part for theorem in theorems for part in getattr(theorem, name)] for name in ("claims", "steps"))
     assert out.count("✓") == len(steps)
+    assert out.count("claim: ") == len(claims)
     assert "✗" not in out
-    assert all(theorem.name in out and theorem.statement in out for theorem in symbolic.theorems())
-    assert all(step.reason in out and f"{step.lhs} = {step.rhs}" in out for step in steps)
-    assert out.splitlines()[-1] == f"{len(symbolic.theorems())} theorems, {len(steps)} steps: all hold"
-    assert out.splitlines()[0] == f"1. {symbolic.theorems()[0].name}"
+    assert all(f"{step}\n       {step.reason}" in out for step in steps)
+    assert out.splitlines()[-1] == f"{len(theorems)} theorems, {len(claims)} claims, {len(steps)} steps: all hold"
+    assert out.startswith(symbolic.letters.__doc__)
+    places = [
+        out.index(f"{number}. {theorem.name}\n   {theorem.statement}\n   claim: ")
+        for number, theorem in enumerate(theorems, 1)
+    ]
+    for theorem, place, after in zip(theorems, places, [*places[1:], len(out)], strict=True):
+        shown = out[place:after]
+        assert shown.count("claim: ") == len(theorem.claims)
+        assert shown.rindex("claim: ") < shown.index("✓")
+    assert "claim: 1 - exp(-h) > 1 - exp(-h/(n + 1))\n" in out
+    assert (
+        "claim: R_k = R_0*alpha**k + b*(1 - alpha**k), for R_(k + 1) = R_k*alpha + b*(1 - alpha) and R_0 = R_0\n" in out
+    )
+    assert "claim: Subs(1 - (1 - p)**k, p, 1 - (1 - m)**(1/k)) = m\n" in out
+    assert "claim: n + 1 > (1 - q**(n + 1))*(q + 1)/((1 - q)*(q**(n + 1) + 1))\n" in out
 
 
 def spoilt(first, second):
@@ -70,7 +85,8 @@ def test_prove_shows_what_fails_and_ends_with_status_1(which, capsys, monkeypatc
     steps = len(first.steps) + len(theorem.steps)
     assert out.count("✓") == steps - crossed
     assert (out.count("✗"), out.count(line)) == (1, 1)
-    assert out.splitlines()[-1] == f"2 theorems, {steps} steps: 1 FAILED"
+    claims = len(first.claims) + len(theorem.claims)
+    assert out.splitlines()[-1] == f"2 theorems, {claims} claims, {steps} steps: 1 FAILED"
 
 
 def test_plot_writes_the_curves(tmp_path, capsys):
@@ -184,7 +200,7 @@ def test_a_signal_from_outside_ends_a_command_without_a_traceback():
     run = [sys.executable, "-u", "-m", "momentum_fix", "prove"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(run, preexec_fn=heeding, **pipes) as process:
-        assert process.stdout.readline().startswith("1. ")  # so it is at work
+        assert process.stdout.readline().startswith("The letters ")  # so it is at work
         process.send_signal(signal.SIGINT)
         process.stdout.read()
         assert process.stderr.read() == "momentum-fix: interrupted\n"

@@ -1,4 +1,4 @@
-"""Clients whose modules change themselves: wrong with torch's checkpoint, exact with preserve_state or the drop-in.
+"""Clients whose modules change themselves: wrong with torch's checkpoint, exact where state is preserved.
 
 spikingjelly wants torchvision and torchaudio, whose wheels do not load beside a torch without CUDA. Its tests run where
 it has been installed without them, by `pip install --no-deps spikingjelly`. `LIF` is the same neuron by torch alone.
@@ -10,7 +10,6 @@ import math
 from collections import deque
 from contextlib import nullcontext
 
-import lightning
 import monai.networks.blocks.activation_checkpointing as monai_checkpointing
 import pytest
 import snntorch
@@ -22,10 +21,8 @@ import transformers
 from monai.networks.nets.unet import CheckpointUNet
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm
-from torch.utils.data import DataLoader, TensorDataset
 from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 
-import momentum_fix
 from momentum_fix import preserve_everywhere, preserve_state
 from recipes import TINY_CONFORMER
 from twins import (
@@ -49,7 +46,20 @@ pytestmark = [
 ]
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def everywhere(function, *args):
+    with preserve_everywhere():
+        return non_reentrant(function, *args)
+
+
+def everywhere_reentrant(function, *args):
+    with preserve_everywhere():
+        return reentrant(function, *args)
+
+
 RATE = 0.05
+EVERYWHERE = (everywhere, everywhere_reentrant)
 PLAIN = {"torch's": non_reentrant, "torch's, reentrant": reentrant}
 NO_SPIKINGJELLY = "it needs torchvision, whose wheel does not load beside a torch without CUDA"
 
@@ -302,14 +312,13 @@ def wav2vec2_conformer():
         if ckpt is plainly:
             model.gradient_checkpointing_disable()
         else:
-            options = {"use_reentrant": ckpt in (reentrant, drop_in_reentrant)}
+            options = {"use_reentrant": ckpt in (reentrant, everywhere_reentrant)}
             if ckpt is by_context:
                 options["context_fn"] = preserve_state
-            with pytest.MonkeyPatch.context() as patch:
-                if ckpt in (drop_in, drop_in_reentrant):
-                    patch.setattr("transformers.modeling_utils.checkpoint", momentum_fix.checkpoint)
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        model(batches(3, 2, 400)[number]).last_hidden_state.square().mean().backward()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        with preserve_everywhere() if ckpt in EVERYWHERE else nullcontext():
+            y = model(batches(3, 2, 400)[number]).last_hidden_state
+        y.square().mean().backward()
 
     return transformers.Wav2Vec2ConformerModel(config).double().train(), step
 
@@ -322,11 +331,9 @@ def monai_checkpoint_unet():
         def instead(function, *args, use_reentrant):
             return ckpt(function, *args)
 
-        with pytest.MonkeyPatch.context() as patch:
-            if ckpt is not non_reentrant:  # which is MONAI's own call
-                patch.setattr(
-                    monai_checkpointing, "checkpoint", momentum_fix.checkpoint if ckpt is drop_in else instead
-                )
+        with pytest.MonkeyPatch.context() as patch, preserve_everywhere() if ckpt is everywhere else nullcontext():
+            if ckpt not in (non_reentrant, everywhere):  # its own call is that of the former
+                patch.setattr(monai_checkpointing, "checkpoint", instead)
             model(batches(3, 2, 1, 16, 16)[number].requires_grad_()).square().mean().backward()
 
     return model.double(), step
@@ -378,6 +385,7 @@ READ = {
     "torchmetrics": normalized_by_a_metric,
 }
 ONLY_WRITTEN = {"Wav2Vec2-Conformer": wav2vec2_conformer, "MONAI's CheckpointUNet": monai_checkpoint_unet}
+OWN_CALLS = ["Wav2Vec2-Conformer"]  # which cannot be given another function than torch's
 CLIENTS = {**READ, **ONLY_WRITTEN}
 SINGLE = ("snntorch", "quantization-aware training, fused")  # float32
 # The reentrant engine runs the forward without a graph. From one checkpoint to the next, gradients then go by way of
@@ -410,54 +418,23 @@ def test_torchs_checkpoint_gets_it_wrong_or_raises(client, ckpt):
         assert gradients < ROUNDING
 
 
-@pytest.mark.parametrize("ckpt", [by_context, drop_in])
+def given(client, ckpt):
+    return client not in OWN_CALLS or ckpt not in (drop_in, drop_in_reentrant)
+
+
+@pytest.mark.parametrize("ckpt", [by_context, drop_in, everywhere])
 @pytest.mark.parametrize("client", CLIENTS)
-def test_preserve_state_and_the_drop_in_are_exact_to_the_bit(client, ckpt):
-    assert deviations(CLIENTS[client], ckpt) == (0, 0)
+def test_where_state_is_preserved_they_are_exact_to_the_bit(client, ckpt):
+    if given(client, ckpt):
+        assert deviations(CLIENTS[client], ckpt) == (0, 0)
 
 
-@pytest.mark.parametrize("client", CLIENTS)
-def test_with_preserve_everywhere_torchs_checkpoint_is_exact_to_the_bit(client):
-    with preserve_everywhere():
-        assert deviations(CLIENTS[client], non_reentrant) == (0, 0)
-
-
+@pytest.mark.parametrize("ckpt", [drop_in_reentrant, everywhere_reentrant])
 @pytest.mark.parametrize("client", [client for client in CLIENTS if client not in CUT])
-def test_so_is_the_drop_in_with_the_reentrant_engine_but_for_the_order_of_sums(client):
+def test_so_they_are_with_the_reentrant_engine_but_for_the_order_of_sums(client, ckpt):
     rounding = 1e-5 if client.startswith(SINGLE) else ROUNDING
-    assert max(deviations(CLIENTS[client], drop_in_reentrant)) < rounding
-    with preserve_everywhere():
-        assert max(deviations(CLIENTS[client], reentrant)) < rounding
-
-
-class Logs(lightning.LightningModule):
-    """Logs in a checkpointed method how many examples it has seen, and counts them in an attribute too."""
-
-    def __init__(self, ckpt):
-        super().__init__()
-        self.stem, self.linear, self.ckpt, self.seen = nn.Linear(8, 8), nn.Linear(8, 8), ckpt, 0
-
-    def part(self, x):
-        self.log("seen", float(len(x)), on_step=False, on_epoch=True, reduce_fx="sum")
-        self.seen += len(x)
-        return self.linear(x).tanh().tanh()
-
-    def training_step(self, batch, _):
-        return self.ckpt(self.part, self.stem(batch[0])).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-@pytest.mark.parametrize("everywhere", [False, True])
-@pytest.mark.parametrize("ckpt", [plainly, non_reentrant, reentrant, by_context, drop_in, drop_in_reentrant])
-def test_what_lightning_logs_in_a_checkpoint_is_logged_once(ckpt, everywhere):
-    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer, model = lightning.Trainer(max_epochs=1, accelerator="cpu", **off), Logs(ckpt)
-    with preserve_everywhere() if everywhere else nullcontext():
-        trainer.fit(model, DataLoader(TensorDataset(torch.randn(16, 8)), batch_size=8))
-    assert trainer.callback_metrics["seen"] == 16
-    assert model.seen == (32 if ckpt in (non_reentrant, reentrant) and not everywhere else 16)
+    if given(client, ckpt):
+        assert max(deviations(CLIENTS[client], ckpt)) < rounding
 
 
 # Limits.

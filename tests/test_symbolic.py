@@ -10,22 +10,20 @@ from itertools import permutations
 import pytest
 import sympy as sp
 import torch
-from sympy.core.function import AppliedUndef
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from momentum_fix import corrected_momentum, effective_momentum, symbolic
-from momentum_fix.symbolic import Induction, ProofError, Step, Theorem, equal, greater, k, m, n, theorems, x0
+from momentum_fix.symbolic import Induction, ProofError, Step, Theorem, k, m, n, theorems
 from momentum_fix.weights import batch_weights
 
 THEOREMS = theorems()
+NAMED = {theorem.name: theorem for theorem in THEOREMS}
 STEPS = [(theorem, number) for theorem in THEOREMS for number in range(len(theorem.steps))]
 NAMES = [f"{theorem.name}-{number + 1}" for theorem, number in STEPS]
 CLAIMS = [(theorem, number) for theorem in THEOREMS for number in range(len(theorem.claims))]
 CLAIM_NAMES = [f"{theorem.name}-{number + 1}" for theorem, number in CLAIMS]
 INDUCTIONS = [claim for theorem in THEOREMS for claim in theorem.claims if isinstance(claim, Induction)]
-EQUATIONS = [claim for theorem in THEOREMS for claim in theorem.claims if isinstance(claim, sp.Eq)]
-EQUATIONS = [claim for claim in EQUATIONS if not claim.atoms(AppliedUndef)]  # those torch has a test for
 STRANGER = sp.Symbol("z", positive=True)
 every_theorem = pytest.mark.parametrize("theorem", THEOREMS, ids=lambda theorem: theorem.name)
 every_step = pytest.mark.parametrize(("theorem", "number"), STEPS, ids=NAMES)
@@ -56,44 +54,13 @@ def wrong_versions(step):
     yield replace(step, rhs=sp.oo)
 
 
-def wrong_claims(claim):
-    """The claim changed to something that is false."""
-    if isinstance(claim, Induction):
-        forgets_it = claim.initial == x0 and not claim.closed.has(x0)  # a plain mean starts from anything
-        for part in ("closed", "renewed") if forgets_it else ("closed", "renewed", "initial"):
-            true = getattr(claim, part)
-            yield from (replace(claim, **{part: wrong}) for wrong in (true + 1, 2 * true + 1, true + STRANGER))
-    elif isinstance(claim, sp.StrictGreaterThan):
-        yield greater(claim.rhs, claim.lhs)
-        yield greater(claim.lhs, claim.rhs + 1)
-        yield greater(claim.lhs, claim.lhs)
-    else:
-        yield from (equal(claim.lhs, wrong) for wrong in (claim.rhs + 1, 2 * claim.rhs, -claim.rhs, sp.sqrt(m)))
-        yield from (equal(wrong, claim.rhs) for wrong in (claim.lhs + 1, 2 * claim.lhs))
-
-
 @every_theorem
 def test_every_theorem_proves(theorem):
     theorem.prove()
 
 
-@every_claim
-def test_a_false_claim_is_refused_with_the_steps_of_the_true_one(theorem, number):
-    for wrong in wrong_claims(theorem.claims[number]):
-        assert refused(replace(theorem, claims=exchanged(theorem.claims, number, wrong)))
-
-
-@every_claim
-def test_a_false_claim_is_refused_with_steps_made_for_it(theorem, number):
-    for wrong in wrong_claims(theorem.claims[number]):
-        for positive in (sp.Integer(1), sp.exp(-k)):
-            goals = [(start, positive if end is None else end) for start, end in symbolic._goals(wrong)]
-            steps = [Step(start, end, "it is so") for start, end in goals]
-            assert refused(Theorem("False", "", (wrong,), tuple(step for step in steps if step.lhs != step.rhs)))
-
-
 def test_the_wrong_root_is_no_corrected_momentum():
-    correction = THEOREMS[2]
+    correction = NAMED["Correction"]
     root = correction.claims[0].subs(symbolic.correction(m, k), sp.sqrt(m))
     assert root != correction.claims[0]
     assert refused(replace(correction, claims=(root, correction.claims[1])), "no step leads on")
@@ -121,50 +88,6 @@ def test_no_claim_can_go_missing(theorem, number):
     assert refused(replace(theorem, claims=exchanged(theorem.claims, number)))
 
 
-def test_a_theorem_that_claims_nothing_is_refused():
-    assert refused(Theorem("Empty", "", (), ()), "prove nothing that is claimed")
-    assert refused(Theorem("Same", "", (equal(m, m),), ()), "says nothing")
-    constant = Induction(x0, symbolic.old, count=n)
-    assert refused(Theorem("Constant", "", (constant,), ()), "says nothing")
-
-
-def test_an_induction_needs_a_true_base_and_a_true_step():
-    """The sum of the first n numbers."""
-
-    def proof(closed, initial=0):
-        claim = Induction(closed, symbolic.old + n + 1, count=n, initial=sp.Integer(initial))
-        goals = symbolic._goals(claim)
-        return Theorem("Sum", "", (claim,), tuple(Step(start, end, "") for start, end in goals if start != end))
-
-    proof(n * (n + 1) / 2).prove()
-    assert refused(proof(n * (n + 1) / 2, initial=1), "^2 = 1 does not hold")  # the step alone is true
-    assert refused(proof(n**2), "does not hold")  # the base alone is true
-    base, step = symbolic._goals(proof(n**2).claims[0])
-    assert base == (1, 1)
-    assert step == (n**2 + n + 1, (n + 1) ** 2)
-
-
-@pytest.mark.parametrize(
-    ("claim", "positive"),
-    [
-        (greater(1, sp.exp(-symbolic.h)), sp.Integral(sp.exp(-symbolic.u), (symbolic.u, 0, symbolic.h))),
-        (greater(n + 1, n), sp.Integer(1)),
-    ],
-)
-def test_a_greater_claim_needs_something_that_is_seen_to_be_positive(claim, positive):
-    start = claim.lhs - claim.rhs
-    if start != positive:
-        Theorem("True", "", (claim,), (Step(start, positive, ""),)).prove()
-    backwards = sp.Integral(-sp.exp(-symbolic.u), (symbolic.u, symbolic.h, 0))
-    negative = sp.Integral(-sp.exp(-symbolic.u), (symbolic.u, 0, symbolic.h))
-    assert refused(Theorem("Length", "", (claim,), (Step(start, backwards, ""),)))
-    assert refused(Theorem("Sign", "", (greater(claim.rhs, claim.lhs),), (Step(-start, negative, ""),)))
-    assert not symbolic._is_reached(None, m)  # m may be 0
-    assert not symbolic._is_reached(None, sp.Integral(symbolic.q, (symbolic.u, 0, symbolic.h)))
-    assert symbolic._is_reached(None, sp.Integral(1, (symbolic.u, 0, symbolic.h)))
-    assert not symbolic._is_reached(None, sp.Integral(1, (symbolic.u, symbolic.h, 0)))
-
-
 @every_step
 def test_every_step_fails_when_it_is_made_wrong(theorem, number):
     for wrong in wrong_versions(theorem.steps[number]):
@@ -185,7 +108,7 @@ def test_a_theorem_with_one_wrong_step_fails_and_names_it(theorem, number):
 def test_every_step_fails_with_the_right_side_of_another(theorem, number):
     step = theorem.steps[number]
     for other in theorem.steps:
-        if other.rhs != step.rhs and not symbolic._is_zero(other.rhs - step.rhs):
+        if other.rhs != step.rhs and not symbolic.proof._is_zero(sp.sympify(other.rhs), sp.sympify(step.rhs)):
             with pytest.raises(ProofError):
                 replace(step, rhs=other.rhs).prove()
 
@@ -200,44 +123,11 @@ def test_no_step_is_vacuous(theorem, number):
 
 
 def test_all_proofs_together_take_a_few_seconds():
-    symbolic._is_zero.cache_clear()
+    symbolic.proof._is_zero.cache_clear()
     start = time.process_time()
     for theorem in theorems():
         theorem.prove()
-    assert time.process_time() - start < 20  # about 1.5 s on an idle core
-
-
-def test_sides_may_be_plain_numbers():
-    Step(sp.Sum(symbolic.j, (symbolic.j, 1, 3)), 6, "").prove()
-    for lhs, rhs in ((sp.Sum(symbolic.j, (symbolic.j, 1, 3)), 7), (1, 2)):
-        with pytest.raises(ProofError, match="does not hold"):
-            Step(lhs, rhs, "").prove()
-    with pytest.raises(ProofError, match="says nothing"):
-        Step(1, sp.Integer(1), "").prove()
-    assert issubclass(ProofError, ArithmeticError)
-
-
-def test_a_sum_that_runs_further_is_not_taken_for_the_shorter_one():
-    xs, j = symbolic.x, symbolic.j
-    short, longer = (sp.Sum(xs[j], (j, 1, last)) for last in (n, n + 1))
-    Step(longer, short + xs[n + 1], "").prove()
-    for wrong in (short, short + xs[n], short + xs[1]):
-        with pytest.raises(ProofError):
-            Step(longer, wrong, "").prove()
-
-
-@pytest.mark.parametrize("numbers_first", [True, False])
-def test_a_sum_is_split_at_n_alone_and_only_upwards(monkeypatch, numbers_first):
-    symbolic._is_zero.cache_clear()
-    if not numbers_first:
-        monkeypatch.setattr(symbolic, "_is_refuted", lambda difference: False)
-    xs, j, i = symbolic.x, symbolic.j, sp.Symbol("i", integer=True)
-    upto = [sp.Sum(xs[j], (j, 1, last)) for last in (n - 1, n, n + 2, n + k)]
-    single, double = (sp.Sum(xs[i], (i, 1, n + 1), *outer) for outer in ((), ((j, 1, 2),)))
-    assert symbolic._is_zero(upto[2] - upto[1] - xs[n + 1] - xs[n + 2])
-    assert double.replace(sp.Sum, symbolic._split) == double
-    for different in (upto[1] - upto[0], upto[2] - upto[1], upto[3] - upto[1], double - single):
-        assert not symbolic._is_zero(different)
+    assert time.process_time() - start < 20  # about 3 s on an idle core
 
 
 def test_theorems_are_frozen_data_in_the_order_of_the_argument():
@@ -248,11 +138,10 @@ def test_theorems_are_frozen_data_in_the_order_of_the_argument():
         "Whole trajectory",
         "Cumulative average",
         "Order",
-        "Repair",
         "Size of the effect",
         "Small momentum",
         "Gradients",
-        "Replay",
+        "Recomputation",
     ]
     for theorem in THEOREMS:
         assert theorem.statement.endswith(".")
@@ -274,10 +163,11 @@ def test_theorems_show_themselves_briefly_and_their_claims_as_formulas(theorem):
 
 
 def test_an_induction_is_shown_with_what_it_solves():
-    passes, _, order = THEOREMS[1].claims[0], THEOREMS[5].claims, THEOREMS[7].claims[0]
+    passes, variance = NAMED["k passes"].claims[0], NAMED["Size of the effect"].claims[0]
     assert sp.latex(passes).startswith(r"R_{k} = R_{0} \alpha^{k}")
     assert sp.latex(passes).endswith(r"\quad\text{for}\quad R_{k + 1} = R_{k} \alpha + b \left(1 - \alpha\right)")
-    assert sp.latex(order).endswith(r",\ R_0 = V")
+    assert sp.latex(variance).endswith(r",\ R_0 = V")
+    assert str(passes).endswith(", for R_(k + 1) = R_k*alpha + b*(1 - alpha) and R_0 = R_0")
 
 
 def rational(rng):
@@ -288,25 +178,15 @@ def rational(rng):
 def test_every_induction_is_what_updating_gives_in_exact_fractions(claim):
     rng = random.Random(1)
     for _ in range(3):
-        names = (claim.closed + claim.renewed + claim.initial).free_symbols - {claim.count, symbolic.old}
+        names = sp.Tuple(claim.closed, claim.renewed, claim.initial).free_symbols - {claim.count, symbolic.old}
         numbers = {s: rng.randrange(1, 5) if s.is_integer else rational(rng) for s in sorted(names, key=str)}
         numbers.pop(symbolic.x, None), numbers.pop(symbolic.x.label, None)
         numbers |= {symbolic.x[number]: rational(rng) for number in range(1, 7)}
-        value = claim.initial.subs(numbers)
+        value = sp.sympify(claim.initial).subs(numbers)
         for count in range(6):
             value = claim.renewed.subs(claim.count, count).subs(numbers).subs(symbolic.old, value)
             assert value.is_Rational
             assert claim.closed.subs(claim.count, count + 1).doit().subs(numbers) == value
-
-
-@pytest.mark.parametrize("claim", EQUATIONS, ids=str)
-def test_every_equation_holds_for_numbers_taken_at_random(claim):
-    rng = random.Random(2)
-    for _ in range(3):
-        symbols = sorted((claim.lhs.doit() - claim.rhs).free_symbols, key=str)
-        numbers = {s: rng.randrange(1, 5) if s.is_integer else rational(rng) for s in symbols}
-        difference = (claim.lhs.doit() - claim.rhs).subs(numbers).doit()
-        assert abs(sp.N(difference, 30)) < 1e-20 or difference.has(sp.Derivative)
 
 
 @pytest.mark.parametrize("passes", [1, 2, 3, 7])
@@ -361,7 +241,7 @@ def test_a_cumulative_average_is_the_plain_mean_whatever_the_passes(passes):
 def test_the_order_theorem_gives_the_weights_of_batches_forward_and_back(batches):
     used, there = corrected_momentum(0.1, 2), list(range(1, batches + 1))
     weights = batch_weights(there + there[::-1], used)
-    weight = sp.lambdify((symbolic.q, n, symbolic.j), THEOREMS[5].claims[5].rhs)
+    weight = sp.lambdify((symbolic.q, n, symbolic.j), NAMED["Order"].claims[5].rhs)
     for batch in there:
         assert weights.batches[batch] == pytest.approx(weight(1 - used, batches, batch), rel=1e-12)
     means = [float(batch) for batch in there]
@@ -391,15 +271,6 @@ def test_only_consecutive_passes_give_the_right_weights(passes):
     assert exact == {tuple(entries)}
 
 
-@pytest.mark.parametrize("passes", [2, 3, 5])
-def test_repair_brings_back_the_value_after_one_pass(passes):
-    spoilt, right = batch_norm(0.1, [2.0] + [5.0] * passes), batch_norm(0.1, [2.0, 5.0])
-    before = batch_norm(0.1, [2.0])
-    assert spoilt != pytest.approx(batch_norm(0.1, [2.0, 5.0]))
-    repaired = before + (spoilt - before) * 0.1 / effective_momentum(0.1, passes)
-    assert repaired == pytest.approx(right, rel=1e-13)
-
-
 @pytest.mark.parametrize(("passes", "ratio", "age"), [(1, 1, 9), (2, 1.99, 4.3), (3, 2.98, 2.7), (5, 4.89, 1.4)])
 def test_the_stationary_noise_and_age_are_those_of_a_long_run(passes, ratio, age):
     decay = 0.9**passes
@@ -423,17 +294,17 @@ def test_the_bounds_and_the_series_of_small_momentum_hold_in_floats():
         for momentum in (1e-3, 0.1, 0.5, 0.999):
             assert momentum / passes < corrected_momentum(momentum, passes) < momentum
         assert corrected_momentum(1.0, passes) == 1 > 1 / passes  # the lower bound is not met at 1
-        first, second = (float(claim.rhs.subs(k, passes)) for claim in THEOREMS[8].claims[2:4])
+        first, second = (float(claim.rhs.subs(k, passes)) for claim in NAMED["Small momentum"].claims[2:4])
         assert corrected_momentum(1e-3, passes) == pytest.approx(first * 1e-3 + second * 1e-6, abs=1e-9)
 
 
 def test_rounding_costs_the_textbook_expression_what_the_theorem_says():
-    noise = sp.lambdify((m, k), THEOREMS[8].claims[4].rhs, modules="mpmath")
+    noise = sp.lambdify((symbolic.q, k), NAMED["Small momentum"].claims[4].rhs, modules="mpmath")
     momentum = 1e-9
     rounding = ((1 - momentum) - (1 - sp.Rational(momentum))) / (1 - sp.Rational(momentum))
     textbook = 1 - math.sqrt(1 - momentum)
     error = (textbook - corrected_momentum(momentum, 2)) / corrected_momentum(momentum, 2)
-    assert error == pytest.approx(float(noise(momentum, 2)) * float(rounding), abs=2**-53 / momentum)
+    assert error == pytest.approx(float(noise(1 - sp.Rational(momentum), 2)) * float(rounding), abs=2**-53 / momentum)
     assert abs(error) > 1e-9
     stable = -math.expm1(math.log1p(-momentum) / 2)
     assert stable == pytest.approx(corrected_momentum(momentum, 2), rel=4 * 2**-53)
@@ -479,12 +350,12 @@ class SameState(Distance):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("kind", [Distance, SameState])
 @pytest.mark.parametrize("momentum", [0.1, corrected_momentum(0.1, 2), 1 - 0.9 ** (2 / 3)])
-def test_a_replay_has_the_gradient_that_the_theorem_says(kind, momentum, reentrant):
+def test_a_recomputation_has_the_gradient_that_the_theorem_says(kind, momentum, reentrant):
     layer, batch = kind(momentum), torch.tensor(2.0, requires_grad=True)
     output = checkpoint(layer, batch, use_reentrant=reentrant)
     (output.square() / 2).backward()
     numbers = {symbolic.w: 0.7, symbolic.b: 2.0, symbolic.x0: 0.3, symbolic.p: momentum, m: 0.1}
-    right, left = (float(THEOREMS[10].claims[number].rhs.subs(numbers)) for number in (1, 3))
+    right, left = (float(NAMED["Recomputation"].claims[number].rhs.subs(numbers)) for number in (1, 3))
     found, right_output = layer.weight.grad.item(), 0.7 * 0.9 * (2.0 - 0.3)
     if kind is SameState:
         assert (found == pytest.approx(right)) == (momentum == 0.1)

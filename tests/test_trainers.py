@@ -1,8 +1,8 @@
-"""Trainers: with calibrate, in the form that docs/trainers.md gives, each ends with the uncheckpointed statistics."""
+"""Trainers: with calibrate, as docs/trainers.md has it, and others, each ends with the uncheckpointed statistics."""
 
 import copy
 import logging
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import lightning
 import pytest
@@ -12,15 +12,24 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     Wav2Vec2ConformerConfig,
     Wav2Vec2ConformerForSequenceClassification,
 )
 
-from momentum_fix import calibrate, correct, corrected_momentum, preserve_state, update_once
+from momentum_fix import (
+    calibrate,
+    correct,
+    corrected_momentum,
+    diagnose,
+    preserve_everywhere,
+    preserve_state,
+    update_once,
+)
 from pages import blocks, definitions, run
 from recipes import TINY_CONFORMER
-from twins import ROUNDING, counters, deviation, momenta, non_reentrant, plainly
+from twins import ROUNDING, by_context, counters, deviation, drop_in, momenta, non_reentrant, plainly
 
 PAGE = {}
 for section in ("Hugging Face Trainer", "Lightning"):
@@ -105,16 +114,21 @@ class Module(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def lightning_fit(net, calibrated, epochs=1, save=None, resume=None):
+def fitted(module, callbacks=(), epochs=1, resume=None):
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         accumulate_grad_batches=2,
         val_check_interval=2,
-        callbacks=[CalibrateFirstStep()] if calibrated else [],
+        callbacks=list(callbacks),
         **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
     )
-    trainer.fit(Module(net), loader(), loader(), ckpt_path=resume)
+    trainer.fit(module, loader(), loader(), ckpt_path=resume)
+    return trainer
+
+
+def lightning_fit(net, calibrated, epochs=1, save=None, resume=None):
+    trainer = fitted(Module(net), [CalibrateFirstStep()] if calibrated else [], epochs, resume)
     if save:
         trainer.save_checkpoint(save)
 
@@ -138,14 +152,56 @@ def test_a_loop_that_calibrates_its_first_step_ends_with_the_uncheckpointed_stat
     assert deviation(calibrated, truth) < ROUNDING
 
 
+@pytest.mark.parametrize("fix", [update_once, lambda net: preserve_everywhere()], ids=["once", "everywhere"])
 @pytest.mark.parametrize("trainer", [plain_loop, accelerate_loop, lightning_fit])
-def test_a_loop_under_update_once_ends_with_the_uncheckpointed_statistics_bit_for_bit(trainer):
+def test_a_loop_under_what_is_exact_ends_with_the_uncheckpointed_statistics_bit_for_bit(trainer, fix):
     net = Net()
     truth = trained(trainer, net, plainly)
-    with update_once(net):
-        once = trained(trainer, net, non_reentrant)
-    assert deviation(once, truth) == 0
-    assert counters(once) == counters(truth)
+    with fix(net):
+        exact = trained(trainer, net, non_reentrant)
+    assert deviation(exact, truth) == 0
+    assert counters(exact) == counters(truth)
+
+
+class DiagnoseLightning(lightning.Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.block = ExitStack()
+        self.report = self.block.enter_context(diagnose(module))
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.block.close()
+
+
+def test_diagnose_is_ok_in_lightning_if_statistics_move_once_and_only_then():
+    for fix in (nullcontext, update_once):
+        net, watching = Net(), DiagnoseLightning()
+        net.ckpt = non_reentrant
+        with fix(net):
+            fitted(Module(net), [watching])
+        assert watching.report.gradients_right
+        assert watching.report.ok is (fix is update_once)
+        assert {each.remedy for each in watching.report.values()} <= {"update_once"}
+
+
+class Logs(Module):
+    """Sums up what it sees in a checkpointed method."""
+
+    def __init__(self, ckpt):
+        super().__init__(Net())
+        self.layer, self.ckpt = nn.Linear(4, 4), [ckpt]
+
+    def part(self, x):
+        self.log("seen", float(len(x)), on_step=False, on_epoch=True, reduce_fx="sum")
+        return self.layer(x).tanh().tanh()
+
+    def training_step(self, batch, batch_idx):
+        x, target = batch
+        return loss_of(self.ckpt[0](self.part, self.net(x)), target)
+
+
+@pytest.mark.parametrize("ckpt", [plainly, non_reentrant, by_context, drop_in])
+def test_what_is_logged_in_a_checkpointed_method_is_logged_once(ckpt):
+    assert fitted(Logs(ckpt)).callback_metrics["seen"] == len(loader().dataset)
 
 
 # Hugging Face Trainer.
@@ -194,14 +250,34 @@ def test_hugging_face_trainer_with_the_callback_ends_with_the_uncheckpointed_sta
     assert deviation(calibrated, truth) < ROUNDING
 
 
+@pytest.mark.parametrize("fix", [update_once, lambda model: preserve_everywhere()], ids=["once", "everywhere"])
 @pytest.mark.parametrize("layerdrop", [0.0, 0.4], ids=["every layer in every step", "layers dropped at random"])
-def test_hugging_face_trainer_under_update_once_ends_with_the_uncheckpointed_statistics(tmp_path, layerdrop):
+def test_hugging_face_trainer_under_what_is_exact_ends_with_the_uncheckpointed_statistics(tmp_path, layerdrop, fix):
     model = conformer(layerdrop)
     truth = hugging_face(copy.deepcopy(model), tmp_path)
-    with update_once(model):
+    with fix(model):
         hugging_face(model, tmp_path, activation_checkpointing=True)
     assert deviation(model, truth) == 0
     assert counters(model) == counters(truth)
+
+
+class DiagnoseStep(TrainerCallback):
+    def on_step_begin(self, args, state, control, model, **_):
+        self.block = ExitStack()
+        self.report = self.block.enter_context(diagnose(model))
+
+    def on_step_end(self, args, state, control, **_):
+        self.block.close()
+
+
+def test_diagnose_names_update_once_in_hugging_faces_trainer_and_preserve_everywhere_makes_it_ok(tmp_path):
+    for fix in (nullcontext, preserve_everywhere):
+        watching = DiagnoseStep()
+        with fix():
+            hugging_face(conformer(0.0), tmp_path, [watching], steps=1, activation_checkpointing=True)
+        assert watching.report.gradients_right
+        assert watching.report.ok is (fix is preserve_everywhere)
+        assert watching.report.fixes == (() if watching.report.ok else ("update_once(model)",))
 
 
 def test_one_calibrated_step_alone_misses_the_layers_that_it_dropped(tmp_path):

@@ -66,7 +66,7 @@ def test_a_run_takes_the_place_of_the_older_one_with_the_same_versions_and_the_n
 
 def test_the_core_is_what_needs_no_other_library():
     core = versions.core()
-    assert {"momentum_fix", "tests/test_once.py", "tests/test_plots.py", "tests/test_symbolic.py"} <= set(core)
+    assert {"momentum_fix", "tests/test_once.py", "tests/test_plots.py", "tests/test_smt.py"} <= set(core)
     assert not {"tests/test_trainers.py", "tests/test_study.py", "tests/test_versions.py"} & set(core)
     assert "lightning" in versions.imports(versions.TESTS / "test_trainers.py")
     assert "torch" in versions.imports(versions.TESTS / "twins.py") & versions.imports(versions.TESTS / "test_once.py")

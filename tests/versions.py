@@ -37,12 +37,16 @@ OF_THE_CLONE = {"test_make.py", "test_package.py", "test_site.py", "test_version
 # The suites.
 
 
+IMPORTED_AS = {"z3-solver": "z3"}
+
+
 def libraries(extra: str) -> set[str]:
-    """Give what the package and one of its extras need, by name."""
+    """Give what the package and one of its extras need, by the names to import."""
     found = set()
     for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"][extra]:
         name, extras = re.match(r"([\w-]+)(?:\[(.*)\])?", line).groups()
-        found |= {wanted for extra in extras.split(",") for wanted in libraries(extra)} if extras else {name}
+        own = {IMPORTED_AS.get(name, name)}
+        found |= {wanted for extra in extras.split(",") for wanted in libraries(extra)} if extras else own
     return found
 
 

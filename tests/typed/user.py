@@ -23,6 +23,7 @@ from momentum_fix import (
     effective_momentum,
     norm_layer,
     plots,
+    preserve_everywhere,
     preserve_state,
     restore,
     symbolic,
@@ -52,7 +53,11 @@ with diagnose(model) as found_out:
     model(torch.rand(8, 3)).sum().backward()
 diagnosis: Diagnosis = found_out
 fine: bool = diagnosis.ok
-uses: dict[str, str] = {name: finding.remedy for name, finding in diagnosis.items() if finding.read}
+right: bool | None = diagnosis.gradients_right
+size: float = diagnosis.rounding
+uses: dict[str, str] = {name: finding.remedy for name, finding in diagnosis.items() if finding.times != 1}
+starts: list[tuple[str, str, float]] = [(each.module, each.checkpoint, each.size) for each in diagnosis.differences]
+to_paste: tuple[str, ...] = diagnosis.fixes
 
 with calibrate(model) as report:
     model(torch.rand(8, 3)).sum().backward()
@@ -70,6 +75,11 @@ forward, recomputation = preserve_state()
 with forward, recomputation:
     model.eval()
 model.train()
+
+everywhere = preserve_everywhere()
+everywhere.remove()
+with preserve_everywhere():
+    model(torch.rand(8, 3)).sum().backward()
 
 handle: Handle = update_once(model)
 handle.remove()

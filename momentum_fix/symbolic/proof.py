@@ -1,0 +1,394 @@
+"""The checker: where a formula is defined, whether a step holds, and whether the steps prove what is claimed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, reduce
+from typing import Any
+
+import sympy as sp
+from sympy import Derivative, Integral, Limit, Subs, Sum, oo
+from sympy.core.function import AppliedUndef
+
+from momentum_fix.symbolic.letters import LETTERS, UNIT, n, old, q, x, x0
+
+# An end of a range is a number or an infinity, and 0 if it is reached, 1 or -1 if all else lies above or below it: such
+# pairs are ordered as the ends are.
+End = tuple[Any, Any]
+Range = tuple[End, ...]  # the lower and the upper one
+ZERO, ONE, REAL = (sp.Integer(0), 0), (sp.Integer(1), 0), ((-oo, 1), (oo, -1))
+FREE: Mapping[Any, Range] = {}  # what bound symbols run through: where none is
+Goals = tuple[tuple[Any, Any], ...]
+
+
+class ProofError(ArithmeticError):
+    """A step does not hold, the steps do not prove what is claimed, or that cannot be told."""
+
+
+def _need(condition: Any, reason: str) -> None:
+    if not condition:
+        raise ProofError(reason)
+
+
+@contextmanager
+def _refusing(what: Any) -> Iterator[None]:
+    """Refuse what raises any error: nothing is proved by what cannot be worked out."""
+    try:
+        yield
+    except ProofError:
+        raise
+    except Exception as error:
+        raise ProofError(f"{what} cannot be worked out: {error!r}") from error
+
+
+def domain(symbol: Any) -> Range:
+    """Give the range of a symbol: all real numbers or integers, those from 0 or 1 on, or a part of [0, 1].
+
+    Raises:
+        ProofError: it stands for something else.
+    """
+    kinds = [kind for kind in ("real", "integer", "nonnegative", "positive") if symbol.assumptions0.get(kind)]
+    plain = type(symbol) is sp.Symbol and symbol == sp.Symbol(symbol.name, **dict.fromkeys(kinds, True))
+    _need(plain and "real" in kinds, f"{symbol} is not a real number or an integer")
+    high = ONE if symbol in UNIT else (sp.Integer(1), -1) if symbol == q else REAL[1]
+    if "positive" in kinds:
+        return (ONE if "integer" in kinds else (sp.Integer(0), 1)), high
+    return (ZERO if "nonnegative" in kinds else REAL[0]), high
+
+
+def _plus(one: Range, other: Range) -> Range:
+    return tuple((v + w, sp.sign(e + f)) for (v, e), (w, f) in zip(one, other, strict=True))
+
+
+def _minus(one: Range) -> Range:
+    return tuple((-value, -side) for value, side in reversed(one))
+
+
+def _times(one: Range, other: Range) -> Range:
+    def product(v: Any, e: Any, w: Any, f: Any) -> End:
+        sign, other_sign = sp.sign(v) or e, sp.sign(w) or f
+        if v and w:
+            return v * w, sp.sign(other_sign * e + sign * f)
+        return sp.Integer(0), sign * other_sign  # 0 also times what grows beyond all bounds
+
+    ends = [product(*end, *further) for end in one for further in other]
+    return min(ends), max(ends)
+
+
+def _along(increasing: Callable[[Any], Any], one: Range) -> Range:
+    return tuple((increasing(value), side) for value, side in one)
+
+
+def _log(value: Any) -> Any:
+    return sp.log(value) if value else -oo
+
+
+def _power(formula: Any, base: Range, by: Range) -> Range:
+    (low, high), exponent = base, formula.exp
+    if low < ZERO and exponent.is_Integer:
+        if exponent % 2 == 0:
+            base = max(ZERO, low, _minus(base)[0]), max(high, _minus(base)[1])
+        elif high < ZERO:
+            return _minus(_power(formula, _minus(base), by))
+        elif exponent > 0:
+            return _along(lambda value: value**exponent, base)
+    defined = base[0] > ZERO or base[0] == ZERO < by[0]
+    _need(defined, f"{formula} may divide by 0, be 0**0, or be a power of what is negative")
+    found = _along(sp.exp, _times(_along(_log, base), by))
+    return tuple(ZERO if end == ZERO else other for end, other in zip(base, found, strict=True))
+
+
+def _bind(known: Mapping[Any, Range], symbol: Any, run: Range, whole: Any) -> Mapping[Any, Range]:
+    """Add what a symbol runs through where a sum, an integral, a limit or a substitution binds it."""
+    low, high = domain(symbol)
+    _need(symbol not in known, f"{symbol} is bound twice")
+    _need(low <= run[0] and run[1] <= high, f"{symbol} leaves the numbers that it stands for")
+    _need(whole or not symbol.is_integer, f"{symbol} does not stay an integer")
+    return {**known, symbol: run}
+
+
+def range_of(formula: Any, known: Mapping[Any, Range] = FREE) -> Range:
+    """Give a range that holds all values of a formula, whatever its symbols stand for.
+
+    Raises:
+        ProofError: it is not seen to be defined everywhere, or holds something that is not known here.
+    """
+    match formula:
+        case sp.Symbol():
+            return known[formula] if formula in known else domain(formula)
+        case sp.Rational() | sp.E:
+            return (formula, 0), (formula, 0)
+        case sp.Add() | sp.Mul():
+            return reduce(_plus if formula.is_Add else _times, (range_of(part, known) for part in formula.args))
+        case sp.exp():
+            return _along(sp.exp, range_of(formula.exp, known))
+        case sp.Pow():
+            return _power(formula, range_of(formula.base, known), range_of(formula.exp, known))
+        case sp.log():
+            run = range_of(formula.args[0], known)
+            _need(run[0] > ZERO, f"{formula} is the logarithm of what may not be positive")
+            return _along(_log, run)
+        case sp.Indexed(args=(base, index)) if base == x and index.is_integer:
+            range_of(index, known)
+            return REAL
+        case AppliedUndef(args=(sp.Symbol(),)) if formula.is_real:
+            return (ZERO if formula.is_nonnegative else REAL[0]), REAL[1]
+        case Sum() | Integral():
+            discrete, lengths, inner = int(isinstance(formula, Sum)), [], known
+            for symbol, first, last in reversed(formula.limits):  # the outermost first
+                (low, _), (_, high) = range_of(first, inner), range_of(last, inner)
+                lengths.append(range_of(sp.factor(last - first + discrete), inner))
+                _need(lengths[-1][0] >= ZERO, f"{formula} may run backwards")
+                _need(bool(symbol.is_integer) == discrete, f"{symbol}: sums run over integers, and integrals do not")
+                run = (low, high) if discrete else ((low[0], 1), (high[0], -1))
+                inner = _bind(inner, symbol, run, first.is_integer and last.is_integer)
+            found = reduce(_times, lengths, range_of(formula.function, inner))
+            if not discrete:
+                _worked_out(formula, known)
+            return found
+        case Limit(args=(function, symbol, point, side)):
+            (low, _), (high, _) = domain(symbol)
+            near = ((point, 1), (high, -1)) if str(side) == "+" else ((low, 1), (point, -1))
+            numeric = (point.is_Rational or point.is_infinite) and str(side) != "+-"
+            _need(numeric and near[0] < near[1], f"{formula}: nothing that {symbol} stands for comes near {point}")
+            range_of(function, _bind(known, symbol, near, point.is_infinite))
+            return _worked_out(formula, known)
+        case Subs():
+            for symbol, point in zip(formula.variables, formula.point, strict=True):
+                known = _bind(known, symbol, range_of(point, known), point.is_integer)
+            return range_of(formula.expr, known)
+        case Derivative():
+            range_of(formula.expr, known)
+            _need(not any(v.is_integer for v in formula.variables), f"{formula} is a derivative by an integer")
+            return REAL if isinstance(formula.expr, AppliedUndef) else _worked_out(formula, known)
+    raise ProofError(f"{formula} is no formula that can be checked here")
+
+
+def _worked_out(formula: Any, known: Mapping[Any, Range]) -> Range:
+    """Give the range of what SymPy makes of a limit, an integral or a derivative; refuse what it leaves or infinity."""
+    done = formula.doit()
+    _need(not isinstance(done, type(formula)), f"{formula} is not worked out")
+    return range_of(done, known)
+
+
+def _examine(*formulas: Any) -> tuple[Any, ...]:
+    """Give the formulas of one claim or step as SymPy's objects; refuse what is not defined or can be misread."""
+    formulas = tuple(sp.sympify(formula, strict=True) for formula in formulas)
+    _need(all(isinstance(formula, sp.Expr) for formula in formulas), f"{formulas} are not all formulas")
+    _refuse_homonyms(formulas)
+    whole = sp.Tuple(*formulas)
+    bound = {symbol for part in whole.atoms(Sum, Integral, Subs) for symbol in part.variables}
+    both = whole.free_symbols & (bound | {part.args[1] for part in whole.atoms(Limit)})
+    _need(not both, f"{both} are bound in one place and free in another")
+    for formula in formulas:
+        range_of(formula)
+    return formulas
+
+
+def _refuse_homonyms(formulas: Iterable[Any]) -> None:
+    """Refuse two letters of one name, among those of this package as well."""
+    names = {letter.name: letter for letter in LETTERS}
+    for formula in formulas:
+        for letter in formula.atoms(sp.Symbol) | {part.func for part in formula.atoms(AppliedUndef)}:
+            _need(names.setdefault(letter.name, letter) == letter, f"{letter} is not the {letter} of this name")
+
+
+@dataclass(frozen=True, repr=False)
+class Step:
+    """One line of a proof: two sides that are equal, and why they are.
+
+    A sum, limit, derivative or integral stands unevaluated on its side and is worked out by `prove`.
+    """
+
+    lhs: Any
+    rhs: Any
+    reason: str
+
+    def prove(self) -> None:
+        """Check that the sides are defined, differ as written, and that their difference simplifies to 0.
+
+        Raises:
+            ProofError: one is not defined, they are the same expression, or the step does not hold.
+        """
+        with _refusing(self):
+            lhs, rhs = _examine(self.lhs, self.rhs)
+            _need(lhs != rhs, f"{self} says nothing: both sides are the same expression")
+            _need(_is_zero(lhs, rhs), f"{self} does not hold ({self.reason})")
+
+    def __repr__(self) -> str:
+        return f"{self.lhs} = {self.rhs}"
+
+
+@dataclass(frozen=True)
+class Induction:
+    """The claim that what starts as `initial` and becomes `renewed` (a formula in `old`) is `closed` after n times.
+
+    `count` is that n; in `renewed` it is the number of times before. Proved by a base, n = 1, and a step to n + 1.
+    """
+
+    closed: Any
+    renewed: Any
+    count: Any
+    initial: Any = x0
+
+    def __str__(self) -> str:
+        renewed = self.renewed.subs(old, sp.Symbol(f"R_{self.count}"))
+        return f"R_{self.count} = {self.closed}, for R_({self.count} + 1) = {renewed} and R_0 = {self.initial}"
+
+    def _latex(self, printer: Any) -> str:  # what sp.latex asks for
+        number, closed, initial = map(printer.doprint, (self.count, self.closed, self.initial))
+        renewed = sp.latex(self.renewed, symbol_names={old: f"R_{{{number}}}"})
+        start = "" if self.initial == x0 else rf",\ R_0 = {initial}"
+        return rf"R_{{{number}}} = {closed} \quad\text{{for}}\quad R_{{{number} + 1}} = {renewed}{start}"
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The claim that `larger` > `smaller` for every `count`: their difference is positive at 1, and grows."""
+
+    larger: Any
+    smaller: Any
+    count: Any
+
+    def __str__(self) -> str:
+        return f"{self.larger} > {self.smaller}"
+
+    def _latex(self, printer: Any) -> str:
+        return f"{printer.doprint(self.larger)} > {printer.doprint(self.smaller)}"
+
+
+def goals(claim: Any) -> Goals:
+    """Give what steps have to connect to prove a claim, as (start, end); an end of None is anything positive.
+
+    Raises:
+        ProofError: it is no claim that can be proved here, or it is not defined.
+    """
+    kind = type(claim)
+    _need(kind in (sp.Equality, sp.StrictGreaterThan, Induction, Growth), f"{claim!r}: no equation, > or induction")
+    parts = _examine(*(vars(claim).values() if kind in (Induction, Growth) else claim.args))
+    found: Goals
+    if kind is sp.Equality:
+        found = (parts,)
+    elif kind is sp.StrictGreaterThan:
+        found = ((parts[0] - parts[1], None),)
+    else:
+        count = parts[2]
+        _need(domain(count)[0] == ONE, f"an induction over {count}, which is not 1, 2, ...")
+        if kind is Growth:
+            gap = parts[0] - parts[1]
+            found = (gap.subs(count, 1), None), (gap.subs(count, count + 1) - gap, None)
+        else:
+            closed, renewed, _, initial = parts
+            _need(old in renewed.free_symbols, f"{renewed} does not say what becomes of {old}")
+            _need(old not in closed.free_symbols | initial.free_symbols, f"{old} stands outside of what is renewed")
+            _need(count not in initial.free_symbols, f"{initial}, the initial value, changes with {count}")
+            base = renewed.subs(old, initial).subs(count, 0), closed.subs(count, 1)
+            found = base, (renewed.subs(old, closed), closed.subs(count, count + 1))
+    return found
+
+
+@dataclass(frozen=True, repr=False)
+class Theorem:
+    """What is claimed, in words and as formulas that a machine reads, with the steps that prove it.
+
+    A claim is an `Eq`, a `>`, an `Induction` or a `Growth`; formulas stand there alone, so that the words state none
+    unchecked.
+    """
+
+    name: str
+    statement: str
+    claims: tuple[Any, ...]
+    steps: tuple[Step, ...]
+
+    def prove(self) -> None:
+        """Check that the steps hold and lead, one from where another ended, through every claim, with none left over.
+
+        Raises:
+            ProofError: a step does not hold, is missing or is too many; a claim says nothing, or nothing is claimed;
+                the words contain an equation; or any of this cannot be told.
+
+        Example:
+            >>> from momentum_fix.symbolic import theorems
+            >>> theorems()[0].prove()
+        """
+        with _refusing(self.name):
+            _need("=" not in self.statement, f"{self.name}: an equation in words is not checked: make it a claim")
+            steps = list(self.steps)
+            for claim in self.claims:
+                left, ways = len(steps), goals(claim)
+                letters = sp.Tuple(*(side for way in ways for side in way if side is not None)).free_symbols
+                for start, end in ways:
+                    reached = start
+                    while not _is_reached(end, reached) or (end is None and reached is start):
+                        follows = bool(steps) and steps[0].lhs == reached
+                        _need(follows, f"{self.name}: {claim} is not proved: no step leads on from {reached}")
+                        Step.prove(steps[0])
+                        reached = sp.sympify(steps.pop(0).rhs)
+                        _need(reached.free_symbols <= letters, f"{self.name}: {claim} does not hold all of {reached}")
+                _need(len(steps) < left, f"{self.name}: {claim} says nothing")
+            _need(self.claims and not steps, f"{self.name}: the steps {steps} prove nothing that is claimed")
+            _refuse_homonyms(sp.sympify(side) for step in self.steps for side in (step.lhs, step.rhs))
+
+    def __str__(self) -> str:
+        claims = (f"{claim.lhs} = {claim.rhs}" if isinstance(claim, sp.Eq) else claim for claim in self.claims)
+        return "\n   ".join([self.name, self.statement, *(f"claim: {claim}" for claim in claims)])
+
+    def __repr__(self) -> str:
+        return f"<Theorem {self.name!r}: {len(self.claims)} claims, {len(self.steps)} steps>"
+
+    def _repr_latex_(self) -> str:
+        claims = r" \\[1ex] ".join(map(sp.latex, self.claims))
+        return rf"$$\begin{{gathered}} {claims} \end{{gathered}}$$"
+
+
+def _is_reached(end: Any, reached: Any) -> bool:
+    """Tell whether a chain of steps has come to its end: None stands for what is seen to be positive."""
+    return bool(range_of(reached)[0] > ZERO if end is None else reached == end)
+
+
+@cache
+def _is_zero(lhs: Any, rhs: Any) -> bool:
+    """Tell whether SymPy reduces the difference of two sides to 0, under the assumptions on their symbols."""
+    if not _is_zero_in_numbers(lhs - rhs):  # quicker than a search for a proof that is not there
+        return False
+    done = [side.doit() for side in (lhs, rhs)]
+    for side in done:
+        range_of(side)  # no case distinction
+    difference = sp.numer(sp.together((done[0] - done[1]).replace(Sum, _split)))  # over what is not 0: it is defined
+    return bool(sp.simplify(sp.powsimp(sp.expand(difference))) == 0)
+
+
+def _is_zero_in_numbers(difference: Any) -> bool:
+    """Tell whether a difference is 0 for some numbers, with a value close to each limit instead of the limit."""
+    functions = sorted(difference.atoms(AppliedUndef), key=str)
+    difference = difference.xreplace({f: sp.exp(place * f.args[0]) + place for place, f in enumerate(functions)})
+    difference = difference.replace(sp.Indexed, lambda base, index: sp.cos(index)).replace(Limit, _near)
+    symbols = sorted(difference.free_symbols, key=str)
+    some = {v: 3 + place if v.is_integer else sp.Float(3 + place, 50) / 19 for place, v in enumerate(symbols)}
+    return bool(abs(difference.subs(some).doit().evalf()) < 1e-6)
+
+
+def _near(function: Any, symbol: Any, point: Any, side: Any) -> Any:
+    small = sp.Float(f"{side}1e-9", 50)
+    return function.subs(symbol, -1 / small if point.is_infinite else point + small)
+
+
+def _split(term: Any, limits: Any, *outer: Any) -> Any:
+    """Write a sum up to n + 1, n + 2, ... as the sum up to n and its last terms, as every induction needs it."""
+    index, first, last = limits
+    further = last - n
+    if outer or not (further.is_Integer and further > 0):
+        return Sum(term, limits, *outer)
+    return Sum(term, (index, first, n)) + sum(term.subs(index, n + extra) for extra in range(1, further + 1))
+
+
+def equal(lhs: Any, rhs: Any) -> Any:
+    """Give the claim `lhs = rhs`, as written."""
+    return sp.Eq(lhs, rhs, evaluate=False)
+
+
+def greater(larger: Any, smaller: Any) -> Any:
+    """Give the claim `larger > smaller`, as written: its steps lead from the difference to something positive."""
+    return sp.Gt(larger, smaller, evaluate=False)
