@@ -321,6 +321,7 @@ class _Region(AbstractContextManager[None]):
         # anew without it.
         self.hears_recomputations = False
         self.changes = False  # whether the forward pass has changed any state but the statistics of torch's own norms
+        self.written: set[int] = set()  # the ids of the parameters that it has written to, as far as autograd has seen
         # For each recomputation that is running: what the modules have, with their submodules and parameters; the
         # parameters that it may write to, with their values.
         self.present: list[tuple[list[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]], Any]] = []

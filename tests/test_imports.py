@@ -74,5 +74,12 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_what_the_package_says_of_itself_opens_with_what_a_user_wants():
     for name in momentum_fix.__all__:
-        assert name in momentum_fix.__doc__ or name in ("Report", "Handle", "Audit", "Diagnosis", "UnreadableError")
+        assert name in momentum_fix.__doc__ or name in (
+            "Report",
+            "Handle",
+            "Everywhere",
+            "Audit",
+            "Diagnosis",
+            "UnreadableError",
+        )
     assert not any(name.startswith("_") for name in dir(momentum_fix))
