@@ -818,6 +818,11 @@ def test_what_people_try_first_is_answered_with_what_to_write():
         pass
 
 
+def test_a_context_fn_that_was_called_too_early_is_answered_in_the_same_way():
+    with pytest.raises(TypeError, match="preserve_state was called.*, but it is a context_fn, to be given .* as it is"):
+        non_reentrant(nn.Linear(1, 1), torch.ones(1, requires_grad=True), context_fn=preserve_state())
+
+
 def test_with_the_reentrant_engine_torch_refuses_a_context():
     with pytest.raises(ValueError, match=r"Passing `context_fn`.* is only supported when use_reentrant=False"):
         reentrant(nn.Linear(1, 1), torch.ones(1), context_fn=preserve_state)
