@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import threading
 import warnings
 
@@ -256,14 +257,30 @@ def test_what_preserves_state_anyway_stays_exact(ckpt, kind):
         assert_exact(run(kind, recipes.nested, ckpt), truth)
 
 
-@pytest.mark.parametrize("options", [{"debug": True}, {"determinism_check": "none"}, {"early_stop": False}])
-def test_the_options_of_torchs_checkpoint_stay_what_they_are(options):
-    def step(net, x, ckpt):
-        ckpt(net, x.requires_grad_(), **options).sum().backward()
+@pytest.mark.parametrize("options", [{}, {"debug": True}, {"determinism_check": "none"}, {"early_stop": False}])
+def test_the_options_of_torchs_checkpoint_do_what_they_do(options):
+    def ran(on, changes):
+        calls, layer, x = [], Steps(), torch.ones(2, requires_grad=True)
 
-    truth = run("running normalizer", recipes.one, plainly)
-    with preserve_everywhere():
-        assert_exact(run("running normalizer", step, non_reentrant), truth)
+        def function(x):
+            calls.append("begun")
+            y = (layer(x) * torch.ones(2 if changes and len(calls) > 2 else 1)).sin()
+            calls.append("ended")
+            return y + 1
+
+        with preserve_everywhere() if on else contextlib.nullcontext():
+            loss = non_reentrant(function, x, **options).sum()
+            try:
+                loss.backward()
+            except RuntimeError as error:
+                return calls, type(error), str(error).splitlines()[0]
+        return calls, layer.steps if on else 1, x.grad.tolist() if on else [math.cos(1)] * 2
+
+    assert ran(True, False) == ran(False, False)
+    assert ran(True, True) == ran(False, True)
+    assert ran(True, False)[0] == ["begun", "ended", "begun", "ended"][: 3 if options.get("early_stop", True) else 4]
+    refused = ran(True, True)[1] is torch.utils.checkpoint.CheckpointError
+    assert refused == (options != {"determinism_check": "none"})
 
 
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)

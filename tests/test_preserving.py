@@ -32,7 +32,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint_sequential, crea
 import momentum_fix
 import recipes
 from conformance import WRAPPERS
-from momentum_fix import preserve_everywhere, preserve_state
+from momentum_fix import diagnose, preserve_everywhere, preserve_state, update_once
 from recipes import StoppedError, pipeline, siamese, twice_in_a_region
 from states import (
     KINDS,
@@ -333,6 +333,14 @@ def test_evaluation_mode_is_left_alone(ckpt):
         assert kept(block.eval(), x, by=ckpt, plain=plain) == (0, 0)
     ckpt(blocks[1], x).sum().backward()
     assert blocks[1][1].steps == 5  # three forward passes, and two more passes
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_a_part_in_training_mode_is_preserved_wherever_it_is(ckpt):
+    block, x = nn.Sequential(Steps(), nn.Sequential(Steps(), nn.Tanh())).eval(), torch.ones(1, requires_grad=True)
+    block[1][0].train()
+    ckpt(block, x).backward()
+    assert (block[0].steps, block[1][0].steps) == (2, 1)
 
 
 @pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
@@ -1296,6 +1304,33 @@ def test_a_module_that_builds_itself_keeps_what_the_forward_has_built(ckpt):
     mine, true = trained(ckpt), trained(plainly)
     assert mine.keys() == true.keys()
     assert all(torch.equal(mine[name], true[name]) for name in true)
+
+
+class HasAList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norms = [nn.BatchNorm1d(6), nn.BatchNorm1d(6)]
+
+    def forward(self, x):
+        return self.norms[0](x)
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_norms_in_a_plain_list_are_preserved_and_diagnose_says_that_update_once_does_not_reach_them(ckpt):
+    def counted(ckpt, prepare):
+        block = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), HasAList(), nn.Tanh())
+        prepare(block)
+        with diagnose(block) as report:
+            ckpt(block, torch.rand(8, 6, requires_grad=True)).sum().backward()
+        counters = [int(norm.num_batches_tracked) for norm in (block[1], block[2].norms[0])]
+        return counters, {name.rpartition(".")[0]: each for name, each in report.items()}
+
+    assert counted(ckpt, lambda block: None) == ([1, 1], {})
+    counters, found = counted(non_reentrant, update_once)
+    assert counters == [1, 2]
+    assert [*found] == ["2.norms[0]"]
+    assert found["2.norms[0]"].remedy == "preserve_state"
+    assert "in a plain list, where update_once does not reach it" in found["2.norms[0]"].note
 
 
 # Trained parameters that the forward writes to.

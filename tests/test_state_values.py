@@ -831,6 +831,13 @@ def same_as_plainly(layer, ckpt=by_context):
     return torch.equal(x.grad, y.grad) and picture(layer) == picture(twin)
 
 
+def test_of_a_part_of_something_much_larger_that_part_is_kept_and_no_more():
+    layer = nn.BatchNorm1d(3)
+    layer.part = torch.zeros(LARGE)[3:5]
+    small = sum(buffer.nbytes for buffer in layer.buffers()) + layer.part.nbytes
+    assert kept(layer, torch.rand(2, 3, requires_grad=True)) == (small, 0)
+
+
 def test_a_large_tensor_that_stands_still_is_copied_once():
     layer = Masked()
     small = layer.mean.nbytes + layer.var.nbytes
