@@ -377,10 +377,10 @@ class _Region(AbstractContextManager[None]):
                 {name: copier.copy(value) for name, value in copied.items()} for *_, copied in self.state.values()
             ]
             written = {id(p): p for p, kept in zip(parameters, self.parameters, strict=True) if kept.value is None}
-            written = {} if is_in_torch_dispatch_mode(include_infra_modes=True) else written  # which has no values
-            values = [(each, each.detach().clone()) for each in written.values() if id(each) in self.written]
-            unseen_writes = [*written.values()] if self.changes else []
-            guard = values, unseen_writes, _sums(unseen_writes)
+            traced = is_in_torch_dispatch_mode(include_infra_modes=True)  # where nothing has a value
+            guarded = [*written.values()] if self.changes and not traced else []
+            values = [(each, each.detach().clone()) for each in guarded if id(each) in self.written]
+            guard = values, guarded, _sums(guarded)
         present = [
             (each, vars(each).copy(), each._modules.copy(), each._parameters.copy()) for each, *_ in self.state.values()
         ]
@@ -482,7 +482,7 @@ def _guards(module: nn.Module) -> dict[str, Any]:
 
 def _sums(parameters: Iterable[nn.Parameter]) -> list[str]:
     """Give what tells whether parameters were written to, where autograd does not see it either."""
-    return [repr(each.detach().sum(dtype=torch.complex128).item()) for each in parameters]
+    return [repr(each.detach().sum().item()) for each in parameters]
 
 
 def _refuse_writes(values: list[tuple[nn.Parameter, torch.Tensor]], parameters: list[nn.Parameter], sums: Any) -> None:

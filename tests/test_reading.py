@@ -151,6 +151,31 @@ def test_layers_and_containers_have_a_number_from_which_on_they_are_refused():
     assert list(search([[[1]]] * 100, 3)) == []  # one list a hundred times
 
 
+def test_the_order_of_a_layers_entries_does_not_matter():
+    mean = {"a.running_mean": None, "a.running_var": None}
+    for state in ({**mean, "a.num_batches_tracked": 5}, {"a.num_batches_tracked": 5, **mean}):
+        assert list(search(state)) == [("", {"a": 5})]
+
+
+def test_what_is_deeper_than_any_checkpoint_is_not_searched(monkeypatch):
+    deep = {"x": [{"y": COUNTERS}]}
+    for most, found in ((3, 1), (2, 0)):
+        monkeypatch.setattr(reading, "_DEEP", most)
+        assert len(list(search(deep))) == found
+
+
+def test_a_state_dict_that_holds_itself_is_found_once():
+    itself = dict(COUNTERS)
+    itself["itself"] = itself
+    assert [way for way, _ in search(itself)] == [""]
+
+
+def test_a_file_that_holds_no_container_holds_no_layer(tmp_path):
+    for thing in (5, torch.zeros(2), "text"):
+        torch.save(thing, tmp_path / "x.pt")
+        assert audit(tmp_path / "x.pt").rows == ()
+
+
 def test_names_have_a_length_together_from_which_on_a_file_is_refused(tmp_path, monkeypatch):
     torch.save({"way": COUNTERS}, tmp_path / "x.pt")
     (tmp_path / "x.safetensors").write_bytes(crafted.safetensors(dict.fromkeys(COUNTERS, crafted.described())))
