@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from states import Normalizer, Record, Steps, alive_after, kept, picture
-from twins import EXACT, by_context, drop_in_reentrant, non_reentrant, plainly, reentrant
+from twins import EXACT, by_context, drop_in, drop_in_reentrant, non_reentrant, plainly, reentrant
 
 LARGE = 1 << 16  # bytes: larger tensors and arrays are copied once, as long as they stand still
 PLAIN = {drop_in_reentrant: reentrant}
@@ -782,6 +782,38 @@ def test_modules_that_say_they_are_equal_are_told_apart(ckpt):
     x = torch.ones(1, requires_grad=True)
     ckpt(lambda y: second(second(first(y))).sin(), x).backward()
     assert (first.steps, second.steps) == (1, 2)
+
+
+class Tally(Steps):
+    """What a metric is without its own equality."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = torch.zeros(())
+
+
+class ReplacesAChild(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.steps, self.child = kind, 0, kind()
+
+    def forward(self, x):
+        self.steps += 1
+        self.child = self.kind()
+        self.child.total += self.steps
+        return (x * self.child.total).sin()
+
+
+@pytest.mark.parametrize("ckpt", [by_context, drop_in])
+@pytest.mark.parametrize("kind", [Tally, Metric, ComparesTensors])
+def test_a_child_that_the_forward_replaces_is_the_forwards_at_last(kind, ckpt):
+    for by, last in ((plainly, 2), (ckpt, 2), (non_reentrant, 3)):
+        module, x = ReplacesAChild(kind), torch.ones(1, requires_grad=True)
+        losses = [by(module, x) for _ in range(2)]
+        child = module.child
+        losses[1].backward()
+        assert float(module.child.total) == last
+        assert (module.child is child) == (by is not non_reentrant)
 
 
 # Large tensors and arrays that stand still.
