@@ -53,6 +53,7 @@ WAYS = [
     recipes.nested,
     recipes.nested_directly,
     recipes.two_backwards,
+    recipes.backward_in_another_thread,
     recipes.accumulating(recipes.one),
     recipes.failing_forward,
     recipes.failing_recomputation,

@@ -100,6 +100,7 @@ WAYS = [
     recipes.forward_only_no_grad,
     recipes.forward_only,
     recipes.two_backwards,
+    recipes.backward_in_another_thread,
     recipes.gradient_penalty,
     recipes.autograd_grad,
     recipes.nested,
@@ -119,7 +120,9 @@ WAYS = [
 # Another order of a sum, which the reentrant engine has without this package too.
 ROUNDED = {
     ("spectral norm, hook", siamese),
+    ("spectral norm, hook", recipes.backward_in_another_thread),
     ("spectral norm, parametrization", siamese),
+    ("spectral norm, parametrization", recipes.backward_in_another_thread),
     ("codebook", methods_of_layers),
 }
 LAZY = ("lazy normalizer", "lazy BatchNorm")  # whose forward cannot be called directly at first
@@ -819,7 +822,7 @@ def test_what_people_try_first_is_answered_with_what_to_write():
 
 
 def test_a_context_fn_that_was_called_too_early_is_answered_in_the_same_way():
-    with pytest.raises(TypeError, match="preserve_state was called.*, but it is a context_fn, to be given .* as it is"):
+    with pytest.raises(TypeError, match=r"preserve_state was called.*, but it is a context_fn, to be given .* as it is"):
         non_reentrant(nn.Linear(1, 1), torch.ones(1, requires_grad=True), context_fn=preserve_state())
 
 
