@@ -202,7 +202,7 @@ def preserve_everywhere() -> Everywhere:
     keep the checkpoint out of the compiled code (`momentum_fix.checkpoint` does). Not for engines other than torch's.
 
     Returns:
-        An `Everywhere`: call `remove()` on it, or use it in `with`. After a second call, both have to be removed.
+        An `Everywhere`; call `remove()` on it, or use it in `with`. After a second call, both have to be removed.
 
     Raises:
         RuntimeError: this version of torch does not tell of its checkpoints.
@@ -475,9 +475,13 @@ def _warn_of_writes(parameters: Iterable[tuple[Any, int]]) -> None:
 
 
 def _guards(module: nn.Module) -> dict[str, Any]:
-    """Give what may tell a forward whether it has written to a parameter before: all state but trained parameters."""
+    """Give what may tell a forward whether it has written to a parameter before: the state that is preserved."""
     state = pieces(module).items()
-    return {name: value for name, value in state if not (isinstance(value, nn.Parameter) and value.requires_grad)}
+    return {
+        name: value
+        for name, value in state
+        if not (isinstance(value, nn.Parameter) and (value.requires_grad or value.nbytes > LARGE))
+    }
 
 
 def _sums(parameters: Iterable[nn.Parameter]) -> list[str]:
