@@ -822,7 +822,7 @@ def test_what_people_try_first_is_answered_with_what_to_write():
 
 
 def test_a_context_fn_that_was_called_too_early_is_answered_in_the_same_way():
-    with pytest.raises(TypeError, match=r"preserve_state was called.*, but it is a context_fn, to be given .* as it is"):
+    with pytest.raises(TypeError, match=r"preserve_state was called.*, but it is a context_fn, to be given .*"):
         non_reentrant(nn.Linear(1, 1), torch.ones(1, requires_grad=True), context_fn=preserve_state())
 
 
