@@ -401,9 +401,8 @@ class _Region(AbstractContextManager[None]):
             put(module, everything)
             if self.detach:  # the recomputation's are not what the forward pass has
                 _drop(module._parameters, parameters)
-                if module._modules != children:
-                    _drop(module._modules, children)
-                    module._modules.update(children)
+                _drop(module._modules, children)
+                module._modules.update(children)
             for name, parameter in parameters.items():
                 _put_parameter(module, name, parameter)
         _torch.hear_entering(_entered, -self.hears_recomputations)
