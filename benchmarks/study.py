@@ -35,7 +35,7 @@ from torch import nn
 from tqdm import tqdm
 
 from momentum_fix import effective_momentum
-from momentum_fix.layers import tracked_layers
+from momentum_fix.norms.layers import tracked_layers
 from study_tasks import TASKS, Data, Scores, Task
 
 ROOT = Path(__file__).parent.parent

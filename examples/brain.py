@@ -20,7 +20,7 @@ from rich.progress import track
 from torch import nn
 
 from momentum_fix import calibrate, corrected_momentum
-from momentum_fix.tables import number, show
+from momentum_fix._tables import number, show
 
 _BATCH = 2
 _MOMENTUM = 0.1  # torch's own

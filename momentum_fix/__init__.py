@@ -24,43 +24,43 @@ from momentum_fix.formula import corrected_momentum, effective_momentum
 
 if _TYPE_CHECKING:
     from momentum_fix.auditing import audit as audit
-    from momentum_fix.calibration import Report as Report
-    from momentum_fix.calibration import calibrate as calibrate
-    from momentum_fix.correction import applied as applied
-    from momentum_fix.correction import correct as correct
-    from momentum_fix.correction import restore as restore
-    from momentum_fix.diagnosing import Diagnosis as Diagnosis
-    from momentum_fix.diagnosing import diagnose as diagnose
-    from momentum_fix.factory import norm_layer as norm_layer
+    from momentum_fix.diagnosis.diagnose import Diagnosis as Diagnosis
+    from momentum_fix.diagnosis.diagnose import diagnose as diagnose
     from momentum_fix.files.reading import UnreadableError as UnreadableError
     from momentum_fix.files.verdict import Audit as Audit
-    from momentum_fix.once import Handle as Handle
-    from momentum_fix.once import update_once as update_once
-    from momentum_fix.preserving import Everywhere as Everywhere
-    from momentum_fix.preserving import checkpoint as checkpoint
-    from momentum_fix.preserving import preserve_everywhere as preserve_everywhere
-    from momentum_fix.preserving import preserve_state as preserve_state
+    from momentum_fix.norms.calibrate import Report as Report
+    from momentum_fix.norms.calibrate import calibrate as calibrate
+    from momentum_fix.norms.correct import applied as applied
+    from momentum_fix.norms.correct import correct as correct
+    from momentum_fix.norms.correct import restore as restore
+    from momentum_fix.norms.factory import norm_layer as norm_layer
+    from momentum_fix.norms.update_once import Handle as Handle
+    from momentum_fix.norms.update_once import update_once as update_once
+    from momentum_fix.state.preserve import Everywhere as Everywhere
+    from momentum_fix.state.preserve import checkpoint as checkpoint
+    from momentum_fix.state.preserve import preserve_everywhere as preserve_everywhere
+    from momentum_fix.state.preserve import preserve_state as preserve_state
 
 __version__ = "0.2.0"
 
 _HOMES = {
-    "norm_layer": "factory",
-    "correct": "correction",
-    "applied": "correction",
-    "restore": "correction",
-    "calibrate": "calibration",
-    "Report": "calibration",
-    "diagnose": "diagnosing",
-    "Diagnosis": "diagnosing",
-    "update_once": "once",
-    "Handle": "once",
+    "norm_layer": "norms.factory",
+    "correct": "norms.correct",
+    "applied": "norms.correct",
+    "restore": "norms.correct",
+    "calibrate": "norms.calibrate",
+    "Report": "norms.calibrate",
+    "diagnose": "diagnosis.diagnose",
+    "Diagnosis": "diagnosis.diagnose",
+    "update_once": "norms.update_once",
+    "Handle": "norms.update_once",
     "audit": "auditing",
     "Audit": "files.verdict",
     "UnreadableError": "files.reading",
-    "preserve_state": "preserving",
-    "preserve_everywhere": "preserving",
-    "Everywhere": "preserving",
-    "checkpoint": "preserving",
+    "preserve_state": "state.preserve",
+    "preserve_everywhere": "state.preserve",
+    "Everywhere": "state.preserve",
+    "checkpoint": "state.preserve",
 }
 _MODULES = ("symbolic", "plots")
 

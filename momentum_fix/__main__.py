@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import momentum_fix
-from momentum_fix.tables import can_draw, presentable, show, show_lines
+from momentum_fix._tables import can_draw, presentable, show, show_lines
 
 EXAMPLES = """\
 examples:

@@ -265,7 +265,7 @@ def is_called_by_library() -> bool:
         room, function = frame.f_globals.get("__name__", ""), frame.f_code
         if room.startswith("torch.distributed.") or function.co_name == "checkpoint_sequential":
             return True
-        if not room.startswith(("torch.", __package__ + ".")):
+        if not room.startswith(("torch.", "momentum_fix.")):
             return "-packages" in function.co_filename  # site-packages, or Debian's dist-packages
         frame = frame.f_back
     return False
@@ -277,7 +277,7 @@ def is_unread_statistic(tensor: torch.Tensor) -> bool:
     torch's batch norm and instance norm do so. The saved tensor is in the memory of the statistics, or repeats them.
     """
     frame: types.FrameType | None = sys._getframe(1)
-    passed = (f"{__package__}.", "torch._dynamo.", torchs.__name__)
+    passed = ("momentum_fix.", "torch._dynamo.", torchs.__name__)
     while frame is not None and frame.f_globals.get("__name__", "").startswith(passed):
         frame = frame.f_back
     if frame is None or frame.f_code not in (functional.batch_norm.__code__, functional.instance_norm.__code__):

@@ -71,8 +71,8 @@ def audit(
 
 def _layers(model: Any) -> dict[str, tuple[Any, Any, Any]]:
     """Give a model's layers: the counter of each, its momentum, and what that was corrected from."""
-    from momentum_fix.corrected import uncorrected
-    from momentum_fix.layers import tracked_layers
+    from momentum_fix.norms.layers import tracked_layers
+    from momentum_fix.norms.momenta import uncorrected
 
     layers = {names[0]: layer for layer, names in tracked_layers(model).items()}
     return {name: (layer._buffers.get(COUNTER), layer.momentum, uncorrected(layer)) for name, layer in layers.items()}

@@ -21,8 +21,8 @@ from torch import nn
 
 from momentum_fix import UnreadableError, audit, calibrate, correct, corrected_momentum, effective_momentum, update_once
 from momentum_fix.__main__ import main
+from momentum_fix._tables import printable, show, show_lines
 from momentum_fix.files.verdict import LayerAudit
-from momentum_fix.tables import printable, show, show_lines
 from twins import batches, non_reentrant, plainly, train
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import contracts
 from momentum_fix import norm_layer
-from momentum_fix.layers import tracked_layers
+from momentum_fix.norms.layers import tracked_layers
 from pages import blocks, run
 from twins import batches, deviation, non_reentrant, plainly, train
 

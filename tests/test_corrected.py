@@ -25,7 +25,7 @@ from momentum_fix import (
     restore,
     update_once,
 )
-from momentum_fix.corrected import corrected_by_hand, is_corrected, uncorrected
+from momentum_fix.norms.momenta import corrected_by_hand, is_corrected, uncorrected
 from recipes import data, one, pickled, saved
 from twins import deviation, momenta, non_reentrant, plainly, train
 

@@ -362,7 +362,7 @@ def test_two_batches_in_turn_through_a_compiled_block_are_told_from_one():
 
 
 def test_more_batches_than_compiled_code_has_slots_for_are_counted_and_their_order_is_given_up(monkeypatch):
-    monkeypatch.setattr("momentum_fix.counting._SLOTS", 4)
+    monkeypatch.setattr("momentum_fix.norms.counting._SLOTS", 4)
     model = Net()
     run = torch.compile(model.b, backend="aot_eager")
 

@@ -51,13 +51,13 @@ def test_saved_files_are_read_without_torch_and_without_what_is_known_of_models(
     files = sorted((PACKAGE / "files").glob("*.py"))
     known = {"__future__", *sys.stdlib_module_names, *(f"momentum_fix.files.{file.stem}" for file in files)}
     found = {name for name in imported_by(*files) if name not in known and name.partition(".")[0] not in known}
-    assert found == {"momentum_fix.formula", "momentum_fix.tables"}
-    assert {"momentum_fix.layers", "momentum_fix.corrected"} < imported_by(PACKAGE / "auditing.py")
+    assert found == {"momentum_fix.formula", "momentum_fix._tables"}
+    assert {"momentum_fix.norms.layers", "momentum_fix.norms.momenta"} < imported_by(PACKAGE / "auditing.py")
 
 
 def test_the_package_can_be_imported_anew():
-    code = "import sys, momentum_fix.once\nfor name in [name for name in sys.modules if 'momentum' in name]:\n"
-    code += "    del sys.modules[name]\n"
+    code = "import sys, momentum_fix.norms.update_once\n"
+    code += "for name in [name for name in sys.modules if 'momentum' in name]:\n    del sys.modules[name]\n"
     assert "torch" in loaded_after(code + "from momentum_fix import update_once, calibrate")
 
 

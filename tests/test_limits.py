@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointError
 
 import momentum_fix
 from momentum_fix import diagnose, preserve_everywhere
-from momentum_fix.fingerprint import fingerprint
+from momentum_fix.state.fingerprint import fingerprint
 from pages import DOCS, rows
 from recipes import hand_written
 from scenes import (

@@ -13,7 +13,7 @@ from torch import nn
 
 import recipes
 from momentum_fix import calibrate, correct, norm_layer, restore, update_once
-from momentum_fix.covering import covering as covers
+from momentum_fix.norms.wrapping import covering as covers
 from recipes import ENGINES, Net, OwnForward, block, data, instance_norm, one, siamese
 from twins import batches, counters, deviation, non_reentrant, plainly, reentrant, same_path, statistics, train
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from momentum_fix import applied, calibrate, correct, restore, update_once
-from momentum_fix.counting import MAY_READ
+from momentum_fix.norms.counting import MAY_READ
 from recipes import ENGINES, Net, block, data, norms, one
 from twins import ROUNDING, counters, deviation, non_reentrant, plainly, reentrant, same_path, statistics, three, train
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import momentum_fix
 from momentum_fix import calibrate, preserve_state
-from momentum_fix.layers import tracked_layers
+from momentum_fix.norms.layers import tracked_layers
 
 ROUNDING = 1e-12  # relative, in float64
 

@@ -21,8 +21,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from momentum_fix._tables import printable, shortened
 from momentum_fix.files.unpickling import OBJECTS, STEPS, TOO_MUCH, Dictionary, Name, Refused, Tensor, damaged, unpickle
-from momentum_fix.tables import printable, shortened
 
 COUNTER = "num_batches_tracked"
 _NAMES = (COUNTER, "running_mean", "running_var")

@@ -12,10 +12,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, SupportsFloat, SupportsIndex
 
+from momentum_fix._tables import aligned, html, presentable
 from momentum_fix.files.causes import causes, nearly, recomputed
 from momentum_fix.files.reading import INDEX, Odd, UnreadableError, read
 from momentum_fix.formula import corrected_momentum, effective_momentum, positive_integer
-from momentum_fix.tables import aligned, html, presentable
 
 _ABSURD = 10**12  # batches: a thousand a second for thirty years
 _STATE_DICTS = 5  # of a file for which causes are listed

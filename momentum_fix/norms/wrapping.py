@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from momentum_fix.layers import Buffers, NormLayer, the, tracks
-from momentum_fix.replay import replaying, selective, unseen
+from momentum_fix.norms.layers import Buffers, NormLayer, the, tracks
+from momentum_fix.recomputation import replaying, selective, unseen
 
 _NEED_NO_COUNTER = (_BatchNorm.forward, _InstanceNorm.forward)  # SyncBatchNorm insists on num_batches_tracked
 _COVERING = "_momentum_fix_covering"  # on a layer: what covers it, to be found though something has wrapped its forward

@@ -17,14 +17,14 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
 from momentum_fix import _torch
-from momentum_fix.corrected import is_corrected, uncorrected
-from momentum_fix.covering import only_writes
+from momentum_fix._tables import aligned, html
+from momentum_fix.diagnosis.observing import ITSELF, Judgement, Moved, Region, Watch, judge
 from momentum_fix.formula import corrected_momentum
-from momentum_fix.layers import at_gradients, named, tracks
-from momentum_fix.observing import ITSELF, Judgement, Moved, Region, Watch, judge
-from momentum_fix.preserving import is_compiled
-from momentum_fix.state import LARGE, mark, pieces
-from momentum_fix.tables import aligned, html
+from momentum_fix.norms.layers import at_gradients, named, tracks
+from momentum_fix.norms.momenta import is_corrected, uncorrected
+from momentum_fix.norms.wrapping import only_writes
+from momentum_fix.state.preserve import is_compiled
+from momentum_fix.state.snapshot import LARGE, mark, pieces
 
 _PRESERVE, _ONCE, _RESTORE = "preserve_state", "update_once", "restore"
 _BUFFER = "a buffer instead of this parameter, and preserve_state"

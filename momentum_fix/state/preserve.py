@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
 from momentum_fix import _torch
-from momentum_fix.replay import preserved, selective, unseen
-from momentum_fix.state import LARGE, Copier, keep, mark, pieces, put, reads_no_buffer, scratch, version
+from momentum_fix.recomputation import preserved, selective, unseen
+from momentum_fix.state.snapshot import LARGE, Copier, keep, mark, pieces, put, reads_no_buffer, scratch, version
 
 
 def preserve_state(*mistaken: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from momentum_fix.corrected import is_corrected, uncorrected
-from momentum_fix.covering import Covering, cover, covering, only_writes, refuse_foreign_forward, uncover
-from momentum_fix.layers import named, the, tracked_layers, warn_of_none
-from momentum_fix.tables import number
+from momentum_fix._tables import number
+from momentum_fix.norms.layers import named, the, tracked_layers, warn_of_none
+from momentum_fix.norms.momenta import is_corrected, uncorrected
+from momentum_fix.norms.wrapping import Covering, cover, covering, only_writes, refuse_foreign_forward, uncover
 
 
 class Once(Covering):

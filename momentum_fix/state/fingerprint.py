@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from momentum_fix.replay import unseen
+from momentum_fix.recomputation import unseen
 
 _COLUMNS, _ROWS, _PROJECTIONS = 4096, 256, 8  # values in a row, rows in a slice
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # by the bytes of a value

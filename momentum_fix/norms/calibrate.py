@@ -12,13 +12,13 @@ from typing import Any, TypeAlias
 import torch.distributed as dist
 from torch import nn
 
-from momentum_fix.corrected import set_momenta, uncorrected
-from momentum_fix.correction import correct, corrected_for
-from momentum_fix.counting import WARNED, Count, Counted
-from momentum_fix.covering import cover, uncover
-from momentum_fix.layers import at_gradients, named, tracked_layers, warn_of_none
-from momentum_fix.once import refuse_covered
-from momentum_fix.tables import aligned, html, number
+from momentum_fix._tables import aligned, html, number
+from momentum_fix.norms.correct import correct, corrected_for
+from momentum_fix.norms.counting import WARNED, Count, Counted
+from momentum_fix.norms.layers import at_gradients, named, tracked_layers, warn_of_none
+from momentum_fix.norms.momenta import set_momenta, uncorrected
+from momentum_fix.norms.update_once import refuse_covered
+from momentum_fix.norms.wrapping import cover, uncover
 
 _HEADER = ("layer", "class", "passes", "momentum", "corrected", "note")
 _NO_ROWS = "no layer with running statistics has been calibrated"

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from momentum_fix.corrected import uncorrected
-from momentum_fix.covering import Covering, on_copies, only_writes
-from momentum_fix.layers import Buffers, NormLayer, tracks
-from momentum_fix.once import Once
-from momentum_fix.replay import is_preserved, selective, unseen
+from momentum_fix.norms.layers import Buffers, NormLayer, tracks
+from momentum_fix.norms.momenta import uncorrected
+from momentum_fix.norms.update_once import Once
+from momentum_fix.norms.wrapping import Covering, on_copies, only_writes
+from momentum_fix.recomputation import is_preserved, selective, unseen
 
 _EXACT = "; exact: `restore(model)`, then `update_once(model)`"
 NOT_CONSECUTIVE = "only the decay is right: the passes of a batch do not follow one another, or their number varies"

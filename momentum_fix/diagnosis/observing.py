@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from momentum_fix import _torch
-from momentum_fix.fingerprint import difference, rounding
-from momentum_fix.preserving import is_compiled, reached
-from momentum_fix.replay import preserved, replaying, unseen
-from momentum_fix.state import is_as_made, mark, pieces
-from momentum_fix.tracing import Operation, Tracing, Value, compared, tensors_in, value_of
+from momentum_fix.diagnosis.tracing import Operation, Tracing, Value, compared, tensors_in, value_of
+from momentum_fix.recomputation import preserved, replaying, unseen
+from momentum_fix.state.fingerprint import difference, rounding
+from momentum_fix.state.preserve import is_compiled, reached
+from momentum_fix.state.snapshot import is_as_made, mark, pieces
 
 _UNWATCHED = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)  # DDP only refers to what others have
 ITSELF = "the function itself"

@@ -15,8 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from momentum_fix.fingerprint import fingerprint
-from momentum_fix.state import mark
+from momentum_fix.state.fingerprint import fingerprint
+from momentum_fix.state.snapshot import mark
 
 _NORMS = (functional.batch_norm, functional.instance_norm)
 _UNREAD = ("running_mean", "running_var", "momentum")  # what backward does not read of what these were given
@@ -57,7 +57,7 @@ class Tracing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and keep what gradients may depend on."""
         kwargs = kwargs or {}
-        if sys._getframe(1).f_globals.get("__name__", "").startswith(f"{__package__}."):
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("momentum_fix."):
             return func(*args, **kwargs)
         kept = set[Any]()
 

@@ -9,12 +9,12 @@ from typing import SupportsFloat, SupportsIndex, TypeAlias, TypeVar
 
 from torch import nn
 
-from momentum_fix.corrected import before, is_marked, set_momenta, uncorrected
-from momentum_fix.covering import covering, uncover
+from momentum_fix._tables import number
 from momentum_fix.formula import corrected_momentum, power_of_decay
-from momentum_fix.layers import NormLayer, the, tracked_layers, warn_of_none
-from momentum_fix.once import Once, refuse_calibrated, refuse_covered
-from momentum_fix.tables import number
+from momentum_fix.norms.layers import NormLayer, the, tracked_layers, warn_of_none
+from momentum_fix.norms.momenta import before, is_marked, set_momenta, uncorrected
+from momentum_fix.norms.update_once import Once, refuse_calibrated, refuse_covered
+from momentum_fix.norms.wrapping import covering, uncover
 
 Model = TypeVar("Model", bound=nn.Module)
 Passes: TypeAlias = SupportsIndex | Fraction

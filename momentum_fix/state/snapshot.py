@@ -22,7 +22,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
-from momentum_fix.fingerprint import fingerprint
+from momentum_fix.state.fingerprint import fingerprint
 
 SKELETON = frozenset(vars(nn.Module()))  # buffers, parameters, submodules, hooks, and whether it is in training
 _FRAMEWORKS = ("_current_fx_name",)  # what a trainer (Lightning) sets on a module to know what is running

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from momentum_fix.corrected import made
 from momentum_fix.formula import corrected_momentum
+from momentum_fix.norms.momenta import made
 
 
 def norm_layer(
