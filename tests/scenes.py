@@ -683,7 +683,8 @@ def run(scene, ckpt, watched=False):
 
 def plain_state(net):
     """Give what is on the modules of a net: buffers, numbers and containers, frozen parameters."""
-    from momentum_fix.state.snapshot import mark, pieces
+    from momentum_fix.state.compare import mark
+    from momentum_fix.state.snapshot import pieces
 
     def kept(module):
         return {name: value for name, value in pieces(module).items() if not getattr(value, "requires_grad", False)}

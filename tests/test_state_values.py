@@ -863,7 +863,10 @@ def same_as_plainly(layer, ckpt=by_context):
 
 
 def test_of_a_part_of_something_much_larger_that_part_is_kept_and_no_more():
-    layer = nn.BatchNorm1d(3)
+    class Partial(nn.BatchNorm1d):
+        """A class of a user's, so that what is on it is copied."""
+
+    layer = Partial(3)
     layer.part = torch.zeros(LARGE)[3:5]
     small = sum(buffer.nbytes for buffer in layer.buffers()) + layer.part.nbytes
     assert kept(layer, torch.rand(2, 3, requires_grad=True)) == (small, 0)
@@ -926,14 +929,11 @@ def test_a_large_tensor_may_become_one_of_another_type():
         assert found == [dtype, dtype]
 
 
-def test_a_large_tensor_that_moves_unseen_after_all_is_found_and_warned_of():
+def test_a_large_tensor_that_moves_unseen_after_all_is_found():
     layer = Masked()
     for _ in range(70):
         by_context(layer, images())
     layer.table.data.add_(1)
-    assert not same_as_plainly(layer)
-    with pytest.warns(UserWarning, match=r"a torch.float64 tensor of shape \(128, 128\) .* not changed in 64"):
-        [by_context(layer, images()) for _ in range(70)]
     layer.moves = unseen
     for _ in range(3):
         assert same_as_plainly(layer)

@@ -23,8 +23,9 @@ from momentum_fix.formula import corrected_momentum
 from momentum_fix.norms.layers import at_gradients, named, tracks
 from momentum_fix.norms.momenta import is_corrected, uncorrected
 from momentum_fix.norms.wrapping import only_writes
-from momentum_fix.state.preserve import is_compiled
-from momentum_fix.state.snapshot import LARGE, mark, pieces
+from momentum_fix.state.compare import mark
+from momentum_fix.state.reach import is_compiled
+from momentum_fix.state.snapshot import LARGE, pieces
 
 _PRESERVE, _ONCE, _RESTORE = "preserve_state", "update_once", "restore"
 _BUFFER = "a buffer instead of this parameter, and preserve_state"

@@ -18,9 +18,10 @@ from torch import nn
 from momentum_fix import _torch
 from momentum_fix.diagnosis.tracing import Operation, Tracing, Value, compared, tensors_in, value_of
 from momentum_fix.recomputation import preserved, replaying, unseen
+from momentum_fix.state.compare import mark
 from momentum_fix.state.fingerprint import difference, rounding
-from momentum_fix.state.preserve import is_compiled, reached
-from momentum_fix.state.snapshot import is_as_made, mark, pieces
+from momentum_fix.state.reach import is_compiled, modules_of
+from momentum_fix.state.snapshot import pieces
 
 _UNWATCHED = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)  # DDP only refers to what others have
 ITSELF = "the function itself"
@@ -147,7 +148,7 @@ class Region(_torch.Listener):
         self.watch, self.function, self.reentrant = watch, _described(function, watch), call.reentrant
         self.keeps_random_numbers, self.by_library = call.keeps_random_numbers, _torch.is_called_by_library()
         self.parts: dict[int, Part] = {}
-        for module in reached(function, call.args, call.kwargs):
+        for module, _ in modules_of((function, call.args, call.kwargs)):
             self.parts |= {key: watch.parts.get(key, part) for key, part in parts_of(module).items()}
         self.is_compiled = any(is_compiled(part.module) for part in self.parts.values()) or is_compiled(function)
         self.state: dict[int, Marks] = {}  # as the first module of the forward pass has found it
@@ -295,9 +296,7 @@ def differing(one: Marks, other: Marks) -> list[str]:
 
 
 def _marks(module: nn.Module, by_value: bool) -> Marks:
-    own = vars(module)
-    state = {**own["_buffers"], **own["_parameters"]} if not by_value and is_as_made(module) else pieces(module)
-    return {name: mark(value, by_value=by_value) for name, value in state.items()}
+    return {name: mark(value, by_value=by_value) for name, value in pieces(module).items()}
 
 
 def _own_marks(module: nn.Module) -> Marks:

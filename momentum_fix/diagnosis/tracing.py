@@ -15,8 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from momentum_fix.state.compare import mark
 from momentum_fix.state.fingerprint import fingerprint
-from momentum_fix.state.snapshot import mark
 
 _NORMS = (functional.batch_norm, functional.instance_norm)
 _UNREAD = ("running_mean", "running_var", "momentum")  # what backward does not read of what these were given

@@ -1,0 +1,274 @@
+"""One call of a checkpoint: the state that its modules were entered with, put back around each recomputation."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from momentum_fix import _torch
+from momentum_fix.recomputation import preserved, selective, unseen
+from momentum_fix.state.compare import is_equal, is_odd, mark, version
+from momentum_fix.state.reach import is_compiled, modules_of
+from momentum_fix.state.snapshot import LARGE, Copier, keep, pieces, put, reads_no_buffer, scratch
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # what a function names of them is what it calls
+
+
+class _Parameter(NamedTuple):
+    """A parameter as it was: one that no gradient trains may be state, a teacher's weights or a codebook."""
+
+    module: nn.Module
+    name: str
+    parameter: nn.Parameter
+    version: int
+    value: torch.Tensor | None  # a copy, if it is small and no gradient trains it
+
+
+class _Present(NamedTuple):
+    """What a module has when a recomputation begins."""
+
+    module: nn.Module
+    everything: dict[str, Any]
+    children: dict[str, nn.Module | None]
+    parameters: dict[str, nn.Parameter | None]
+
+
+class Region(AbstractContextManager[None]):
+    """One call of a checkpoint, and the context of its recomputations.
+
+    A process may hold thousands of these, so each is few objects. Python's garbage collector goes through all objects
+    again and again; that is why a checkpoint costs more the more of them there are, a plain one of torch's too.
+
+    Args:
+        function: what is checkpointed; None if that is not known.
+        args: its arguments.
+        kwargs: its keyword arguments.
+    """
+
+    def __init__(self, function: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None) -> None:
+        self.inputs: Any = function, args, kwargs
+        # By id, as a module's own hash may follow its state: the module, all that is on it, and what of that is copied,
+        # or None if it may write to any buffers, as its output reads none.
+        self.states: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any] | None]] = {}
+        self.parameters: list[_Parameter] = []
+        self.changes = False  # whether the forward pass has changed any state but the statistics of torch's own norms
+        self.running: list[tuple[list[_Present], list[tuple[nn.Parameter, torch.Tensor]]]] = []  # recomputations
+
+    def forward(self) -> AbstractContextManager[None]:
+        """Give the context of the forward pass. It copies the state of each module that is entered."""
+        # The reentrant engine runs the forward without gradients; the only way back into a graph is the tensor itself.
+        self.detach = torch.is_grad_enabled()
+        function, *inputs = self.inputs
+        del self.inputs  # the engine has them
+        self.copier = Copier(share=True, detach=self.detach)
+        self.hears = False
+        if isinstance(function, nn.Module) and not _torch.others_hear_modules():
+            modules = [*function.modules()]
+            if all(map(reads_no_buffer, modules)):
+                for each in modules:
+                    own = vars(each).copy()
+                    own["_buffers"] = own["_buffers"].copy()  # one may be replaced, or removed
+                    self.states[id(each)] = each, own, None
+                    self._keep_parameters(each)
+                del self.copier
+                return nullcontext()
+        return self._forward(function, inputs)
+
+    @contextmanager
+    def _forward(self, function: Any, inputs: list[Any]) -> Iterator[None]:
+        self.entered, self.marks, names = dict[int, nn.Module](), list[tuple[nn.Module, Any]](), set[str]()
+        if isinstance(function, nn.Module):
+            self.enter(function)
+        # Code that is compiled by itself calls no hook. Other code calls it in recomputations too, where it does
+        # nothing: what is compiled inside would be compiled again without it.
+        self.hears = not is_compiled(function)
+        for module, whole in list(modules_of([function, *inputs], names=names)):
+            self.enter(module, whole)
+            for name, child in module._modules.items():  # the function may move one that it names before it calls it
+                if name in names and child is not None and type(child) not in _CONTAINERS:
+                    self.enter(child)
+        outer = _running.regions
+        _running.regions = (*outer, self)
+        _torch.hear_entering(_entered, self.hears)
+        try:
+            yield
+        finally:
+            _torch.hear_entering(_entered, -self.hears)
+            _running.regions = outer
+            self.changes = any(mark(_guards(module), by_value=False) != before for module, before in self.marks)
+            del self.copier, self.entered, self.marks
+
+    def enter(self, module: nn.Module, whole: bool = True) -> None:
+        """Copy the state of a module, and of all below it: a parent may move a child's before it calls it."""
+        below, moves = [module], module.training
+        while below:
+            each = below.pop()
+            if id(each) in self.entered or _is_uninitialized(each):
+                continue
+            if isinstance(each, torch.jit.ScriptModule):
+                _refuse_state(each)
+                continue
+            if whole:
+                self.entered[id(each)] = each
+                below += [child for child in each._modules.values() if child is not None]
+            if (moves or each.training) and id(each) not in self.states:
+                with _own_operations():
+                    self.states[id(each)] = each, *keep(each, self.copier)
+                    self._keep_parameters(each)
+                    if not reads_no_buffer(each):
+                        self.marks.append((each, mark(_guards(each), by_value=False)))
+            below += self.copier.modules
+            self.copier.modules = []
+
+    def _keep_parameters(self, module: nn.Module) -> None:
+        for name, each in module._parameters.items():
+            if each is not None and _is_plain(each):
+                value = None
+                if not each.requires_grad and each.layout is torch.strided and each.nbytes <= LARGE:
+                    with _own_operations():
+                        value = self.copier.copy(each.detach())
+                    vars(value).update(vars(each))
+                self.parameters.append(_Parameter(module, name, each, version(each), value))
+
+    def holds(self, module: nn.Module) -> bool:
+        """Tell whether recomputations drop what they change on a module."""
+        return id(module) in self.states
+
+    def __enter__(self) -> None:
+        """Let the modules work on copies of what they had."""
+        with _own_operations():
+            copier = Copier(share=False, detach=self.detach)
+            parameters = [_copied(kept, copier) for kept in self.parameters]  # first, as lists may have them too
+            copies = [
+                {"_buffers": scratch(own["_buffers"])}
+                if copied is None
+                else {n: copier.copy(v) for n, v in copied.items()}
+                for _, own, copied in self.states.values()
+            ]
+            has_values = not is_in_torch_dispatch_mode(include_infra_modes=True)
+            trained = (
+                {id(p): p for p in parameters if p.requires_grad and not is_odd(p)}
+                if self.changes and has_values
+                else {}
+            )
+            values = [(each, each.detach().clone()) for each in trained.values()]
+        present = [
+            _Present(each, vars(each).copy(), each._modules.copy(), each._parameters.copy())
+            for each, *_ in self.states.values()
+        ]
+        self.running.append((present, values))
+        preserved.begin(self)
+        if self.hears:
+            _torch.hear_entering(_entered, 1)
+        for (module, everything, _), copied in zip(self.states.values(), copies, strict=True):
+            put(module, everything)
+            vars(module).update(copied)
+        for kept, parameter in zip(self.parameters, parameters, strict=True):
+            _put_parameter(kept.module, kept.name, parameter)
+
+    def __exit__(self, *error: Any) -> None:
+        """Put back what they have now."""
+        preserved.end()
+        present, values = self.running.pop()
+        for module, everything, children, parameters in present:
+            put(module, everything)
+            if self.detach:  # the recomputation's are not what the forward pass has
+                for now, before in ((module._parameters, parameters), (module._modules, children)):
+                    for name in now.keys() - before.keys():
+                        del now[name]
+                module._modules.update(children)
+            for name, parameter in parameters.items():
+                _put_parameter(module, name, parameter)
+        if self.hears:
+            _torch.hear_entering(_entered, -1)
+        with _own_operations():
+            _refuse_writes(values)
+
+
+def _copied(kept: _Parameter, copier: Copier) -> nn.Parameter:
+    """Give a parameter with the value that it had; it itself if that is not kept, with a warning if it has changed."""
+    if kept.value is not None:
+        return copier.parameter(kept.parameter, kept.value)
+    if version(kept.parameter) != kept.version:
+        warnings.warn(
+            f"a parameter of shape {tuple(kept.parameter.shape)} was written to after the forward pass of its "
+            "checkpoint had begun, and is not preserved, so gradients may be wrong: keep such state in a buffer",
+            stacklevel=2,
+        )
+    return kept.parameter
+
+
+def _guards(module: nn.Module) -> dict[str, Any]:
+    """Give what may tell a forward whether it has written to a parameter before: the state that is preserved."""
+    return {
+        name: value
+        for name, value in pieces(module).items()
+        if not (isinstance(value, nn.Parameter) and (value.requires_grad or value.nbytes > LARGE))
+    }
+
+
+def _refuse_writes(values: list[tuple[nn.Parameter, torch.Tensor]]) -> None:
+    """Raise if a recomputation has written to parameters that gradients train, and undo that."""
+    written = [(parameter, value) for parameter, value in values if not is_equal(parameter.data, value)]
+    for parameter, value in written:
+        parameter.data.copy_(value)
+    if written:
+        raise RuntimeError(
+            "a recomputation wrote to parameters that its forward pass had written to: the state that tells whether "
+            "this is still to be done was put back. They are as the forward pass left them. Write to them outside of "
+            "the checkpoint, or use torch's here"
+        )
+
+
+def _refuse_state(scripted: torch.jit.ScriptModule) -> None:
+    """Raise if a module in TorchScript can move buffers: nothing can be swapped there."""
+    if scripted.training and any(True for _ in scripted.buffers()):
+        raise TypeError(
+            "a module under the checkpoint is TorchScript with buffers, whose state cannot be preserved: use the "
+            "module that it was made from, or put it into evaluation mode"
+        )
+
+
+def _put_parameter(module: nn.Module, name: str, parameter: Any) -> None:
+    """Let a module have this parameter, if both it and the one that it has are plain ones."""
+    present = module._parameters.get(name)
+    if present is not parameter and _is_plain(parameter) and _is_plain(present):
+        module._parameters[name] = parameter
+
+
+def _is_plain(parameter: Any) -> bool:
+    """Tell whether this is a parameter of torch's own class: others, as FSDP's, come and go by themselves."""
+    return type(parameter) is nn.Parameter and not parameter.is_meta
+
+
+def _is_uninitialized(module: Any) -> bool:
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()  # type: ignore[misc]
+
+
+def _own_operations() -> AbstractContextManager[None]:
+    return unseen() if selective() else nullcontext()
+
+
+class _Running(threading.local):
+    regions: tuple[Region, ...] = ()  # whose forward is running in this thread
+
+
+_running = _Running()
+
+
+def _entered(module: Any, args: Any) -> None:
+    for region in _running.regions:
+        if id(module) not in region.entered:
+            if _is_uninitialized(module):
+                if not args:  # they came by name, and the hook is not told
+                    continue
+                module.initialize_parameters(*args)
+            region.enter(module)
