@@ -24,8 +24,8 @@ from momentum_fix.formula import corrected_momentum, effective_momentum
 
 if _TYPE_CHECKING:
     from momentum_fix.auditing import audit as audit
-    from momentum_fix.diagnosis.diagnose import Diagnosis as Diagnosis
     from momentum_fix.diagnosis.diagnose import diagnose as diagnose
+    from momentum_fix.diagnosis.report import Diagnosis as Diagnosis
     from momentum_fix.files.reading import UnreadableError as UnreadableError
     from momentum_fix.files.verdict import Audit as Audit
     from momentum_fix.norms.calibrate import Report as Report
@@ -51,7 +51,7 @@ _HOMES = {
     "calibrate": "norms.calibrate",
     "Report": "norms.calibrate",
     "diagnose": "diagnosis.diagnose",
-    "Diagnosis": "diagnosis.diagnose",
+    "Diagnosis": "diagnosis.report",
     "update_once": "norms.update_once",
     "Handle": "norms.update_once",
     "audit": "auditing",

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 import recipes as by
 from momentum_fix import correct, diagnose, update_once
-from momentum_fix.diagnosis.diagnose import Diagnosis, Finding
+from momentum_fix.diagnosis.report import Diagnosis, Finding
 from recipes import ENGINES, Net, data
 from states import CountsInAnArray, OwnNoise, ReadsItsChild, Steps
 from twins import EXACT, by_context, non_reentrant, on_two_ranks, plainly, train

@@ -2,7 +2,7 @@
 
 import pytest
 
-from momentum_fix.diagnosis.observing import ITSELF
+from momentum_fix.diagnosis.watch import ITSELF
 from pages import rows
 from scenes import ENGINES, SCENES, plain_state, plainly, run, same_gradients
 

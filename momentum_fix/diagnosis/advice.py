@@ -1,0 +1,148 @@
+"""What to do about wrong gradients, and about state that recomputation moves again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from math import isclose
+from typing import Any
+
+import torch
+from torch import nn
+
+from momentum_fix.diagnosis.report import Diagnosis, Difference, Finding
+from momentum_fix.diagnosis.watch import ITSELF, Judgement, Moved, Region, Watch
+from momentum_fix.formula import corrected_momentum
+from momentum_fix.norms.layers import tracks
+from momentum_fix.norms.momenta import is_corrected, uncorrected
+from momentum_fix.norms.wrapping import only_writes
+from momentum_fix.state.compare import mark
+from momentum_fix.state.snapshot import LARGE, pieces
+
+RESTORE = "restore"
+_PRESERVE, _ONCE = "preserve_state", "update_once"
+_BUFFER = "a buffer instead of this parameter"
+_BUFFER_AND = f"{_BUFFER}, and {_PRESERVE}"
+_REACH = "keep it on a module that runs in the checkpoint: preserve_state did not reach it"
+_ENGINE = "torch's checkpoint and preserve_state: another engine has recomputed here"
+_INSTEAD = "torch's random numbers instead of {}'s; or draw them outside, and pass them as arguments"
+_RANDOM = {
+    "torch": "preserve_rng_state=True, as the forward pass draws random numbers",
+    "Python": _INSTEAD.format("Python"),
+    "NumPy": _INSTEAD.format("NumPy"),
+}
+_WEIGHTS = (
+    "the same weights in backward: call functional_call inside of the checkpoint; let the optimizer step after backward"
+)
+_MODE = "the same mode in backward: call train() or eval() before the forward pass, or after the backward pass"
+_ELSEWHERE = (
+    "make what the function reads from elsewhere (a global, an object of your own, a closure) a buffer or a plain "
+    "attribute of a module in the checkpoint; keep contexts and hooks on in backward; pass a copy of an argument that "
+    "changes"
+)
+_OFF = mark(False)
+
+
+def differences_of(wrong: Iterable[tuple[Region, Judgement]], watch: Watch) -> tuple[Difference, ...]:
+    """Say where gradients begin to be wrong, once for all calls of a checkpoint, with the largest size."""
+    largest: dict[Any, Difference] = {}
+    for each in (_difference(region, judgement, watch) for region, judgement in wrong):
+        key = each.module, each.checkpoint, frozenset(each.moved), each.remedy
+        largest[key] = max(each, largest.get(key, each), key=lambda difference: difference.size)
+    return tuple(largest.values())
+
+
+def _difference(region: Region, judgement: Judgement, watch: Watch) -> Difference:
+    """Say where a difference starts, and what to do about it."""
+    recomputation, where = judgement.recomputation, judgement.starts_in
+    moved = [(region.parts[key], name) for key, name in recomputation.found_moved]
+    weights = [(part, name) for part, name in moved if _is_unpreserved(part.module, name)]
+    statistics = [(part, name) for part, name in moved if tracks(part.module) and only_writes(part.module)]
+    others = [each for each in moved if each not in weights and each not in statistics]
+    drawn = region.drew - ({"torch"} if region.keeps_random_numbers else set())
+    remedies = [remedy for name, remedy in _RANDOM.items() if name in drawn]
+    if weights:
+        by_itself = any((id(part.module), name) in watch.moved for part, name in weights)
+        trained = any(part.module._parameters[name].requires_grad for part, name in weights) and not by_itself
+        remedies.append(_WEIGHTS if trained else _BUFFER if recomputation.preserved or others else _BUFFER_AND)
+    if any(name == "training" and region.state[key][name] == _OFF for key, name in recomputation.found_moved):
+        remedies.append(_MODE)
+        others = [(part, name) for part, name in others if name != "training"]
+    if others and not recomputation.preserved:
+        remedies.append(_PRESERVE)
+    elif statistics and not (remedies or recomputation.preserved):
+        readers = [part.name for part, _ in statistics if where == ITSELF or part.name.startswith(f"{where}.")]
+        remedies += [f"{_PRESERVE}, if the statistics of {readers[0]} are read"] if readers else []
+    hinted = statistics if remedies and remedies[0].startswith(f"{_PRESERVE},") else []
+    if hinted or not remedies:
+        remedies.append(_ELSEWHERE)
+    names = tuple(f"{part.name}.{name}".strip(".") for part, name in others + weights or hinted)
+    return Difference(where, region.function, judgement.size, names, "; or ".join(remedies))
+
+
+def findings_of(model: nn.Module, watch: Watch, wrong: set[int]) -> Iterator[Finding]:
+    """Give what is to be said of each piece of state that recomputation has moved, or whose momentum is corrected."""
+    for name, script in model.named_modules():
+        if isinstance(script, torch.jit.ScriptModule) and script.training:
+            remedy, note = "a step without TorchScript", "its state is not looked at"
+            yield Finding(name, "", type(script).__name__, None, remedy, note)
+    outside = {key: part for region in watch.regions for key, part in region.parts.items()}
+    for key, part in (watch.parts | outside).items():
+        layer: Any = part.module
+        moved = {name: each for (owner, name), each in watch.moved.items() if owner == key}
+        passes = {name: count for (owner, name), count in watch.passes.items() if owner == key}
+        if (watch.backward or watch.regions) and tracks(layer) and is_corrected(layer):
+            moved |= {name: Moved() for name in passes if name in layer._buffers and name not in moved}
+        times = {name: each.for_one_batch(passes.get(name, 0)) for name, each in moved.items()}
+        for name in sorted(moved, key=[*pieces(layer), *moved].index):
+            regions = moved[name].regions
+            unread, note = only_writes(layer) or not wrong.intersection(map(id, regions)), ""
+            if tracks(layer) and name in layer._buffers and unread:
+                remedy, note = _of_statistics(layer, max(times.values()))
+            elif _is_unpreserved(layer, name):
+                remedy = _BUFFER_AND
+            elif None in regions:
+                remedy = _ENGINE
+            else:
+                preserved = any(each.preserved for region in regions if region for each in region.recomputations)
+                remedy = _REACH if preserved else _PRESERVE
+            if part.in_a_list and remedy == _ONCE:
+                remedy = _PRESERVE
+                note = "in a plain list, where update_once does not reach it: an nn.ModuleList would do"
+            yield Finding(part.name, name, type(layer).__name__, times[name], remedy, note)
+
+
+def _of_statistics(layer: Any, times: int | Fraction) -> tuple[str, str]:
+    """Say what to use for statistics that outputs do not read, and what there is to note."""
+    plain, momentum = uncorrected(layer), layer.momentum
+    if plain is momentum:
+        makes_up = plain is None and times == int(times)
+    else:
+        makes_up = times == int(times) and isclose(corrected_momentum(plain, int(times)), momentum)
+    if makes_up:
+        return "", "its momentum makes up for it"
+    if times == 1:
+        return RESTORE, "its momentum is corrected, but it moves once"
+    return _ONCE, "" if plain is momentum else "its momentum is corrected for another number of passes"
+
+
+def fixes_of(report: Diagnosis, watch: Watch) -> Iterator[str]:
+    """Give the lines to paste."""
+    remedies = {each.remedy for each in report.values()} | {each.remedy for each in report.differences}
+    if _ONCE in remedies:
+        yield "update_once(model)"
+    if any(_PRESERVE in remedy for remedy in remedies - {_BUFFER_AND, _REACH, _ENGINE}):
+        if any(region.by_library for region in watch.regions):
+            yield "preserve_everywhere()"
+        elif any(region.reentrant for region in watch.regions):
+            yield "momentum_fix.checkpoint(...) instead of torch's"
+        else:
+            yield "checkpoint(..., context_fn=preserve_state)"
+    if RESTORE in remedies:
+        yield "restore(model)"
+
+
+def _is_unpreserved(module: nn.Module, name: str) -> bool:
+    """Tell whether a piece of state is a parameter that is not preserved: one that is trained, or large."""
+    parameter = module._parameters.get(name)
+    return parameter is not None and (parameter.requires_grad or parameter.nbytes > LARGE)
