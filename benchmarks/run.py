@@ -34,7 +34,7 @@ from pytorch_pfn_extras.utils.checkpoint import checkpoint as pfn_checkpoint  # 
 
 import conformance  # noqa: E402
 import rivals  # noqa: E402
-from momentum_fix import correct, update_once  # noqa: E402
+from momentum_fix import correct, diagnose, preserve_everywhere, update_once  # noqa: E402
 from twins import by_context, drop_in, drop_in_reentrant, non_reentrant, plainly, reentrant  # noqa: E402
 
 
@@ -146,6 +146,14 @@ NETWORKS = {
 }
 
 
+MANY = {100: 100, 1000: 20, 4000: 8}  # checkpoints in a network, and rounds
+
+
+def many_checkpoints(wrap, count):
+    blocks = (wrap(nn.Sequential(nn.BatchNorm1d(8), nn.Tanh())) for _ in range(count))
+    return nn.Sequential(*blocks), (16, 8)
+
+
 def step_of(build, contestant, device):
     torch.manual_seed(0)
     net, shape = build(contestant.wrap)
@@ -165,11 +173,15 @@ def step_of(build, contestant, device):
         if device == "cuda":
             torch.cuda.synchronize()
 
+    step.net = net
     return step
 
 
-def seconds(steps, rounds, label, clock):
-    """Time the steps in turn, each round in another order; a step that raises has no times."""
+def seconds(steps, rounds, label, clock, collect=False):
+    """Time the steps in turn, each round in another order; a step that raises has no times.
+
+    Python's garbage collector does not run meanwhile, unless its work is to be measured too.
+    """
     times = {name: [] for name in steps}
     for name, step in list(steps.items()):
         try:
@@ -179,7 +191,8 @@ def seconds(steps, rounds, label, clock):
             print(f"{label}, {name}: {error}", file=sys.stderr)
             del steps[name], times[name]
     order, shuffle = list(steps), random.Random(0).shuffle
-    gc.disable()
+    if not collect:
+        gc.disable()
     for _ in tqdm(range(rounds), desc=label, mininterval=10):
         shuffle(order)  # whoever runs after the same neighbour each time inherits its caches
         for name in order:
@@ -270,7 +283,50 @@ def measure(device, rounds_by):
     return cells, drawn
 
 
-def markdown(cells, machine):
+def measure_many(device, rounds_by):
+    """Give a row of text by contestant: what a step costs with many small checkpoints, beside the plain one."""
+    clock = time.perf_counter if device == "cuda" else time.thread_time
+    names = [PLAIN, "`update_once`", "`preserve_state`", "`checkpoint`", "`preserve_everywhere`"]
+    contestants = {name: CONTESTANTS.get(name, CONTESTANTS[PLAIN]) for name in names}
+    cells = {name: [] for name in names}
+    for count, rounds in MANY.items():
+        build = functools.partial(many_checkpoints, count=count)
+        steps = {name: step_of(build, contestant, device) for name, contestant in contestants.items()}
+        steps[names[-1]] = within(preserve_everywhere, steps[names[-1]])
+        times = seconds(steps, max(4, round(rounds * rounds_by)), f"{count} checkpoints", clock, collect=True)
+        for name in names:
+            ratio = [mine / plain for mine, plain in zip(times[name], times[PLAIN], strict=True)]
+            plain = f"{stats.median(times[PLAIN]) * 1e6 / count:.0f} us each"
+            cells[name].append(plain if name == PLAIN else quartiles(ratio, 2))
+    return cells
+
+
+def measure_diagnose(device, rounds_by):
+    """Give a row of text by network: what a step costs in a block of `diagnose`, in time and memory."""
+    clock = time.perf_counter if device == "cuda" else time.thread_time
+    cells = {}
+    for label, (build, rounds) in list(NETWORKS.items())[1:]:
+        row = []
+        for name in (PLAIN, PLAIN_REENTRANT):
+            plain = step_of(build, CONTESTANTS[name], device)
+            steps = {"plain": plain, "diagnose": within(functools.partial(diagnose, plain.net), plain)}
+            times = seconds(steps, max(4, round(rounds * rounds_by / 5)), f"diagnose, {label}", clock)
+            ratio = [mine / plain for mine, plain in zip(times["diagnose"], times["plain"], strict=True)]
+            more = peak_memory(steps["diagnose"], device) - peak_memory(plain, device)
+            row += [quartiles(ratio, 1), f"{more / 2**20:+.2f}"]
+        cells[label] = row
+    return cells
+
+
+def within(context, step):
+    def inside():
+        with context():
+            step()
+
+    return inside
+
+
+def markdown(cells, many, diagnosed, machine):
     single = sum(not row.wrap for row in conformance.ROWS.values())
     header = [
         "what",
@@ -301,6 +357,27 @@ def markdown(cells, machine):
         "| " + " | ".join(header) + " |",
         "|" + " --- |" * len(header),
         *(f"| {name} | " + " | ".join(row) + " |" for name, row in cells.items()),
+        "",
+        "## Many small checkpoints",
+        "",
+        "One BatchNorm and a Tanh in each of many checkpoints, beside plain checkpointing, median with quartiles.",
+        "Here Python's garbage collector is on, as in a training loop. It goes through all objects that are alive,",
+        "again and again, and a checkpoint whose backward pass is still to come is some objects, torch's own too. So",
+        "each checkpoint costs more the more of them there are, a plain one as well.",
+        "",
+        "| what | " + " | ".join(f"{count:,} checkpoints" for count in MANY) + " |",
+        "|" + " --- |" * (len(MANY) + 1),
+        *(f"| {name} | " + " | ".join(row) + " |" for name, row in many.items()),
+        "",
+        "## `diagnose`",
+        "",
+        "A step in a block of `diagnose`, beside the same step without it. `diagnose` reads each tensor that autograd",
+        "saves twice, in the forward pass and in the recomputation, and keeps 88 bytes of each. What it needs beyond",
+        "these is for the piece of a tensor that it reads at a time. It is for one step, not for a whole training.",
+        "",
+        "| network | times as long | more MiB | times as long, reentrant | more MiB, reentrant |",
+        "| --- | --- | --- | --- | --- |",
+        *(f"| {name} | " + " | ".join(row) + " |" for name, row in diagnosed.items()),
         "",
     ]
     return "\n".join(lines)
@@ -333,7 +410,8 @@ def main():
     where = torch.cuda.get_device_name() if device == "cuda" else f"one core of a {platform.machine()} CPU"
     cells, drawn = measure(device, arguments.rounds)
     machine = f"{where}, torch {torch.__version__}, {platform.system()}"
-    text = markdown(cells, machine)
+    many = measure_many(device, arguments.rounds)
+    text = markdown(cells, many, measure_diagnose(device, arguments.rounds), machine)
     (arguments.output / "benchmarks.md").write_text(text, encoding="utf-8")
     picture(drawn, arguments.output / "benchmarks.png")
     print(text)

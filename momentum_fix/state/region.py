@@ -53,6 +53,8 @@ class Region(AbstractContextManager[None]):
         kwargs: its keyword arguments.
     """
 
+    __slots__ = ("changes", "copier", "detach", "entered", "hears", "inputs", "marks", "parameters", "running", "states")
+
     def __init__(self, function: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None) -> None:
         self.inputs: Any = function, args, kwargs
         # By id, as a module's own hash may follow its state: the module, all that is on it, and what of that is copied,
@@ -75,7 +77,8 @@ class Region(AbstractContextManager[None]):
             if all(map(reads_no_buffer, modules)):
                 for each in modules:
                     own = vars(each).copy()
-                    own["_buffers"] = own["_buffers"].copy()  # one may be replaced, or removed
+                    if own["_buffers"]:
+                        own["_buffers"] = own["_buffers"].copy()  # one may be replaced, or removed
                     self.states[id(each)] = each, own, None
                     self._keep_parameters(each)
                 del self.copier
