@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
 from momentum_fix import _torch
-from momentum_fix.state.region import Region
+from momentum_fix.state.region import Region, RegionOfTorchs, begin
 
 
 def preserve_state(*mistaken: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -67,7 +67,7 @@ def preserve_state(*mistaken: Any) -> tuple[AbstractContextManager[None], Abstra
             "context_fn=preserve_state cannot be compiled together with its checkpoint: use momentum_fix.checkpoint, "
             "which stays out of the compiled code, or compile the blocks inside the checkpoints"
         )
-    region = Region(*_torch.checkpoint_in_the_making())
+    region = begin(*_torch.checkpoint_in_the_making())
     return _Contexts((region.forward(), region))
 
 
@@ -144,7 +144,7 @@ def checkpoint(function: Callable[..., Any] | None = None, *args: Any, **kwargs:
 def _outside_of_compiled_code(engine: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return engine(function, *args, **kwargs)
-    contexts = _in_turn(lambda: Region(function, args, kwargs))
+    contexts = _in_turn(lambda: begin(function, args, kwargs))
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with next(contexts):
@@ -154,9 +154,9 @@ def _outside_of_compiled_code(engine: Any, function: Any, *args: Any, **kwargs: 
     return engine(run, *args, **kwargs)
 
 
-def _in_turn(begin: Callable[[], Region]) -> Iterator[AbstractContextManager[None]]:
+def _in_turn(begun: Callable[[], Region | RegionOfTorchs]) -> Iterator[AbstractContextManager[None]]:
     """Give the context of the forward pass, then that of each recomputation."""
-    region = begin()
+    region = begun()
     yield region.forward()
     while True:
         yield region
@@ -224,13 +224,13 @@ def _preserving(call: _torch.Call) -> _Preserving | None:
         )
         return None
     is_ours = hasattr(call.function, "preserves_state")
-    return None if is_ours else _Preserving(Region(call.function, call.args, call.kwargs))
+    return None if is_ours else _Preserving(begin(call.function, call.args, call.kwargs))
 
 
 class _Preserving(_torch.Listener):
     """Preserves the state of one call of torch's checkpoint."""
 
-    def __init__(self, region: Region) -> None:
+    def __init__(self, region: Region | RegionOfTorchs) -> None:
         self.region = region
 
     def forward(self) -> AbstractContextManager[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -41,103 +41,137 @@ class _Present(NamedTuple):
     parameters: dict[str, nn.Parameter | None]
 
 
-class Region(AbstractContextManager[None]):
-    """One call of a checkpoint, and the context of its recomputations.
+def begin(function: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None) -> Region | RegionOfTorchs:
+    """Begin a call of a checkpoint; its function is None if that is not known."""
+    if isinstance(function, nn.Module) and reads_no_buffer(function) and not _torch.others_hear_modules():
+        modules = [function]
+        for each in modules:
+            modules += [child for child in each._modules.values() if child is not None]
+        parameters = [each for module in modules for each in module._parameters.values() if each is not None]
+        if all(map(reads_no_buffer, modules[1:])) and all(p.requires_grad and _is_plain(p) for p in parameters):
+            return RegionOfTorchs(modules, parameters)
+    return Region(function, args, kwargs)
+
+
+class RegionOfTorchs(AbstractContextManager[None]):
+    """A call of a checkpoint around torch's own modules alone. What they compute reads no buffer, so none is copied.
 
     A process may hold thousands of these, so each is few objects. Python's garbage collector goes through all objects
     again and again; that is why a checkpoint costs more the more of them there are, a plain one of torch's too.
-
-    Args:
-        function: what is checkpointed; None if that is not known.
-        args: its arguments.
-        kwargs: its keyword arguments.
     """
 
-    __slots__ = ("changes", "copier", "detach", "entered", "hears", "inputs", "marks", "parameters", "running", "states")
+    __slots__ = ("everything", "modules", "parameters", "present", "versions")
 
-    def __init__(self, function: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None) -> None:
+    def __init__(self, modules: list[nn.Module], parameters: list[nn.Parameter]) -> None:
+        self.modules, self.everything = modules, [vars(each).copy() for each in modules]
+        for own in self.everything:
+            if own["_buffers"]:
+                own["_buffers"] = own["_buffers"].copy()  # one may be replaced, or removed
+        self.parameters, self.versions = parameters, tuple(map(version, parameters))
+
+    def forward(self) -> AbstractContextManager[None]:
+        """Give the context of the forward pass, in which there is nothing to do."""
+        return nullcontext()
+
+    def holds(self, module: nn.Module) -> bool:
+        """Tell whether recomputations drop what they change on a module."""
+        return any(each is module for each in self.modules)
+
+    def __enter__(self) -> None:
+        """Let the modules write to memory of which nobody reads the values."""
+        _warn_of_writes(self.parameters, self.versions)
+        self.present = [vars(each).copy() for each in self.modules]  # no checkpoint recomputes while it recomputes
+        preserved.begin(self)
+        with _own_operations():
+            for module, everything in zip(self.modules, self.everything, strict=True):
+                vars(module).update(everything)
+                if everything["_buffers"]:
+                    vars(module)["_buffers"] = scratch(module)
+
+    def __exit__(self, *error: Any) -> None:
+        """Put back what they have now."""
+        preserved.end()
+        for module, own in zip(self.modules, self.present, strict=True):
+            vars(module).update(own)
+        del self.present
+
+
+class Region(AbstractContextManager[None]):
+    """A call of a checkpoint: the state that each module in it was entered with. The context of its recomputations."""
+
+    def __init__(self, function: Any, args: tuple[Any, ...], kwargs: Any) -> None:
         self.inputs: Any = function, args, kwargs
-        # By id, as a module's own hash may follow its state: the module, all that is on it, and what of that is copied,
-        # or None if it may write to any buffers, as its output reads none.
-        self.states: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any] | None]] = {}
+        # By id, as a module's own hash may follow its state: the module, all that is on it, and what of that is copied.
+        self.states: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {}
         self.parameters: list[_Parameter] = []
+        # Whether the hook is on in recomputations too, where it does nothing: code that is compiled inside of the
+        # checkpoint would be compiled again without it.
+        self.hears = False
         self.changes = False  # whether the forward pass has changed any state but the statistics of torch's own norms
         self.running: list[tuple[list[_Present], list[tuple[nn.Parameter, torch.Tensor]]]] = []  # recomputations
 
-    def forward(self) -> AbstractContextManager[None]:
-        """Give the context of the forward pass. It copies the state of each module that is entered."""
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Copy the state of each module that is entered."""
         # The reentrant engine runs the forward without gradients; the only way back into a graph is the tensor itself.
         self.detach = torch.is_grad_enabled()
         function, *inputs = self.inputs
         del self.inputs  # the engine has them
-        self.copier = Copier(share=True, detach=self.detach)
-        self.hears = False
-        if isinstance(function, nn.Module) and not _torch.others_hear_modules():
-            modules = [*function.modules()]
-            if all(map(reads_no_buffer, modules)):
-                for each in modules:
-                    own = vars(each).copy()
-                    if own["_buffers"]:
-                        own["_buffers"] = own["_buffers"].copy()  # one may be replaced, or removed
-                    self.states[id(each)] = each, own, None
-                    self._keep_parameters(each)
-                del self.copier
-                return nullcontext()
-        return self._forward(function, inputs)
-
-    @contextmanager
-    def _forward(self, function: Any, inputs: list[Any]) -> Iterator[None]:
-        self.entered, self.marks, names = dict[int, nn.Module](), list[tuple[nn.Module, Any]](), set[str]()
+        self.copier, self.entered = Copier(share=True, detach=self.detach), dict[int, nn.Module]()
+        self.marks, names = list[tuple[nn.Module, Any]](), set[str]()
         if isinstance(function, nn.Module):
             self.enter(function)
-        # Code that is compiled by itself calls no hook. Other code calls it in recomputations too, where it does
-        # nothing: what is compiled inside would be compiled again without it.
-        self.hears = not is_compiled(function)
-        for module, whole in list(modules_of([function, *inputs], names=names)):
+        else:
+            inputs = [function, *inputs]
+        for module, whole in list(modules_of(inputs, names=names)):
+            self.hears |= whole
             self.enter(module, whole)
             for name, child in module._modules.items():  # the function may move one that it names before it calls it
                 if name in names and child is not None and type(child) not in _CONTAINERS:
                     self.enter(child)
-        outer = _running.regions
+        outer, hears = _running.regions, not is_compiled(function)  # such code calls no hook
         _running.regions = (*outer, self)
-        _torch.hear_entering(_entered, self.hears)
+        _torch.hear_entering(_entered, hears)
         try:
             yield
         finally:
-            _torch.hear_entering(_entered, -self.hears)
+            _torch.hear_entering(_entered, -hears)
+            self.hears &= hears
             _running.regions = outer
             self.changes = any(mark(_guards(module), by_value=False) != before for module, before in self.marks)
             del self.copier, self.entered, self.marks
 
     def enter(self, module: nn.Module, whole: bool = True) -> None:
         """Copy the state of a module, and of all below it: a parent may move a child's before it calls it."""
+        if not whole and id(module) in self.states:
+            return
         below, moves = [module], module.training
-        while below:
-            each = below.pop()
-            if id(each) in self.entered or _is_uninitialized(each):
-                continue
-            if isinstance(each, torch.jit.ScriptModule):
-                _refuse_state(each)
-                continue
-            if whole:
-                self.entered[id(each)] = each
-                below += [child for child in each._modules.values() if child is not None]
-            if (moves or each.training) and id(each) not in self.states:
-                with _own_operations():
+        with _own_operations():
+            while below:
+                each = below.pop()
+                if id(each) in self.entered or _is_uninitialized(each):
+                    continue
+                if isinstance(each, torch.jit.ScriptModule):
+                    _refuse_state(each)
+                    continue
+                self.hears |= is_compiled(each)
+                if whole:
+                    self.entered[id(each)] = each
+                    below += [child for child in each._modules.values() if child is not None]
+                if (moves or each.training) and id(each) not in self.states:
                     self.states[id(each)] = each, *keep(each, self.copier)
                     self._keep_parameters(each)
                     if not reads_no_buffer(each):
                         self.marks.append((each, mark(_guards(each), by_value=False)))
-            below += self.copier.modules
-            self.copier.modules = []
+                below += self.copier.modules
+                self.copier.modules = []
 
     def _keep_parameters(self, module: nn.Module) -> None:
         for name, each in module._parameters.items():
             if each is not None and _is_plain(each):
                 value = None
                 if not each.requires_grad and each.layout is torch.strided and each.nbytes <= LARGE:
-                    with _own_operations():
-                        value = self.copier.copy(each.detach())
+                    value = self.copier.copy(each.detach())
                     vars(value).update(vars(each))
                 self.parameters.append(_Parameter(module, name, each, version(each), value))
 
@@ -151,17 +185,11 @@ class Region(AbstractContextManager[None]):
             copier = Copier(share=False, detach=self.detach)
             parameters = [_copied(kept, copier) for kept in self.parameters]  # first, as lists may have them too
             copies = [
-                {"_buffers": scratch(own["_buffers"])}
-                if copied is None
-                else {n: copier.copy(v) for n, v in copied.items()}
-                for _, own, copied in self.states.values()
+                {name: copier.copy(value) for name, value in copied.items()} for *_, copied in self.states.values()
             ]
             has_values = not is_in_torch_dispatch_mode(include_infra_modes=True)
-            trained = (
-                {id(p): p for p in parameters if p.requires_grad and not is_odd(p)}
-                if self.changes and has_values
-                else {}
-            )
+            guarded = parameters if self.changes and has_values else []
+            trained = {id(each): each for each in guarded if each.requires_grad and not is_odd(each)}
             values = [(each, each.detach().clone()) for each in trained.values()]
         present = [
             _Present(each, vars(each).copy(), each._modules.copy(), each._parameters.copy())
@@ -184,9 +212,8 @@ class Region(AbstractContextManager[None]):
         for module, everything, children, parameters in present:
             put(module, everything)
             if self.detach:  # the recomputation's are not what the forward pass has
-                for now, before in ((module._parameters, parameters), (module._modules, children)):
-                    for name in now.keys() - before.keys():
-                        del now[name]
+                _drop(module._parameters, parameters)
+                _drop(module._modules, children)
                 module._modules.update(children)
             for name, parameter in parameters.items():
                 _put_parameter(module, name, parameter)
@@ -201,12 +228,18 @@ def _copied(kept: _Parameter, copier: Copier) -> nn.Parameter:
     if kept.value is not None:
         return copier.parameter(kept.parameter, kept.value)
     if version(kept.parameter) != kept.version:
-        warnings.warn(
-            f"a parameter of shape {tuple(kept.parameter.shape)} was written to after the forward pass of its "
-            "checkpoint had begun, and is not preserved, so gradients may be wrong: keep such state in a buffer",
-            stacklevel=2,
-        )
+        _warn_of_writes([kept.parameter], [kept.version])
     return kept.parameter
+
+
+def _warn_of_writes(parameters: Iterable[nn.Parameter], versions: Iterable[int]) -> None:
+    for parameter, then in zip(parameters, versions, strict=True):
+        if version(parameter) != then:
+            warnings.warn(
+                f"a parameter of shape {tuple(parameter.shape)} was written to after the forward pass of its "
+                "checkpoint had begun, and is not preserved, so gradients may be wrong: keep such state in a buffer",
+                stacklevel=2,
+            )
 
 
 def _guards(module: nn.Module) -> dict[str, Any]:
@@ -245,6 +278,13 @@ def _put_parameter(module: nn.Module, name: str, parameter: Any) -> None:
     present = module._parameters.get(name)
     if present is not parameter and _is_plain(parameter) and _is_plain(present):
         module._parameters[name] = parameter
+
+
+def _drop(registered: dict[str, Any], before: dict[str, Any]) -> None:
+    """Remove what was not registered before."""
+    if len(registered) > len(before):
+        for name in registered.keys() - before.keys():
+            del registered[name]
 
 
 def _is_plain(parameter: Any) -> bool:

@@ -35,9 +35,14 @@ def pieces(module: nn.Module) -> dict[str, Any]:
 def keep(module: nn.Module, copier: Copier) -> tuple[dict[str, Any], dict[str, Any]]:
     """Give all that is on a module, with copies of what can be written to; and these copies alone, by name."""
     own = vars(module)
-    plain = (name for name, value in own.items() if name not in _SKELETON and type(value) not in FIXED)
-    copied = {name: copier.copy(own[name]) for name in ("_buffers", *plain)}
-    return {name: value for name, value in (own | copied).items() if name not in _FRAMEWORKS}, copied
+    copied = {"_buffers": copier.copy(own["_buffers"])} if own["_buffers"] else {"_buffers": {}}
+    for name, value in own.items():
+        if name not in _SKELETON and type(value) not in FIXED:
+            copied[name] = copier.copy(value)
+    everything = own | copied
+    for name in _FRAMEWORKS:
+        everything.pop(name, None)
+    return everything, copied
 
 
 def put(module: nn.Module, everything: dict[str, Any]) -> None:
@@ -59,9 +64,13 @@ def reads_no_buffer(module: nn.Module) -> bool:
     )
 
 
-def scratch(buffers: dict[str, Any]) -> dict[str, Any]:
-    """Give buffers for a norm layer of torch's to write to, of which nobody reads the values."""
-    return {name: None if each is None else torch.zeros_like(each) for name, each in buffers.items()}
+def scratch(module: Any) -> dict[str, Any]:
+    """Give a norm layer of torch's buffers to write to, of which nobody reads the values."""
+    mean, counter = module._buffers["running_mean"], module._buffers["num_batches_tracked"]
+    memory = None if mean is None else torch.empty_like(mean)
+    counts = module.momentum is None or isinstance(module, nn.SyncBatchNorm)
+    counter = counter.clone() if counts and counter is not None else None
+    return {"running_mean": memory, "running_var": memory, "num_batches_tracked": counter}
 
 
 class Copier:
@@ -78,17 +87,18 @@ class Copier:
     def __init__(self, *, share: bool, detach: bool) -> None:
         self.share, self.detach = share, detach
         self.modules: list[nn.Module] = []
-        # By id, or by address. The value is held as well, so that no other one gets its id or address meanwhile.
-        self._copies: dict[int, tuple[Any, Any]] = {}
-        self._storages: dict[Any, tuple[torch.UntypedStorage, torch.Tensor]] = {}
+        self._copies: dict[int, Any] = {}  # by the id of the value
+        self._storages: dict[Any, torch.Tensor] = {}  # by where the storage is
+        self._held: list[Any] = []  # values and storages, so that no other one gets their ids and places meanwhile
 
     def parameter(self, parameter: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
         """Give a parameter with a copy of this value, which from now on is the copy of the one given."""
         if id(parameter) not in self._copies:
             made = nn.Parameter(self.copy(value), requires_grad=False)
             vars(made).update(vars(value))
-            self._copies[id(parameter)] = parameter, made
-        return self._copies[id(parameter)][1]  # type: ignore[no-any-return]
+            self._copies[id(parameter)] = made
+            self._held.append(parameter)
+        return self._copies[id(parameter)]  # type: ignore[no-any-return]
 
     def copy(self, value: Any) -> Any:
         """Give the copy of a value."""
@@ -96,8 +106,9 @@ class Copier:
         if kind in FIXED or (kind is tuple and FIXED.issuperset(map(type, value))):
             return value
         if id(value) in self._copies:
-            return self._copies[id(value)][1]
+            return self._copies[id(value)]
         copied = value
+        self._held.append(value)
         if isinstance(value, torch.Tensor):
             copied = self._tensor(value)
             if copied is not value and vars(value):
@@ -118,7 +129,7 @@ class Copier:
             copied = deepcopy(value)
         elif isinstance(value, nn.Module):
             self.modules.append(value)
-        self._copies[id(value)] = value, copied
+        self._copies[id(value)] = copied
         return copied
 
     def _container(self, value: Any) -> Any:
@@ -128,7 +139,7 @@ class Copier:
             if isinstance(value, (set, frozenset)):
                 return kind(map(self.copy, value)) if kind in (set, frozenset) else copy(value)
             copied = value.copy() if kind in (dict, list) else copy(value)
-            self._copies[id(value)] = value, copied  # now, as it may hold itself
+            self._copies[id(value)] = copied  # now, as it may hold itself
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 if (item_copied := self.copy(item)) is not item:
                     copied[key] = item_copied
@@ -162,28 +173,32 @@ class Copier:
     def _with_storage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor together with its memory, which others may be views of too."""
         storage = tensor.untyped_storage()
-        place = storage.device, storage.data_ptr(), storage.nbytes()
-        is_plain = not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
-        is_whole = is_plain and place[2] == tensor.nbytes and _is_dense(tensor)
-        if not place[1]:  # it is empty, or on the meta device
+        place = _, address, size = storage.device, storage.data_ptr(), storage.nbytes()
+        if not address:  # it is empty, or on the meta device
             return tensor.clone()
         if place not in self._storages:
-            if self.share and is_plain and tensor.nbytes > LARGE:
+            is_plain = not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
+            is_whole = size == tensor.nbytes and is_plain and _is_dense(tensor)
+            if self.share and tensor.nbytes > LARGE and is_plain:
                 copied: torch.Tensor = _shared_copy(tensor)
-            elif is_whole or place[2] > max(tensor.nbytes, LARGE):
+            elif is_whole or size > max(tensor.nbytes, LARGE):
                 copied = tensor.clone()
             else:
                 memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-                self._storages[place] = storage, memory.clone()
+                self._remember(place, storage, memory.clone())
                 return self._with_storage(tensor)
             if is_whole:
-                self._storages[place] = storage, copied
+                self._remember(place, storage, copied)
             return copied
-        whole = self._storages[place][1].untyped_storage()
+        whole = self._storages[place].untyped_storage()
         copied = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         copied.set_(whole, tensor.storage_offset(), tensor.size(), tensor.stride())
         copied = copied.conj() if tensor.is_conj() else copied
         return torch._neg_view(copied) if tensor.is_neg() else copied
+
+    def _remember(self, place: Any, storage: torch.UntypedStorage, copied: torch.Tensor) -> None:
+        self._storages[place] = copied
+        self._held.append(storage)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
