@@ -21,7 +21,6 @@ from torch.distributed import checkpoint as distributed
 
 import crafted
 from momentum_fix import UnreadableError, audit
-from momentum_fix.__main__ import main
 from momentum_fix.files import reading
 from momentum_fix.files.reading import search
 from momentum_fix.files.unpickling import Refused
@@ -120,12 +119,12 @@ def test_one_odd_counter_is_named_and_the_others_are_judged(tmp_path, name):
     assert (good.passes, good.batches) == (1, 7)
 
 
-def test_a_directory_of_crafted_files_is_read_through(tmp_path, capsys):
+def test_a_directory_of_crafted_files_is_read_through(tmp_path, capsys, shell):
     for number, make in enumerate((*crafted.INDEXES.values(), crafted.INDEXES["itself"])):
         (tmp_path / f"{number}.index.json").write_text(json.dumps({"weight_map": make()}))
     (tmp_path / "good.pt").write_bytes(crafted.GOOD)
     (tmp_path / "zero.pt").symlink_to("/dev/zero")
-    assert main(["audit", str(tmp_path)]) == 2
+    assert shell("audit", tmp_path) == 2
     out, err = capsys.readouterr()
     assert "good.pt" in out
     assert len(err.splitlines()) == len(crafted.INDEXES) + 2
