@@ -21,7 +21,7 @@ def demonstrate() -> str:
     rows = [("", f"running variance after {STEPS} steps", "differs by")]
     for run, variance in zip(RUNS, variances, strict=True):
         off = float((variance / variances[0] - 1).abs().max())
-        differs = "nothing, not a bit" if off == 0 else "rounding" if off < 1e-12 else f"{100 * off:.0f} %"
+        differs = "nothing, to the bit" if off == 0 else "rounding" if off < 1e-12 else f"{100 * off:.0f} %"
         bar = "█" * round(WIDTH * float(variance.mean()))
         rows.append((run, f"{variance.mean():.4f} {bar}", differs if variance is not variances[0] else ""))
     advice = "Run one step of your own training inside `diagnose(model)`; if it finds this, call `update_once(model)`."
@@ -32,8 +32,9 @@ def demonstrate() -> str:
 def train(run: str) -> torch.Tensor:
     """Train a convolution, and a block that is recomputed unless the run is without checkpointing."""
     torch.manual_seed(0)
-    stem, block = nn.Conv2d(1, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-    model = nn.Sequential(stem, block).double()
+    convolution, norm = nn.Conv2d(4, 4, 3, dtype=torch.float64), nn.BatchNorm2d(4, dtype=torch.float64)
+    stem, block = nn.Conv2d(1, 4, 3, dtype=torch.float64), nn.Sequential(convolution, norm, nn.ReLU())
+    model = nn.Sequential(stem, block)
     if run == "with update_once":
         update_once(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

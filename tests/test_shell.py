@@ -134,7 +134,7 @@ def test_the_demonstration_shows_what_its_runs_came_to(capsys, shell):
     for run, variance, said in zip(
         demo.RUNS,
         (truth, uncorrected, calibrated, once),
-        ("", f"{100 * off:.0f} %", "rounding", "nothing, not a bit"),
+        ("", f"{100 * off:.0f} %", "rounding", "nothing, to the bit"),
         strict=True,
     ):
         (line,) = [line for line in out.splitlines() if line.startswith(run)]
