@@ -129,19 +129,11 @@ def audit(paths: tuple[Path, ...], steps: int | None, momentum: float, as_json: 
     FILE is a checkpoint, a sharded index, or a directory of them. The status is 1 if there are such layers, 2 if a
     file is unreadable.
     """
-    from momentum_fix.files import reading, verdict
+    from momentum_fix.files.verdict import audit_files
 
-    files: list[Path] = []
-    errors: dict[str, str] = {}
-    for path in paths:
-        try:
-            files += reading.checkpoint_files(path)
-        except reading.UnreadableError as error:
-            errors[str(path)] = str(error)
-    hidden = len(files) < 2 or not sys.stderr or not sys.stderr.isatty()
-    with click.progressbar(files, label="auditing", hidden=hidden, file=sys.stderr) as shown:
-        read = verdict.audit_files(shown, steps, momentum)
-    found = verdict.Audit(read.rows, errors | read.errors)
+    hidden = len(paths) < 2 or not sys.stderr or not sys.stderr.isatty()
+    with click.progressbar(paths, label="auditing", hidden=hidden, file=sys.stderr) as shown:
+        found = audit_files(shown, steps, momentum)
     if as_json:
         for part in json.JSONEncoder(indent=2).iterencode(found.as_json()):  # as one text it can take hundreds of MB
             print(part, end="")

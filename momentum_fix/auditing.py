@@ -8,8 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex
 
-from momentum_fix.files.reading import COUNTER, checkpoint_files, search
-from momentum_fix.files.verdict import Audit, LayerAudit, audit_files, check_numbers, judge, read_file, with_momentum
+from momentum_fix.files.reading import COUNTER, UnreadableError, search
+from momentum_fix.files.verdict import Audit, LayerAudit, audit_files, check_numbers, judge, with_momentum
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,8 +55,10 @@ def audit(
     """
     steps = check_numbers(steps, momentum)
     if isinstance(source, (str, PathLike)):
-        files = checkpoint_files(path := Path(source))
-        return Audit((*read_file(path, steps, momentum),)) if files == [path] else audit_files(files, steps, momentum)
+        result = audit_files([Path(source)], steps, momentum)
+        if error := result.errors.get(str(Path(source))):
+            raise UnreadableError(error)
+        return result
 
     torch = sys.modules.get("torch")  # if it is not there, there is no model either
     models: tuple[type, ...] = (torch.nn.Module,) if torch else ()

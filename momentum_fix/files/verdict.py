@@ -14,7 +14,7 @@ from typing import Any, SupportsFloat, SupportsIndex
 
 from momentum_fix._tables import aligned, html, presentable
 from momentum_fix.files.causes import causes, nearly, recomputed
-from momentum_fix.files.reading import INDEX, NotANumber, UnreadableError, read
+from momentum_fix.files.reading import INDEX, NotANumber, UnreadableError, checkpoint_files, read
 from momentum_fix.formula import corrected_momentum, effective_momentum, positive_integer
 
 _MOST_BATCHES = 10**12  # batches: a thousand a second for thirty years
@@ -133,16 +133,20 @@ def _causes(rows: Iterable[LayerAudit]) -> Iterator[str]:
             yield from [*causes(counts, steps, group[0].inferred, ordered), ""]
 
 
-def audit_files(files: Iterable[Path], steps: SupportsIndex | None, momentum: SupportsFloat | None) -> Audit:
-    """Audit files one by one; one that cannot be read is listed in `errors`, and the others are read."""
+def audit_files(paths: Iterable[Path], steps: SupportsIndex | None, momentum: SupportsFloat | None) -> Audit:
+    """Audit files and directories; what cannot be read is listed in `errors`, and the others are read."""
     steps = check_numbers(steps, momentum)
     rows: list[LayerAudit] = []
     errors = {}
-    for file in files:
+    for path in paths:
         try:
-            rows += read_file(file, steps, momentum)
+            for file in checkpoint_files(path):
+                try:
+                    rows += _judge_file(file, steps, momentum)
+                except UnreadableError as error:
+                    errors[str(file)] = str(error)
         except UnreadableError as error:
-            errors[str(file)] = str(error)
+            errors[str(path)] = str(error)
     return Audit(tuple(rows), errors)
 
 
@@ -152,7 +156,7 @@ def check_numbers(steps: SupportsIndex | None, momentum: SupportsFloat | None) -
     return None if steps is None else positive_integer("steps", steps, "the batches trained on, or None to infer them")
 
 
-def read_file(path: Path, steps: int | None, momentum: SupportsFloat | None) -> list[LayerAudit]:
+def _judge_file(path: Path, steps: int | None, momentum: SupportsFloat | None) -> list[LayerAudit]:
     """Judge the layers of a file, which does not hold their momentum."""
     found = ((prefix, with_momentum(counters, momentum)) for prefix, counters in read(path))
     return [row for prefix, layers in found for row in judge(str(path), prefix, layers, steps)]
