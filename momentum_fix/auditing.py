@@ -8,8 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex
 
-from momentum_fix.files.reading import COUNTER, checkpoint_files, search
-from momentum_fix.files.verdict import Audit, LayerAudit, audit_files, built, checked, judged, read_file
+from momentum_fix.files.reading import COUNTER, UnreadableError, search
+from momentum_fix.files.verdict import Audit, LayerAudit, audit_files, check_numbers, judge, with_momentum
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,19 +53,21 @@ def audit(
         >>> audit({"bn.num_batches_tracked": 100, "deep.num_batches_tracked": 300}).repeated[0].passes
         Fraction(3, 1)
     """
-    steps = checked(steps, momentum)
+    steps = check_numbers(steps, momentum)
     if isinstance(source, (str, PathLike)):
-        files = checkpoint_files(path := Path(source))
-        return Audit((*read_file(path, steps, momentum),)) if files == [path] else audit_files(files, steps, momentum)
+        result = audit_files([Path(source)], steps, momentum)
+        if error := result.errors.get(str(Path(source))):
+            raise UnreadableError(error)
+        return result
 
     torch = sys.modules.get("torch")  # if it is not there, there is no model either
     models: tuple[type, ...] = (torch.nn.Module,) if torch else ()
     if not isinstance(source, (Mapping, *models)):
         raise TypeError(f"source is a {type(source).__name__}, but must be a model, a state dict or a path")
     rows: list[LayerAudit] = []
-    for way, found in search(source, models=models):
-        layers = _layers(found) if isinstance(found, models) else built(found, momentum)
-        rows += judged("", way, layers, steps)
+    for prefix, found in search(source, models=models):
+        layers = _layers(found) if isinstance(found, models) else with_momentum(found, momentum)
+        rows += judge("", prefix, layers, steps)
     return Audit(tuple(rows))
 
 

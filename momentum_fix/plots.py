@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,29 @@ from momentum_fix.weights import batch_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 # Okabe and Ito's palette, told apart with every kind of colour vision, without what is too light for a thin line on
-# white, and a brown: green for corrected runs, the others by passes.
-GREEN, BY_PASSES = "#009E73", ("#000000", "#0072B2", "#D55E00", "#8B4513", "#CC79A7")
+# white, and a brown. Each number of passes, from 1 on, has one colour and one kind of line in every picture, and what
+# is corrected, and nothing else, is green.
+GREEN = "#009E73"
+BY_PASSES = ("#000000", "#0072B2", "#D55E00", "#8B4513", "#CC79A7")
+LINES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), ":")
+_CORRECTED = {"color": GREEN, "linewidth": 7, "alpha": 0.35, "zorder": 1}  # a band, under the line of one pass
+_OTHERS: dict[str, dict[str, Any]] = {  # what is not told by its passes
+    "one after the other": {"color": GREEN, "marker": "o"},
+    "forward, then again": {"color": "#00664B", "marker": "^"},
+    "forward, then in reverse": {"color": "#003324", "marker": "s"},
+    "batch mean": {"color": "0.5", "linestyle": "", "marker": "o", "markersize": 3},
+    "true mean": {"color": "0.4", "linewidth": 1},
+}
+_MARKED = {"color": "0", "linestyle": "", "marker": "o", "markersize": 7, "markerfacecolor": "none"}
 
 Curves = dict[str, tuple[list[float], list[float]]]
+Passes = int | Sequence[int]  # of one run, or of several
 
 
-def decay_data(momentum: float = 0.1, passes: Sequence[int] = (2, 3, 5), batches: int = 40) -> Curves:
+def decay_data(momentum: float = 0.1, passes: Passes = (2, 3, 5), batches: int = 40) -> Curves:
     """Give, per run, the ages (batches ago) and the weight that a batch of that age has in the running value.
 
     The runs are "1 pass", then "k passes" uncorrected for each k, then "k passes, corrected" for the largest.
@@ -31,25 +45,22 @@ def decay_data(momentum: float = 0.1, passes: Sequence[int] = (2, 3, 5), batches
         >>> ages, [round(weight, 4) for weight in weights]
         ([0.0, 1.0], [0.19, 0.1539])
     """
-    ages = list(range(batches))
-    curves: Curves = {}
-    for label, (used, k) in _runs(momentum, passes).items():
-        weights = batch_weights(reversed(ages), used, k).batches  # the oldest batch comes first
-        curves[label] = (list(map(float, ages)), [weights[age] for age in ages])
-    return curves
+    ages = list(map(float, range(batches)))
+    return {
+        label: (ages, list(batch_weights(ages, used, k).batches.values())[::-1])  # from the newest batch on
+        for label, (used, k) in _runs(momentum, passes).items()
+    }
 
 
-def cumulative_data(momentum: float = 0.1, passes: Sequence[int] = (2, 3, 5), batches: int = 40) -> Curves:
+def cumulative_data(momentum: float = 0.1, passes: Passes = (2, 3, 5), batches: int = 40) -> Curves:
     """Give, per run of `decay_data`, numbers of batches and the weight that so many newest batches have together.
 
     Example:
         >>> round(cumulative_data(batches=3)["1 pass"][1][-1], 3) == round(1 - 0.9**3, 3)
         True
     """
-    curves: Curves = {}
-    for label, (ages, weights) in decay_data(momentum, passes, batches).items():
-        curves[label] = ([age + 1 for age in ages], [sum(weights[: n + 1]) for n in range(batches)])
-    return curves
+    curves = decay_data(momentum, passes, batches)
+    return {label: ([age + 1 for age in ages], list(accumulate(weights))) for label, (ages, weights) in curves.items()}
 
 
 def effective_data(passes: Sequence[int] = (1, 2, 3, 5), points: int = 51, momentum: float = 0.1) -> Curves:
@@ -78,24 +89,19 @@ def shares_data(momentum: float = 0.1, batches: int = 8) -> Curves:
         >>> [round(weight, 4) for weight in data["forward, then again"][1]]  # A B A B
         [0.0925, 0.0975]
     """
-    there = list(range(1, batches + 1))
+    there, used = list(map(float, range(1, batches + 1))), corrected_momentum(momentum, 2)
     orders = {
         "one after the other": sorted(there * 2),
         "forward, then again": there * 2,
         "forward, then in reverse": there + there[::-1],
     }
-    used = corrected_momentum(momentum, 2)
-    curves: Curves = {}
-    for label, order in orders.items():
-        weights = batch_weights(order, used).batches
-        curves[label] = (list(map(float, there)), [weights[batch] for batch in there])
-    return curves
+    return {label: (there, list(batch_weights(order, used).batches.values())) for label, order in orders.items()}
 
 
-def signal_data(momentum: float = 0.1, passes: int = 5, batches: int = 160, seed: int = 0) -> Curves:
-    """Give batch means (unit noise; at rest, then drifting) and the running means that three runs make of them.
+def signal_data(momentum: float = 0.1, passes: Passes = 5, batches: int = 160, seed: int = 0) -> Curves:
+    """Give batch means (unit noise; at rest, then drifting) and the running means that several runs make of them.
 
-    The runs are "1 pass", "k passes" uncorrected, and "k passes, corrected". "true mean" is what they estimate.
+    The runs are those of `decay_data`. "true mean" is what they estimate.
 
     Example:
         >>> data = signal_data(passes=2)
@@ -106,7 +112,7 @@ def signal_data(momentum: float = 0.1, passes: int = 5, batches: int = 160, seed
     truth = [max(0.0, 0.1 * (number - batches / 2)) for number in numbers]
     means = [value + noise.gauss(0.0, 1.0) for value in truth]
     curves: Curves = {"batch mean": (numbers, means), "true mean": (numbers, truth)}
-    for label, (used, k) in _runs(momentum, [passes]).items():
+    for label, (used, k) in _runs(momentum, passes).items():
         value, values = 0.0, []
         for mean in means:
             for _ in range(k):
@@ -116,51 +122,50 @@ def signal_data(momentum: float = 0.1, passes: int = 5, batches: int = 160, seed
     return curves
 
 
-def decay(
-    momentum: float = 0.1, passes: Sequence[int] = (2, 3, 5), batches: int = 31, *, ax: Axes | None = None
-) -> Axes:
+def decay(momentum: float = 0.1, passes: Passes = (2, 3, 5), batches: int = 31, *, ax: Axes | None = None) -> Axes:
     """Draw the weight of a batch by its age: `decay_data` on `ax`, or on a new figure's axes; return the axes."""
-    ax = _axes(ax, "Uncorrected passes forget faster, corrected ones do not")
-    ax.set(xlabel="age of the batch (batches)", ylabel="weight in the running value", yscale="log", ylim=(1e-3, 0.6))
-    return _draw(ax, decay_data(momentum, passes, batches), _configured(momentum))
+    ax = _axes(ax, "Uncorrected passes forget faster, corrected ones do not", "age of the batch (batches)")
+    ax.set(ylabel="weight in the running value", yscale="log", ylim=(1e-3, 0.6))
+    return _draw(ax, decay_data(momentum, passes, batches), f"configured momentum {momentum:g}")
 
 
-def cumulative(
-    momentum: float = 0.1, passes: Sequence[int] = (2, 3, 5), batches: int = 30, *, ax: Axes | None = None
-) -> Axes:
+def cumulative(momentum: float = 0.1, passes: Passes = (2, 3, 5), batches: int = 30, *, ax: Axes | None = None) -> Axes:
     """Draw the weight of the newest batches together: `cumulative_data`, on `ax` or new axes; return the axes."""
-    ax = _axes(ax, "With uncorrected passes fewer batches count")
-    ax.set(xlabel="newest batches (batches)", ylabel="their weight together", ylim=(0, 1.05))
-    return _draw(ax, cumulative_data(momentum, passes, batches), _configured(momentum))
+    ax = _axes(ax, "With uncorrected passes fewer batches count", "newest batches (batches)")
+    ax.set(ylabel="their weight together", ylim=(0, 1.05))
+    return _draw(ax, cumulative_data(momentum, passes, batches), f"configured momentum {momentum:g}")
 
 
 def effective(passes: Sequence[int] = (1, 2, 3, 5), *, momentum: float = 0.1, ax: Axes | None = None) -> Axes:
     """Draw effective momentum against momentum, `momentum` marked: `effective_data`, on `ax` or new axes."""
-    ax = _axes(ax, "k passes act like one pass with a larger momentum")
-    ax.set(xlabel="momentum of the layer (weight of the new value)", ylabel="effective momentum", ylim=(0, 1.05))
+    ax = _axes(
+        ax, "k passes act like one pass with a larger momentum", "momentum of the layer (weight of the new value)"
+    )
+    ax.set(ylabel="effective momentum", ylim=(0, 1.05))
     return _draw(ax, effective_data(passes, momentum=momentum), "passes per batch")
 
 
 def shares(momentum: float = 0.1, batches: int = 8, *, ax: Axes | None = None) -> Axes:
     """Draw the weights of single batches by order of passes: `shares_data`, on `ax` or new axes; return the axes."""
-    ax, data = _axes(ax, "Interleaved, the newest batches weigh too little"), shares_data(momentum, batches)
-    ax.set(xlabel="batch, oldest to newest (batches)", ylabel="weight in the running value")
-    for (label, (numbers, weights)), colour, marker in zip(data.items(), BY_PASSES, "o^s", strict=False):
-        ax.plot(numbers, weights, color=colour, marker=marker, label=label)
-    ax.set_ylim(bottom=0)
-    return _legend(ax, f"2 passes, corrected for momentum {momentum:g}", "lower right")
+    ax = _axes(ax, "Interleaved, the newest batches weigh too little", "batch, oldest to newest (batches)")
+    _draw(ax, shares_data(momentum, batches), f"2 passes, corrected for momentum {momentum:g}", "lower right")
+    ax.set(ylabel="weight in the running value", ylim=(0, None))
+    return ax
 
 
 def signal(
-    momentum: float = 0.1, passes: int = 5, batches: int = 160, seed: int = 0, *, ax: Axes | None = None
+    momentum: float = 0.1, passes: Passes = 5, batches: int = 160, seed: int = 0, *, ax: Axes | None = None
 ) -> Axes:
     """Draw running means of a simulated signal: `signal_data`, on `ax` or new axes; return the axes."""
-    ax = _axes(ax, "Uncorrected passes lag less and carry more noise")
-    ax.set(xlabel="time (batches)", ylabel="running mean (σ of one batch mean)")
-    return _draw(ax, signal_data(momentum, passes, batches, seed), _configured(momentum))
+    ax = _axes(ax, "Uncorrected passes lag less and carry more noise", "time (batches)")
+    ax.set(ylabel="running mean (σ of one batch mean)")
+    return _draw(ax, signal_data(momentum, passes, batches, seed), f"configured momentum {momentum:g}")
 
 
-def figure() -> Figure:
+PLOTS: dict[str, Callable[..., Axes]] = {plot.__name__: plot for plot in (decay, cumulative, effective, shares, signal)}
+
+
+def figure(momentum: float = 0.1) -> Figure:
     """Draw all the curves on one new figure and return it.
 
     Example:
@@ -171,12 +176,12 @@ def figure() -> Figure:
 
     page = Figure(figsize=(11, 12), layout="constrained")
     axes = page.subplot_mosaic([["decay", "cumulative"], ["effective", "shares"], ["signal", "signal"]])
-    for name, draw in _PLOTS.items():
-        draw(ax=axes[name])
+    for name, draw in PLOTS.items():
+        draw(momentum=momentum, ax=axes[name])
     return page
 
 
-def save(path: str | Path, page: Figure | None = None) -> None:
+def save(path: str | Path, page: Figure | SubFigure | None = None) -> None:
     """Write a figure (all the curves, if none is given) as PNG, SVG or PDF, by the name of the file.
 
     Raises:
@@ -190,60 +195,42 @@ def save(path: str | Path, page: Figure | None = None) -> None:
         raise ValueError(f"the file is {str(path)!r}, but its name must end in .png, .svg or .pdf to say what to write")
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(kind)
     with rc_context({"svg.hashsalt": "momentum_fix"}):  # the same curves give the same file
-        (page or figure()).savefig(path, dpi=120, metadata=undated)
+        drawn: Any = page or figure()
+        drawn.savefig(path, dpi=120, metadata=undated)
 
 
-_PLOTS: dict[str, Callable[..., Axes]] = {
-    "decay": decay,
-    "cumulative": cumulative,
-    "effective": effective,
-    "shares": shares,
-    "signal": signal,
-}
-
-
-def _runs(momentum: float, passes: Sequence[int]) -> dict[str, tuple[float, int]]:
+def _runs(momentum: float, passes: Passes) -> dict[str, tuple[float, int]]:
     """Name the runs to compare, each with the momentum of its layer and its number of passes."""
-    runs = {_count(k): (momentum, k) for k in (1, *passes)}
-    most = max(passes)
-    return runs | {f"{_count(most)}, corrected": (corrected_momentum(momentum, most), most)}
+    several = [passes] if isinstance(passes, int) else passes
+    runs = {_count(k): (momentum, k) for k in (1, *several)}
+    return runs | {f"{_count(most := max(several))}, corrected": (corrected_momentum(momentum, most), most)}
 
 
 def _count(passes: int) -> str:
     return "1 pass" if passes == 1 else f"{passes} passes"
 
 
-def _configured(momentum: float) -> str:
-    return f"configured momentum {momentum:g}"
-
-
-def _axes(ax: Axes | None, title: str) -> Axes:
+def _axes(ax: Axes | None, title: str, xlabel: str) -> Axes:
     from matplotlib.figure import Figure
 
     if ax is None:
         ax = Figure(figsize=(6.4, 4.2), layout="constrained").subplots()
-    ax.set_title(title)
+    ax.set(title=title, xlabel=xlabel)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
-def _draw(ax: Axes, curves: Curves, title: str) -> Axes:
-    """Draw each run by its passes, the corrected one as a band under "1 pass"; dots and dashes are no runs."""
+def _draw(ax: Axes, curves: Curves, title: str, place: Any = "best") -> Axes:
     for label, (xs, ys) in curves.items():
-        if label.endswith("corrected"):
-            style: dict[str, Any] = {"color": GREEN, "linewidth": 7, "alpha": 0.35, "zorder": 1}
-        elif "pass" in label:
-            style = {"color": BY_PASSES[(int(label.split()[0]) - 1) % len(BY_PASSES)], "linewidth": 1.5, "zorder": 2}
-        elif label == "true mean":
-            style = {"color": "0.4", "linewidth": 1, "linestyle": "--"}
-        elif label == "batch mean":
-            style = {"color": "0.5", "linestyle": "", "marker": "o", "markersize": 3}
-        else:
-            style = {"color": "0", "linestyle": "", "marker": "o", "markersize": 7, "markerfacecolor": "none"}
-        ax.plot(xs, ys, label=label, **style)
-    return _legend(ax, title)
-
-
-def _legend(ax: Axes, title: str, place: Any = "best") -> Axes:
+        ax.plot(xs, ys, label=label, **_style(label))
     ax.legend(loc=place, title=title, fontsize=9, title_fontsize=9, frameon=False, alignment="left")
     return ax
+
+
+def _style(label: str) -> dict[str, Any]:
+    if label.endswith("corrected"):
+        return _CORRECTED
+    if not label.endswith(("pass", "passes")):
+        return _OTHERS.get(label, _MARKED)
+    at = (int(label.split()[0]) - 1) % len(BY_PASSES)
+    return {"color": BY_PASSES[at], "linestyle": LINES[at], "linewidth": 1.8}

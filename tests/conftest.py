@@ -29,3 +29,16 @@ def _seeded_float64_and_nothing_compiled():
     logging.getLogger("LoggingTensor").propagate = True
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+@pytest.fixture
+def shell():
+    """Give what runs a shell command in this process and returns its exit status."""
+    from momentum_fix.__main__ import main
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        return end.value.code
+
+    return run

@@ -150,11 +150,13 @@ def test_the_largest_value_of_every_curve_is_seen_and_the_axes_show_little_else(
     assert (ax.get_yscale(), bottom) == (scale, least)
 
 
-def test_each_number_of_passes_has_one_colour_on_all_plots_and_a_band_lies_under_its_line():
-    for curves in (plots.decay(passes=(2, 3, 5)), plots.cumulative(passes=(5, 2)), plots.effective((1, 2, 5))):
+def test_each_number_of_passes_has_one_colour_and_line_on_all_plots_and_a_band_lies_under_its_line():
+    several = plots.decay(passes=(2, 3, 5)), plots.cumulative(passes=(5, 3, 2)), plots.signal(passes=(2, 3, 5))
+    for curves in (*several, plots.effective((1, 2, 3, 5))):
         lines = {line.get_label(): line for line in curves.lines}
-        for k, colour in ((1, "#000000"), (2, "#0072B2"), (5, "#CC79A7")):
-            assert lines["1 pass" if k == 1 else f"{k} passes"].get_color() == colour
+        for k, look in ((1, ("#000000", "-")), (2, ("#0072B2", "--")), (3, ("#D55E00", "-.")), (5, ("#CC79A7", ":"))):
+            line = lines["1 pass" if k == 1 else f"{k} passes"]
+            assert (line.get_color(), line.get_linestyle()) == look
         if band := lines.get("5 passes, corrected"):
             assert (band.get_color(), band.get_zorder() < lines["1 pass"].get_zorder()) == (plots.GREEN, True)
             assert band.get_linewidth() > 3 * lines["1 pass"].get_linewidth()
@@ -164,9 +166,30 @@ def test_what_is_no_run_is_drawn_otherwise():
     lines = {line.get_label(): line for line in [*plots.signal().lines, *plots.effective().lines]}
     styles = {name: (lines[name].get_linestyle(), lines[name].get_marker()) for name in lines}
     assert styles["batch mean"] == styles["momentum 0.1"] == ("None", "o")
-    assert styles["true mean"] == ("--", "None")
-    assert styles["1 pass"] == styles["2 passes"] == ("-", "None")
+    assert styles["true mean"] == styles["1 pass"] == ("-", "None")
+    assert lines["true mean"].get_linewidth() < lines["1 pass"].get_linewidth()
     assert {line.get_marker() for line in plots.shares().lines} == {"o", "^", "s"}
+
+
+@each_plot
+def test_green_is_what_is_corrected_and_nothing_else(plot):
+    for line in plot().lines:
+        red, green, blue = to_rgb(line.get_color())
+        corrected = line.get_label().endswith("corrected") or plot is plots.shares  # where all runs are
+        assert (green > max(red, blue)) == corrected
+        assert line.get_color() not in (plots.BY_PASSES if corrected else ())
+
+
+def test_one_number_of_passes_is_as_good_as_a_list_of_one():
+    for plot in (plots.decay, plots.cumulative, plots.signal):
+        assert drawn(plot(passes=4)) == drawn(plot(passes=[4]))
+        assert list(drawn(plot(passes=4)))[-3:] == ["1 pass", "4 passes", "4 passes, corrected"]
+
+
+def test_the_figure_of_all_curves_has_the_momentum_that_it_is_given():
+    for page, momentum in ((plots.figure(), "0.1"), (plots.figure(0.3), "0.3")):
+        titles = [ax.get_legend().get_title().get_text() for ax in page.axes]
+        assert [momentum in title for title in titles] == [True, True, False, True, True]
 
 
 @each_plot

@@ -21,10 +21,9 @@ from torch.distributed import checkpoint as distributed
 
 import crafted
 from momentum_fix import UnreadableError, audit
-from momentum_fix.__main__ import main
-from momentum_fix.files import reading
+from momentum_fix.files import reading, unpickling
 from momentum_fix.files.reading import search
-from momentum_fix.files.unpickling import Refused
+from momentum_fix.files.unpickling import RefusedError
 
 MEGABYTES = 350  # a process with torch in it has 220 before it reads anything; this one has 15
 
@@ -120,12 +119,12 @@ def test_one_odd_counter_is_named_and_the_others_are_judged(tmp_path, name):
     assert (good.passes, good.batches) == (1, 7)
 
 
-def test_a_directory_of_crafted_files_is_read_through(tmp_path, capsys):
+def test_a_directory_of_crafted_files_is_read_through(tmp_path, capsys, shell):
     for number, make in enumerate((*crafted.INDEXES.values(), crafted.INDEXES["itself"])):
         (tmp_path / f"{number}.index.json").write_text(json.dumps({"weight_map": make()}))
     (tmp_path / "good.pt").write_bytes(crafted.GOOD)
     (tmp_path / "zero.pt").symlink_to("/dev/zero")
-    assert main(["audit", str(tmp_path)]) == 2
+    assert shell("audit", tmp_path) == 2
     out, err = capsys.readouterr()
     assert "good.pt" in out
     assert len(err.splitlines()) == len(crafted.INDEXES) + 2
@@ -142,11 +141,11 @@ def test_layers_and_containers_have_a_number_from_which_on_they_are_refused():
     several = [{name: value} for name, value in COUNTERS.items()]
     for tree in (COUNTERS, several):
         assert sum(len(layers) for _, layers in search(tree, 3)) == 3
-        with pytest.raises(Refused, match="holds more than any network"):
+        with pytest.raises(RefusedError, match="holds more than any network"):
             list(search(tree, 2))
     nested = {"x": {"y": [{}, {"z": [1]}, {"z": [2]}, {"z": [3]}]}}  # nine that are not empty
     assert list(search(nested, 5)) == []
-    with pytest.raises(Refused, match="holds more than any network"):
+    with pytest.raises(RefusedError, match="holds more than any network"):
         list(search(nested, 4))
     assert list(search([[[1]]] * 100, 3)) == []  # one list a hundred times
 
@@ -160,7 +159,7 @@ def test_the_order_of_a_layers_entries_does_not_matter():
 def test_what_is_deeper_than_any_checkpoint_is_not_searched(monkeypatch):
     deep = {"x": [{"y": COUNTERS}]}
     for most, found in ((3, 1), (2, 0)):
-        monkeypatch.setattr(reading, "_DEEP", most)
+        monkeypatch.setattr(reading, "_MAX_DEPTH", most)
         assert len(list(search(deep))) == found
 
 
@@ -180,9 +179,9 @@ def test_names_have_a_length_together_from_which_on_a_file_is_refused(tmp_path, 
     torch.save({"way": COUNTERS}, tmp_path / "x.pt")
     (tmp_path / "x.safetensors").write_bytes(crafted.safetensors(dict.fromkeys(COUNTERS, crafted.described())))
     for file, words in (("x.pt", 3 * len("way/a")), ("x.safetensors", 3)):
-        monkeypatch.setattr(reading, "_WORDS", words)
+        monkeypatch.setattr(reading, "_MAX_CHARACTERS", words)
         assert len(audit(tmp_path / file).rows) == 3
-        monkeypatch.setattr(reading, "_WORDS", words - 1)
+        monkeypatch.setattr(reading, "_MAX_CHARACTERS", words - 1)
         with pytest.raises(UnreadableError, match="holds more than any network"):
             audit(tmp_path / file)
 
@@ -215,14 +214,14 @@ def test_a_file_gives_no_more_than_a_part_at_once(tmp_path):
         file.truncate(2**25 + 1)
     with reading._Limited(tmp_path / "x") as file:
         assert len(file.read(2**24)) == 2**24
-        with pytest.raises(Refused, match="holds more than any network"):
+        with pytest.raises(RefusedError, match="holds more than any network"):
             file.read(2**24 + 1)
-        assert file.exactly(2**25, 1) == b"\0"
-        assert len(file.exactly(1, 2**25)) == 2**25
-        with pytest.raises(Refused, match="holds more than any network"):
-            file.exactly(0, 2**25 + 1)
-        with pytest.raises(Refused, match="is shorter than it says"):
-            file.exactly(2**25, 2)
+        assert file.read_at(2**25, 1) == b"\0"
+        assert len(file.read_at(1, 2**25)) == 2**25
+        with pytest.raises(RefusedError, match="holds more than any network"):
+            file.read_at(0, 2**25 + 1)
+        with pytest.raises(RefusedError, match="is shorter than it says"):
+            file.read_at(2**25, 2)
 
 
 def test_the_pickles_of_an_old_file_share_their_steps(tmp_path, monkeypatch):
@@ -230,9 +229,9 @@ def test_the_pickles_of_an_old_file_share_their_steps(tmp_path, monkeypatch):
     (tmp_path / "x.pt").write_bytes(data)
     stream = io.BytesIO(data)
     steps = sum(1 for _ in range(5) for _ in pickletools.genops(stream))
-    monkeypatch.setattr(reading, "STEPS", range(steps))
+    monkeypatch.setattr(unpickling, "STEPS", range(steps))
     assert [row.batches for row in audit(tmp_path / "x.pt").rows] == [5]
-    monkeypatch.setattr(reading, "STEPS", range(steps - 1))
+    monkeypatch.setattr(unpickling, "STEPS", range(steps - 1))
     with pytest.raises(UnreadableError, match="holds more than any network"):
         audit(tmp_path / "x.pt")
 
@@ -514,7 +513,7 @@ def test_metadata_may_be_long_but_not_as_long_as_it_likes(tmp_path, monkeypatch)
     assert [row.batches for row in audit(tmp_path / "x.safetensors").rows] == [7]
     length = len(json.dumps(header["__metadata__"]))
     for longest, refused in ((4 * length, False), (4 * length - 4, True)):
-        monkeypatch.setattr(reading, "_LARGEST", longest)
+        monkeypatch.setattr(reading, "_MAX_BYTES", longest)
         with pytest.raises(UnreadableError, match="is too long") if refused else contextlib.nullcontext():
             audit(tmp_path / "x.safetensors")
 

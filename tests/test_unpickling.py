@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 
 from momentum_fix.files import unpickling
-from momentum_fix.files.unpickling import Refused
+from momentum_fix.files.unpickling import RefusedError
 
 ORDERED = b"ccollections\nOrderedDict\nq\x01"  # named once, and then called
 PIECES = {  # what a pickle can make, and how many bytes that is said to take
@@ -33,7 +33,7 @@ PIECES = {  # what a pickle can make, and how many bytes that is said to take
 def test_what_a_pickle_makes_in_memory_is_counted(piece, cost):
     header = b"\x80\x02" + ORDERED + b"](K\x07K\x09\x86e\x85q\x02"  # the argument is ([(7, 9)],)
     for budget, refused in [(50 * cost, False), (50 * cost - 1, True)][: 1 + bool(cost)]:
-        with pytest.raises(Refused, match="holds more than") if refused else contextlib.nullcontext():
+        with pytest.raises(RefusedError, match="holds more than") if refused else contextlib.nullcontext():
             data = header + piece * 50 + b"N."
             assert unpickling.unpickle(data, budget=192 + 96 + 96 + 96 + budget)[0] is None
 
@@ -73,7 +73,7 @@ def test_texts_of_python_2_may_be_any_bytes():
 
 def test_a_name_is_made_of_two_texts():
     for two in (b"K\1X\1\0\0\0b", b"X\1\0\0\0aK\1", b"X\x91\1\0\0" + b"a" * 401 + b"X\1\0\0\0b"):
-        with pytest.raises(Refused, match="is damaged"):
+        with pytest.raises(RefusedError, match="is damaged"):
             unpickling.unpickle(two + b"\x93.")
 
 
@@ -99,7 +99,7 @@ def test_a_class_with_its_source_is_its_name_and_no_storage():
     ],
 )
 def test_what_is_wrong_with_a_pickle_is_said(operations, said):
-    with pytest.raises(Refused, match=said):
+    with pytest.raises(RefusedError, match=said):
         unpickling.unpickle(b"\x80\x02" + operations + b".")
 
 
@@ -117,7 +117,7 @@ def test_a_tensor_with_a_type_of_its_own_has_its_shape_and_type():
 def test_the_pickles_of_a_file_share_their_steps():
     steps = iter(range(7))
     assert unpickling.unpickle(b"NNN.", steps=steps)[1] == 4
-    with pytest.raises(Refused, match="holds more than"):
+    with pytest.raises(RefusedError, match="holds more than"):
         unpickling.unpickle(b"NNN.", steps=steps)
     assert unpickling.unpickle(b"NNN.NN.", at=4)[1] == 7
 
@@ -137,5 +137,5 @@ def test_names_and_depth_have_an_end():
         with pytest.raises(ValueError, match="not found"):
             unpickling.unpickle(b"\x80\x02c" + b"a" * module + b"\n" + b"b" * name + b"\n.")
     assert unpickling.unpickle(b"(" * 10_000 + b"N.")[0] is None
-    with pytest.raises(Refused, match="holds more than"):
+    with pytest.raises(RefusedError, match="holds more than"):
         unpickling.unpickle(b"(" * 10_001 + b"N.")

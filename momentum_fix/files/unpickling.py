@@ -14,13 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 
-class Refused(Exception):  # noqa: N818  # never leaves this package
+class RefusedError(Exception):  # never leaves this package
     """What is wrong with a file, to follow its name."""
 
 
-def damaged(how: str) -> Refused:
-    """Give the error for a file that contradicts itself."""
-    return Refused(f"is damaged or no checkpoint ({how})")
+def refuse_if(wrong: Any, reason: str) -> None:
+    """Refuse a file in which something is wrong."""
+    if wrong:
+        raise RefusedError(reason)
+
+
+def refuse_damaged(wrong: Any, how: str) -> None:
+    """Refuse a file that contradicts itself."""
+    refuse_if(wrong, f"is damaged or no checkpoint ({how})")
 
 
 class Name(str):
@@ -50,12 +56,12 @@ class Tensor:
     kind: Any = None  # its type, where the storage has none
 
 
-_MADE = 96  # bytes that a container takes at most while it is empty, or a tensor
+_CONTAINER = 96  # bytes that a container takes at most while it is empty, or a tensor
 
 # The operations that torch.save writes, by their codes (the standard library's pickletools explains each).
 _PUT, _GET, _MARK, _TEXT, _TUPLE, _CALL, _STORAGE, _COUNT, _GLOBAL, _STOP = b"qh(XtRQKc."
 _NEGATIVE, _FLOAT, _LONG, _ADD, _SET, _ADD_ALL, _SET_ALL, _BUILD, _NEW, _PROTOCOL = b"JG\x8aaseub\x81\x80"
-_NOTE, _NAMED = b"\x94\x93"  # of protocol 4 and 5, which torch.save writes if it is told to
+_MEMOIZE, _STACK_GLOBAL = b"\x94\x93"  # of protocol 4 and 5, which torch.save writes if it is told to
 # Those that differ in the size of their argument, or in what does not matter here: a set is read as a list.
 _ALIKE = bytes.maketrans(b"rjUT\x8cCBM\x8b\x95\x8f\x90\x91", b"qhXXXXXK\x8a\x80]et")
 _BYTES = b"UTCB"  # texts of Python 2, which may be any bytes, and bytes
@@ -70,12 +76,13 @@ def _by_code(numbers: dict[int, bytes]) -> list[int]:
 
 
 _SIZES = _by_code({1: b"qhKUC\x80\x8a\x8c", 2: b"M", 4: b"rjJXTB\x8b", 8: b"G\x95"})  # bytes of the argument
-_COSTS = _by_code({_MADE: b"tR\x85\x86\x87]}", 2 * _MADE: b"c\x93", _MADE // 2: b"JG\x8a"})  # bytes of what it makes
+# bytes of what it makes
+_COSTS = _by_code({_CONTAINER: b"tR\x85\x86\x87]}", 2 * _CONTAINER: b"c\x93", _CONTAINER // 2: b"JG\x8a"})
 
 STEPS = range(8_000_000)  # one an operation; a tensor of a state dict is 30
-_BUDGET = 120 * 2**20  # bytes that the rest may make; a tensor makes 600
-_DEEP = 10_000  # dictionaries in dictionaries
-_NAME = 400  # characters of the name of a class
+_MAX_MEMORY = 120 * 2**20  # bytes that the rest may make; a tensor makes 600
+_MAX_DEPTH = 10_000  # dictionaries in dictionaries
+_MAX_NAME = 400  # characters of the name of a class
 
 OBJECTS = (
     "holds objects but no running statistics outside of them, or is not a checkpoint; nothing in it was executed. "
@@ -85,14 +92,14 @@ TOO_MUCH = "holds more than any network's state dict. Save `model.state_dict()` 
 
 
 def unpickle(
-    data: bytes, at: int = 0, budget: int = _BUDGET, steps: Iterable[int] = STEPS
+    data: bytes, at: int = 0, budget: int = _MAX_MEMORY, steps: Iterable[int] = STEPS
 ) -> tuple[Any, int, bool, list[Any]]:
     """Read one pickle; give it, where it ends, whether it holds objects, and the storages that it names.
 
     The pickles of one file share their steps by an iterator.
 
     Raises:
-        Refused: it is no pickle of torch's, or holds more than a state dict can.
+        RefusedError: it is no pickle of torch's, or holds more than a state dict can.
         Exception: nearly any, if it is damaged.
     """
     stack: list[Any] = []
@@ -121,8 +128,7 @@ def unpickle(
         elif op == _MARK:
             below.append(stack)
             stack = []
-            if len(below) > _DEEP:
-                raise Refused(TOO_MUCH)
+            refuse_if(len(below) > _MAX_DEPTH, TOO_MUCH)
         elif op in _CONSTANTS:
             stack.append(_CONSTANTS[op])
         elif op == _TEXT:
@@ -136,7 +142,7 @@ def unpickle(
             stack.append(made)
         elif op == _CALL:
             arguments = stack.pop()
-            stack[-1] = made = _made(stack[-1], arguments)
+            stack[-1] = made = _call_result(stack[-1], arguments)
             objects = objects or isinstance(made, Name)
             left -= 16 * len(made) if isinstance(made, Dictionary) else 0
         elif op == _STORAGE:
@@ -145,7 +151,7 @@ def unpickle(
             else:
                 storages.append(stack[-1])
         elif op == _COUNT:
-            left -= _MADE // 2 * (number > 255)
+            left -= _CONTAINER // 2 * (number > 255)
             stack.append(number)
         elif op in _TUPLES:
             stack[-_TUPLES[op] :] = [tuple(stack[-_TUPLES[op] :])]
@@ -160,15 +166,15 @@ def unpickle(
         elif op in _EMPTY:
             stack.append(_EMPTY[op]())
         elif op == _GLOBAL:
-            end = data.index(b"\n", data.index(b"\n", at, at + _NAME) + 1, at + _NAME)
+            end = data.index(b"\n", data.index(b"\n", at, at + _MAX_NAME) + 1, at + _MAX_NAME)
             stack.append(Name(data[at:end].decode().replace("\n", ".")))
             at = end + 1
-        elif op == _NAMED:
+        elif op == _STACK_GLOBAL:
             name = stack.pop()
-            if not isinstance(name, str) or not isinstance(stack[-1], str) or len(name) + len(stack[-1]) > _NAME:
-                raise damaged("a name is no text")
+            texts = isinstance(name, str) and isinstance(stack[-1], str) and len(name) + len(stack[-1]) <= _MAX_NAME
+            refuse_damaged(not texts, "a name is no text")
             stack[-1] = Name(f"{stack[-1]}.{name}")
-        elif op == _NOTE:
+        elif op == _MEMOIZE:
             if memo == [None]:
                 memo.clear()
             memo.append(stack[-1])
@@ -186,24 +192,24 @@ def unpickle(
         elif op == _STOP:
             return stack.pop(), at, objects, storages
         elif op != _PROTOCOL:
-            raise Refused(OBJECTS)
+            raise RefusedError(OBJECTS)
         if left < 0:
             break
-    raise Refused(TOO_MUCH)
+    raise RefusedError(TOO_MUCH)
 
 
 def _fill(container: Any, items: Any, pairs: bool) -> None:
     """Put items into a list, or keys and values into a dictionary; what an object would hold is passed over."""
     if isinstance(container, list) and isinstance(container, Dictionary) == pairs:
         container += items
-    elif not isinstance(container, Name):
-        raise damaged("it fills what is no container")
+    else:
+        refuse_damaged(not isinstance(container, Name), "it fills what is no container")
 
 
-def _made(function: Any, arguments: Any) -> Any:
+def _call_result(function: Any, arguments: Any) -> Any:
     """Give what a call would make, if that is a tensor or a dictionary; else its name."""
-    if not isinstance(function, Name) or not isinstance(arguments, tuple):
-        raise damaged("it calls what is no function")
+    callable_ = isinstance(function, Name) and isinstance(arguments, tuple)
+    refuse_damaged(not callable_, "it calls what is no function")
     if function == "torch._utils._rebuild_tensor_v2" or function == "torch._utils._rebuild_tensor":
         changed = arguments[6:] and arguments[6]  # it is the negative, say, of what is stored
         return function if changed else Tensor(*arguments[:3])
@@ -214,5 +220,5 @@ def _made(function: Any, arguments: Any) -> Any:
     if function == "torch._utils._rebuild_tensor_v3":
         return Tensor(arguments[0], arguments[1], arguments[2], arguments[6])
     if function == "torch._tensor._rebuild_from_type_v2":
-        return _made(arguments[0], arguments[2])
+        return _call_result(arguments[0], arguments[2])
     return function

@@ -14,13 +14,13 @@ from typing import Any, SupportsFloat, SupportsIndex
 
 from momentum_fix._tables import aligned, html, presentable
 from momentum_fix.files.causes import causes, nearly, recomputed
-from momentum_fix.files.reading import INDEX, Odd, UnreadableError, read
+from momentum_fix.files.reading import INDEX, NotANumber, UnreadableError, checkpoint_files, read
 from momentum_fix.formula import corrected_momentum, effective_momentum, positive_integer
 
-_ABSURD = 10**12  # batches: a thousand a second for thirty years
-_STATE_DICTS = 5  # of a file for which causes are listed
+_MOST_BATCHES = 10**12  # batches: a thousand a second for thirty years
+_MOST_EXPLAINED = 5  # of a file for which causes are listed
 _ENOUGH, _TOO_LITTLE, _TOO_MUCH = "corrected already", "not corrected enough", "corrected too much"
-_SAID = {  # of so many layers
+_SAYS = {  # of so many layers
     _TOO_MUCH: "Corrected too much: {}. Their momentum is for more updates per step.",
     _TOO_LITTLE: "Not corrected enough: {}. Their momentum is for fewer updates per step.",
     "": "Updated more than once per step: {}. The counters do not say why; `diagnose` around one training step can.",
@@ -33,8 +33,8 @@ class LayerAudit:
     """What one layer's counter tells; numbers are None where it tells nothing, and `note` says why."""
 
     source: str  # the file, or "" for a model or a state dict
-    state_dict: str  # the way to it in the source, as "model/"
-    layer: str  # its name, with that way
+    state_dict: str  # the keys that lead to it in the source, as "model/"
+    layer: str  # its name, after these keys
     batches: int | None  # as the layer counted them
     steps: int | None
     inferred: bool  # whether `steps` was read off the counters
@@ -105,7 +105,7 @@ class Audit:
         counted = [row for row in self.rows if row.passes is not None]
         found = [row.correction for row in counted if row.correction or row.repeated]
         inferred = any(row.inferred for row in counted)
-        said = [_SAID[kind].format(f"{found.count(kind)} of {len(counted)} layers") for kind in _SAID if kind in found]
+        said = [_SAYS[kind].format(f"{found.count(kind)} of {len(counted)} layers") for kind in _SAYS if kind in found]
         if said:
             return " ".join([*said, *["The steps are inferred from the counters; pass `steps` to be sure."] * inferred])
         if self.errors and not self.rows:
@@ -121,84 +121,89 @@ class Audit:
 def _causes(rows: Iterable[LayerAudit]) -> Iterator[str]:
     """Give the possible causes as lines, for each state dict with updates that no corrected momentum makes up for."""
     shown = 0
-    for (source, way, steps), found in groupby(rows, key=lambda row: (row.source, row.state_dict, row.steps)):
+    for (source, prefix, steps), found in groupby(rows, key=lambda row: (row.source, row.state_dict, row.steps)):
         group = list(found)
         unexplained = any(row.repeated and row.correction in ("", _TOO_LITTLE) for row in group)
-        if steps and unexplained and shown < _STATE_DICTS:
+        if steps and unexplained and shown < _MOST_EXPLAINED:
             shown += 1
-            where = f" in {way}" if way else ""
+            where = f" in {prefix}" if prefix else ""
             yield f"Possible causes of the extra updates{where}, and what speaks for (+) and against (-) each:"
-            counts = {row.layer.removeprefix(way) or "(the model)": row.batches for row in group if row.batches}
+            counts = {row.layer.removeprefix(prefix) or "(the model)": row.batches for row in group if row.batches}
             ordered = not source.endswith((".safetensors", INDEX))  # where layers stand by name
             yield from [*causes(counts, steps, group[0].inferred, ordered), ""]
 
 
-def audit_files(files: Iterable[Path], steps: SupportsIndex | None, momentum: SupportsFloat | None) -> Audit:
-    """Audit files one by one; one that cannot be read is listed in `errors`, and the others are read."""
-    steps = checked(steps, momentum)
+def audit_files(paths: Iterable[Path], steps: SupportsIndex | None, momentum: SupportsFloat | None) -> Audit:
+    """Audit files and directories; what cannot be read is listed in `errors`, and the others are read."""
+    steps = check_numbers(steps, momentum)
     rows: list[LayerAudit] = []
     errors = {}
-    for file in files:
+    for path in paths:
         try:
-            rows += read_file(file, steps, momentum)
+            for file in checkpoint_files(path):
+                try:
+                    rows += _judge_file(file, steps, momentum)
+                except UnreadableError as error:
+                    errors[str(file)] = str(error)
         except UnreadableError as error:
-            errors[str(file)] = str(error)
+            errors[str(path)] = str(error)
     return Audit(tuple(rows), errors)
 
 
-def checked(steps: SupportsIndex | None, momentum: SupportsFloat | None) -> int | None:
+def check_numbers(steps: SupportsIndex | None, momentum: SupportsFloat | None) -> int | None:
     """Refuse wrong numbers before any file is opened."""
     corrected_momentum(momentum)
     return None if steps is None else positive_integer("steps", steps, "the batches trained on, or None to infer them")
 
 
-def read_file(path: Path, steps: int | None, momentum: SupportsFloat | None) -> list[LayerAudit]:
+def _judge_file(path: Path, steps: int | None, momentum: SupportsFloat | None) -> list[LayerAudit]:
     """Judge the layers of a file, which does not hold their momentum."""
-    return [row for way, counters in read(path) for row in judged(str(path), way, built(counters, momentum), steps)]
+    found = ((prefix, with_momentum(counters, momentum)) for prefix, counters in read(path))
+    return [row for prefix, layers in found for row in judge(str(path), prefix, layers, steps)]
 
 
-def built(counters: Mapping[str, Any], momentum: SupportsFloat | None) -> dict[str, tuple[Any, Any, Any]]:
+def with_momentum(counters: Mapping[str, Any], momentum: SupportsFloat | None) -> dict[str, tuple[Any, Any, Any]]:
     """Give layers that count like this and were built with this momentum."""
     return {name: (counter, momentum, momentum) for name, counter in counters.items()}
 
 
-def judged(source: str, way: str, layers: Mapping[str, Sequence[Any]], steps: int | None) -> Iterator[LayerAudit]:
+def judge(source: str, prefix: str, layers: Mapping[str, Sequence[Any]], steps: int | None) -> Iterator[LayerAudit]:
     """Judge the layers of one state dict or model: each a counter, a momentum, and what that was corrected from."""
-    counts = {name: _count(counter) for name, (counter, _, _) in layers.items()}
-    meant = {name: _meant(*momenta) for name, (_, *momenta) in layers.items()}
-    taken = steps or _inferred({name: count for name, (count, _) in counts.items() if count}, meant)
+    counts = {name: _read_counter(counter) for name, (counter, _, _) in layers.items()}
+    corrected_for = {name: _corrected_for(*momenta) for name, (_, *momenta) in layers.items()}
+    assumed = steps or _infer_steps({name: count for name, (count, _) in counts.items() if count}, corrected_for)
     for name, (batches, note) in counts.items():
-        found: dict[str, Any] = {"batches": batches, "steps": taken, "inferred": steps is None, "note": note}
-        if batches and taken:
-            found["passes"] = passes = Fraction(batches, taken)
-            if times := recomputed(batches, taken):
+        found: dict[str, Any] = {"batches": batches, "steps": assumed, "inferred": steps is None, "note": note}
+        if batches and assumed:
+            found["passes"] = passes = Fraction(batches, assumed)
+            if times := recomputed(batches, assumed):
                 momentum, plain = (None if value is None else float(value) for value in layers[name][1:])
-                found |= _numbers(momentum, plain, times)
-            if meant[name] != 1:
-                wrong = _TOO_LITTLE if passes > meant[name] else _TOO_MUCH
-                found["correction"] = how = _ENOUGH if nearly(batches, meant[name], taken) else wrong
-                found["note"] = f"{how}: for {meant[name]} updates per step"
+                found |= _effect(momentum, plain, times)
+            if corrected_for[name] != 1:
+                wrong = _TOO_LITTLE if passes > corrected_for[name] else _TOO_MUCH
+                found["correction"] = how = _ENOUGH if nearly(batches, corrected_for[name], assumed) else wrong
+                found["note"] = f"{how}: for {corrected_for[name]} updates per step"
             elif passes < 1:
                 found["note"] = "updated in fewer steps than were given"
-        yield LayerAudit(source=source, state_dict=way, layer=way + name, **found)
+        yield LayerAudit(source=source, state_dict=prefix, layer=prefix + name, **found)
 
 
-def _meant(momentum: Any, plain: Any) -> int:
+def _corrected_for(momentum: Any, plain: Any) -> int:
     """Tell for how many updates per step a momentum is corrected: for 1 if it is not."""
     return 1 if plain == momentum else round(math.log1p(-plain) / math.log1p(-momentum))
 
 
-def _inferred(counts: Mapping[str, int], meant: Mapping[str, int]) -> int | None:
+def _infer_steps(counts: Mapping[str, int], corrected_for: Mapping[str, int]) -> int | None:
     """Infer the steps: those for which all corrected momenta are right, if there are such, else the lowest count."""
-    corrected = any(meant[name] != 1 for name in counts)
-    steps = max((math.ceil(count / meant[name]) for name, count in counts.items()), default=1)
-    if corrected and all(nearly(count, meant[name], steps) for name, count in counts.items()):
+    corrected = any(corrected_for[name] != 1 for name in counts)
+    steps = max((math.ceil(count / corrected_for[name]) for name, count in counts.items()), default=1)
+    if corrected and all(nearly(count, corrected_for[name], steps) for name, count in counts.items()):
         return steps
     return min(counts.values(), default=None)
 
 
 @lru_cache
-def _numbers(momentum: float | None, plain: float | None, passes: int) -> dict[str, float | None]:
+def _effect(momentum: float | None, plain: float | None, passes: int) -> dict[str, float | None]:
     """Give what recomputed passes amount to with a momentum, and what would make up for them."""
     effective, ratio = effective_momentum(momentum, passes), None
     if plain and effective is not None:
@@ -206,7 +211,7 @@ def _numbers(momentum: float | None, plain: float | None, passes: int) -> dict[s
     return {"effective_momentum": effective, "variance_ratio": ratio, "corrected": corrected_momentum(plain, passes)}
 
 
-def _count(value: Any) -> tuple[int | None, str]:
+def _read_counter(value: Any) -> tuple[int | None, str]:
     """Read a counter: the number, or None and the reason."""
     if value is None:
         return None, "no counter"
@@ -214,16 +219,16 @@ def _count(value: Any) -> tuple[int | None, str]:
         try:
             if any(length != 1 for length in value.shape):
                 return None, f"counter has shape {tuple(value.shape)}"
-            value = Odd("has no value") if getattr(value, "is_meta", False) else value.item()
+            value = NotANumber("has no value") if getattr(value, "is_meta", False) else value.item()
         except Exception:
-            value = Odd(f"is of type {getattr(value, 'dtype', type(value).__name__)}, not a whole number")
-    if isinstance(value, Odd):
+            value = NotANumber(f"is of type {getattr(value, 'dtype', type(value).__name__)}, not a whole number")
+    if isinstance(value, NotANumber):
         return None, f"counter {value.what}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None, f"counter is of type {type(value).__name__}, not a whole number"
     if value % 1 != 0:
         return None, f"counter is {value}, not a whole number"
-    if not 0 <= value <= _ABSURD:
+    if not 0 <= value <= _MOST_BATCHES:
         digits = int(value) if abs(value) < 10**30 else "a number of more than 30 digits"
         return None, f"counter is {digits}, which no training can have counted"
     if value == 0:

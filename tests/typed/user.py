@@ -94,4 +94,5 @@ for theorem in symbolic.theorems():
     theorem.prove()
 plots.decay().figure.clear()
 plots.save("decay.svg", plots.figure())
+plots.save("decay.svg", plots.decay().figure)
 version: str = momentum_fix.__version__
