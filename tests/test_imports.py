@@ -83,3 +83,78 @@ def test_what_the_package_says_of_itself_opens_with_what_a_user_wants():
             "UnreadableError",
         )
     assert not any(name.startswith("_") for name in dir(momentum_fix))
+
+
+# The picture in CONTRIBUTING.md.
+
+CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
+
+
+def drawn():
+    """Give the rooms in the picture, each with its files and with the rooms that it imports from, in their order."""
+    picture = CONTRIBUTING.read_text(encoding="utf-8").partition("```text\nformula.py")[2].partition("```")[0]
+    rooms, room = {}, ""
+    for line in ("formula.py" + picture).splitlines():
+        name, _, rest = line.strip().partition(" ")
+        if line.startswith(" "):
+            rooms[room][0].append(name.removesuffix(".py"))
+        else:
+            room = name.removesuffix("/").removesuffix(".py")
+            uses = rest.partition("<-")[2]
+            rooms[room] = ([], [each.strip() for each in uses.split(",")] if uses else [])
+    return rooms
+
+
+def place(module):
+    """Give the room of a module, and its file there."""
+    names = module.split(".")[1:]
+    return (names or ["__init__"])[0], names[1] if len(names) > 1 else ""
+
+
+def imported():
+    """Give what each file of the package imports from the package: (room, file) for each (room, file)."""
+    modules = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        names = file.relative_to(PACKAGE.parent).with_suffix("").parts
+        modules[".".join(names[:-1] if names[-1] == "__init__" else names)] = file
+    found = {}
+    for module, file in modules.items():
+        uses = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "momentum_fix":
+                names = (f"{node.module}.{alias.name}" for alias in node.names)
+                uses |= {name if name in modules else node.module for name in names}
+            elif isinstance(node, ast.Import):
+                uses |= {alias.name for alias in node.names if alias.name.partition(".")[0] == "momentum_fix"}
+        found[place(module)] = {place(each) for each in uses}
+    return found
+
+
+def test_the_picture_of_the_rooms_is_what_is_imported():
+    rooms, uses = drawn(), imported()
+    assert set(rooms) == {room for room, _ in uses}
+    for room, (files, others) in rooms.items():
+        assert set(files) == {file for each, file in uses if each == room and file}, room
+        assert set(others) == {to for (each, _), found in uses.items() if each == room for to, _ in found} - {room}, (
+            room
+        )
+
+
+def test_no_import_runs_up():
+    rooms, uses = drawn(), imported()
+    order = list(rooms)
+    for (room, file), found in uses.items():
+        for other, its_file in found:
+            if other != room:
+                assert order.index(other) < order.index(room)
+            elif file:
+                files = rooms[room][0]
+                assert files.index(its_file) < files.index(file), (room, file, its_file)
+    assert not {"state"} & {room for (each, _), found in uses.items() if each == "norms" for room, _ in found}
+    assert not {"norms"} & {room for (each, _), found in uses.items() if each == "state" for room, _ in found}
+
+
+def test_an_import_that_runs_up_would_be_seen():
+    rooms, uses = drawn(), imported()
+    assert ("formula", "") in uses["weights", ""]
+    assert list(rooms).index("formula") < list(rooms).index("weights")
