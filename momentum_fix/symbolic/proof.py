@@ -15,11 +15,9 @@ from momentum_fix.symbolic.letters import LETTERS, UNIT, n, old, q, x, x0
 
 # An end of a range is a number or an infinity, and 0 if it is reached, 1 or -1 if all else lies above or below it: such
 # pairs are ordered as the ends are. SymPy's own intervals forget which ends are reached when they are multiplied.
-End = tuple[Any, Any]
-Range = tuple[End, ...]  # the lower and the upper one
+Range = tuple[tuple[Any, Any], ...]  # the lower end and the upper one
 ZERO, ONE, REAL = (sp.Integer(0), 0), (sp.Integer(1), 0), ((-oo, 1), (oo, -1))
 FREE: Mapping[Any, Range] = {}  # what bound symbols run through: where none is
-Goals = tuple[tuple[Any, Any], ...]
 
 
 class ProofError(ArithmeticError):
@@ -61,7 +59,7 @@ def _plus(one: Range, other: Range) -> Range:
 
 
 def _times(one: Range, other: Range) -> Range:
-    def product(v: Any, e: Any, w: Any, f: Any) -> End:
+    def product(v: Any, e: Any, w: Any, f: Any) -> tuple[Any, Any]:
         sign, other_sign = sp.sign(v) or e, sp.sign(w) or f
         if v and w:
             return v * w, sp.sign(other_sign * e + sign * f)
@@ -118,10 +116,6 @@ def range_of(formula: Any, known: Mapping[Any, Range] = FREE) -> Range:
             return _along(sp.exp, range_of(formula.exp, known))
         case sp.Pow():
             return _power(formula, range_of(formula.base, known), formula.exp, known)
-        case sp.log():
-            run = range_of(formula.args[0], known)
-            _need(run[0] > ZERO, f"{formula} is the logarithm of what may not be positive")
-            return _along(_log, run)
         case sp.Indexed(args=(base, index)) if base == x and index.is_integer:
             range_of(index, known)
             return REAL
@@ -238,7 +232,7 @@ class Growth:
         return f"{printer.doprint(self.larger)} > {printer.doprint(self.smaller)}"
 
 
-def goals(claim: Any) -> Goals:
+def goals(claim: Any) -> tuple[tuple[Any, Any], ...]:
     """Give what has to be shown for a claim, as (start, end): an equation, or with None for an end, start > 0.
 
     Raises:
@@ -247,7 +241,7 @@ def goals(claim: Any) -> Goals:
     kind = type(claim)
     _need(kind in (sp.Equality, sp.StrictGreaterThan, Induction, Growth), f"{claim!r}: no equation, > or induction")
     parts = _examine(*(vars(claim).values() if kind in (Induction, Growth) else claim.args))
-    found: Goals
+    found: tuple[tuple[Any, Any], ...]
     if kind is sp.Equality:
         found = (parts,)
     elif kind is sp.StrictGreaterThan:

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import sympy as sp
-from sympy import Derivative, Limit, Subs, Sum, exp, log, sqrt
+from sympy import Derivative, Limit, Subs, Sum, exp, sqrt
 
 from momentum_fix.symbolic.letters import N, alpha, b, c, delta, h, j, k, m, n, old, p, q, s, t, tau, w, x, x0
 from momentum_fix.symbolic.proof import Growth, Induction, Step, Theorem, equal, goals, greater
@@ -181,8 +181,8 @@ def _size_of_the_effect() -> Proof:
     yield claim, "Statistics that drift by c per batch. Base: the first batch.", "Step: batch n + 1."
     claim = equal(Limit(c * n - drifting.subs(q, decay), n, sp.oo), c * mean_age(decay))
     yield claim, "The lag that stays is drift times mean age."
-    claim = equal(Subs(exp(-h * k * t), t, log(2) / (h * k)), sp.Rational(1, 2))
-    yield claim, "k passes halve a weight in 1/k of the batches."
+    claim = equal(Subs(q ** (k * t), t, s / k), q**s)
+    yield claim, "k passes keep as much after s/k batches as one pass after s: half of it, for example."
 
 
 def _small_momentum() -> Proof:
@@ -203,7 +203,7 @@ def _small_momentum() -> Proof:
     growth = -(q ** (1 / k)) / (k * correction(1 - q, k))
     yield equal(textbook, growth), "Textbook expression: relative error per relative error p of q, the rounded 1 - m."
     yield equal(Limit(m * growth.subs(q, 1 - m), m, 0, "+"), -1), "For small m: every digit is lost below 1e-16."
-    stable = Subs(Derivative(log(1 - exp(-s * (1 + p))), p), p, 0)
+    stable = Subs(Derivative(1 - exp(-s * (1 + p)), p), p, 0) / (1 - exp(-s))
     yield equal(stable, s / (exp(s) - 1)), "-expm1(-s) with s from log1p: the same per relative error p of s."
     yield equal(Limit(s / (exp(s) - 1), s, 0, "+"), 1), "For small s: no digit is lost."
 
