@@ -300,6 +300,12 @@ REFUSED = {
         ),
         NO_STEP,
     ),
+    "a step from elsewhere": (lambda: of(equal(m, (b + 1) ** 2), (b**2 + 2 * b + 1, (b + 1) ** 2)), NO_STEP),
+    "a step about what else is positive": (lambda: of(greater(-h, 0), ((h + 1) ** 2, h**2 + 2 * h + 1)), NO_STEP),
+    "a sum as small as one term": (
+        lambda: by(greater(1, Sum(q**j, (j, 1, 2))), 1 - Sum(q ** (j + 1), (j, 0, 1))),
+        NO_STEP,
+    ),
     "a step that says nothing": (lambda: of(equal(m, p), (m, m), (m, p)), "says nothing"),
     "a step with other sides": (lambda: of(equal(m, p), ((m + b) ** 2, m**2 + 2 * m * b + b**2)), NO_STEP),
     "a step backwards": (lambda: of(equal((h**2 + h) / h, h + 1), (h + 1, (h**2 + h) / h)), NO_STEP),
