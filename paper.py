@@ -27,11 +27,11 @@ CHANNELS, BATCHES = 2000, 150
 DRAWN = {"decay": plots.decay, "effective": plots.effective, "shares": plots.shares, "signal": plots.signal}
 
 
-def replayed(block, inputs, times, **options):
+def nested_checkpoints(block, inputs, times, **options):
     """Run a block so that one backward pass computes it `times` more times: checkpoints, one inside the other."""
     if times == 0:
         return block(inputs)
-    return checkpoint(lambda x: replayed(block, x, times - 1, **options), inputs, **options)
+    return checkpoint(lambda x: nested_checkpoints(block, x, times - 1, **options), inputs, **options)
 
 
 def counts():
@@ -65,7 +65,7 @@ def counts():
         checkpoint_sequential(norms, 2, x, use_reentrant=False).square().sum().backward()
 
     def deep(block, x):
-        replayed(block, x, 4, use_reentrant=True).square().sum().backward()
+        nested_checkpoints(block, x, 4, use_reentrant=True).square().sum().backward()
 
     def compiled(block, x):
         whole = torch.compile(lambda x: checkpoint(block, x, use_reentrant=False), backend="aot_eager")
@@ -87,14 +87,14 @@ def counts():
     }
 
 
-def train(momentum, replays, channels=CHANNELS, batches=BATCHES):
+def train(momentum, checkpoints, channels=CHANNELS, batches=BATCHES):
     """Run a real layer on batches of independent noise; give its buffers and its last gradient."""
     torch.manual_seed(0)
     layer = nn.BatchNorm1d(channels, momentum=momentum)
     for _ in range(batches):
         inputs = torch.randn(4, channels, requires_grad=True)
-        replayed(layer, inputs, replays, use_reentrant=True).pow(3).sum().backward()
-    assert layer.num_batches_tracked == batches * (replays + 1)
+        nested_checkpoints(layer, inputs, checkpoints, use_reentrant=True).pow(3).sum().backward()
+    assert layer.num_batches_tracked == batches * (checkpoints + 1)
     return layer.running_mean, layer.running_var, inputs.grad
 
 
@@ -105,7 +105,7 @@ def shares():
         sum(checkpoint(block, x, use_reentrant=False).square().sum() for x in inputs).backward()
 
     def gpipe(block, inputs):
-        stage = PipelineStage(Replayed(block), 0, 1, torch.device("cpu"))
+        stage = PipelineStage(Checkpointed(block), 0, 1, torch.device("cpu"))
         schedule = ScheduleGPipe(stage, len(inputs), loss_fn=lambda y, target: (y - target).square().sum())
         for _ in range(2):  # the first time, the schedule also runs the stage to see the shape of what it gives
             block.reset_running_stats()
@@ -152,13 +152,13 @@ def gradients():
     plain = partial(checkpoint, use_reentrant=False)
     return {
         "reads": gradient(lambda module, batch: module(batch)),
-        "reads_replayed": gradient(plain),
+        "reads_plain": gradient(plain),
         "reads_corrected": gradient(plain, corrected_momentum(0.1, 2)),
         "reads_preserved": gradient(partial(plain, context_fn=preserve_state)),
     }
 
 
-class Replayed(nn.Module):
+class Checkpointed(nn.Module):
     """A block under a checkpoint, as a pipeline's stage has to be a module."""
 
     def __init__(self, block):
@@ -220,6 +220,7 @@ def numbers():
             f"effective_{passes}": f"{effective_momentum(0.1, passes):.3f}",
             f"noise_{passes}": f"{symbolic.noise_ratio(0.9, passes):.2f}",
             f"age_{passes}": f"{symbolic.mean_age(decay):.1f}",
+            f"fresher_{passes}": f"{symbolic.mean_age(0.9) / symbolic.mean_age(decay):.1f}",
             f"half_{passes}": f"{math.log(0.5) / math.log(decay):.1f}",
             f"corrected_{passes}": f"{corrected_momentum(0.1, passes):.4f}",
         }

@@ -20,7 +20,9 @@ if __name__ == "__main__":
         for path in sorted(HERE.glob("*.ipynb")):
             notebook = nbformat.read(path, as_version=4)
             metadata = notebook.metadata.copy()
-            NotebookClient(notebook, record_timing=False, resources={"metadata": {"path": str(HERE.parent)}}).execute()
+            NotebookClient(
+                notebook, record_timing=False, coalesce_streams=True, resources={"metadata": {"path": str(HERE.parent)}}
+            ).execute()
             notebook.metadata = metadata  # without the version of the Python that ran it
             nbformat.write(notebook, path)
             print(f"notebooks/{path.name} is up to date")

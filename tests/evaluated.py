@@ -1,4 +1,4 @@
-"""Claims in numbers, without SymPy: by quadrature, by adding up, by coming close. And false versions of claims."""
+"""Claims in numbers, without SymPy: by adding up, by coming close. And false versions of claims."""
 
 import contextlib
 import random
@@ -33,23 +33,13 @@ def value(formula, numbers):
             return mpmath.exp(value(formula.exp, numbers))
         case sp.Pow():
             return value(formula.base, numbers) ** value(formula.exp, numbers)
-        case sp.log():
-            return mpmath.log(value(formula.args[0], numbers))
         case sp.Indexed():
             return mpmath.cos(7 * value(formula.indices[0], numbers))
-        case sp.core.function.AppliedUndef():
-            letter = sum(map(ord, formula.name)) % 17
-            return 1 + mpmath.exp(letter * value(formula.args[0], numbers) / 17) / (letter + 1)
         case sp.Sum():
             (symbol, first, last), *outer = formula.limits
             first, last = (int(value(end, numbers)) for end in (first, last))
             assert not outer
             return mpmath.fsum(value(formula.function, {**numbers, symbol: i}) for i in range(first, last + 1))
-        case sp.Integral():
-            *inner, (symbol, first, last) = formula.limits
-            body = sp.Integral(formula.function, *inner) if inner else formula.function
-            ends = [value(end, numbers) for end in (first, last)]
-            return mpmath.quad(lambda v: value(body, {**numbers, symbol: v}), ends, maxdegree=4)
         case sp.Limit(args=(function, symbol, point, side)):
             near = 1 / CLOSE if point is sp.oo else value(point, numbers) + int(f"{side}1") * CLOSE
             return value(function, {**numbers, symbol: near})

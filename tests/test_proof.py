@@ -11,14 +11,15 @@ from sympy import Derivative, Integral, Limit, Subs, Sum, exp, log, oo, sqrt
 from evaluated import counterexample, letters, mutants, numbers_for, value
 from momentum_fix import symbolic
 from momentum_fix.symbolic import proof
-from momentum_fix.symbolic.letters import LETTERS, N, alpha, b, delta, h, j, k, m, n, old, p, q, s, t, u, w, x, x0
+from momentum_fix.symbolic.letters import LETTERS, alpha, b, delta, h, j, k, m, n, old, p, q, s, t, w, x, x0
 from momentum_fix.symbolic.proof import Growth, Induction, ProofError, Step, Theorem, equal, greater, range_of
 from momentum_fix.symbolic.theorems import correction, effective, theorems
 
 one, half = sp.Integer(1), sp.Rational(1, 2)
 few, many = exp(-h / (n + 1)), exp(-h)  # 1 minus the corrected momentum of n + 1 passes, and 1 - m
 y, z = sp.symbols("y z", real=True)
-f, g = (sp.Function(name, real=True)(w) for name in "fg")
+u = sp.Symbol("u", positive=True)
+f = sp.Function("f", real=True)(w)
 
 
 def of(claim, *steps, words=""):
@@ -55,22 +56,19 @@ TRUE = {
     "a root": lambda: same(Subs(effective(p, k), p, correction(m, k)), m),
     "division by what is positive": lambda: same((h**2 + h) / h, h + 1),
     "division by what is negative": lambda: same((q**2 - 1) / (q - 1) ** 3, (q + 1) / (q - 1) ** 2),
-    "a logarithm": lambda: same(log(exp(b) * (1 + h)), b + log(1 + h)),
     "a limit at the end of [0, 1]": lambda: same(Limit((1 - m**k) / (1 - m), m, 1, "-"), k),
     "a limit at infinity": lambda: same(Limit(n / (n + h), n, oo), 1),
-    "an integral": lambda: by(greater(1, exp(-h)), Integral(exp(-u), (u, 0, h))),
-    "an integral over [0, 1]": lambda: same(Integral(m * b, (m, 0, 1)), b / 2),
-    "two integrals": lambda: same(Integral(t, (t, 0, s), (s, 0, h)), h**3 / 6),
-    "an inner integral within the outer one": lambda: same(Integral(1, (s, t, 1), (t, 0, 1)), half),
+    "what is positive": lambda: by(greater(1, exp(-h)), (1 - exp(-2 * h)) / (1 + exp(-h))),
+    "what is positive in a letter of its own": lambda: by(greater(m + 1, 0), (exp(h) + exp(h) * m) * exp(-h)),
+    "a square of what may be negative": lambda: by(greater(b**2 + 2 * b * x0 + x0**2 + 1, 0), (b + x0) ** 2 + 1),
+    "an odd power of what may be negative": lambda: same((b - 1) ** 3, b**3 - 3 * b**2 + 3 * b - 1),
+    "an odd power of what is below -1": lambda: by(greater(8, (q - 2) ** 3), 8 + (2 - q) ** 3),
     "a sum that may be empty": lambda: same(Sum(b, (j, 1, n - 1)), b * (n - 1)),
-    "a derivative": lambda: same(Derivative(f * b, w), Derivative(f, w) * b),
-    "a chain": lambda: of(
-        equal((m + 1) ** 2, m**2 + 2 * m + 1), ((m + 1) ** 2, m * (m + 2) + 1), (m * (m + 2) + 1, m**2 + 2 * m + 1)
-    ),
+    "a derivative": lambda: same(Derivative(z**2 * b, z), 2 * z * b),
     "a sum of numbers": lambda: at_once(Induction(n * (n + 1) / 2, old + n + 1, count=n, initial=0)),
     "a sum by k": lambda: at_once(Induction(k**2, old + 2 * k + 1, count=k, initial=0)),
     "a sum of statistics": lambda: at_once(Induction(x0 + Sum(x[j], (j, 1, n)), old + x[n + 1], count=n)),
-    "growth": lambda: of(Growth(2**n, n, n), (1, Integral(1, (u, 0, 1))), (2 ** (n + 1) - 2**n - 1, 2**n - 1)),
+    "growth": lambda: of(Growth(2**n, n, n), (1, Sum(1, (j, 1, 1))), (2 ** (n + 1) - 2**n - 1, 2**n - 1)),
 }
 
 LEFT = Integral(u**u, (u, 1, 2))  # which SymPy does not work out
@@ -107,29 +105,36 @@ REFUSED = {
     "a step between words": (lambda: of(equal(m, p), (m, "p"), ("p", p)), "cannot be worked out"),
     "a matrix": (lambda: same(sp.MatrixSymbol("M", 1, 1), sp.MatrixSymbol("M", 1, 1) * 2), UNKNOWN),
     # greater
-    "0 is greater than 3/2": (lambda: by(greater(0, 3 * half), Integral(u, (u, -2, -1))), LEAVES),
-    "a negative square is positive": (lambda: by(greater(-4 * h**2, 0), Integral(u, (u, -3 * h, -h))), LEAVES),
+    "0 is greater than 3/2": (lambda: by(greater(0, 3 * half), Integral(u, (u, -2, -1))), UNKNOWN),
+    "a negative square is positive": (lambda: by(greater(-4 * h**2, 0), Integral(u, (u, -3 * h, -h))), UNKNOWN),
     "the corrected momentum is larger than m": (
         lambda: by(greater(1 - few, 1 - many), Integral(2 * u * exp(-s) / 3, (s, h / (n + 1), h), (u, -2, -1))),
-        LEAVES,
+        UNKNOWN,
     ),
-    "an integral that runs backwards": (lambda: by(greater(-h, 0), Integral(1, (u, h, 0))), "run backwards"),
-    "an integral that may run backwards": (lambda: by(greater(t - s, 0), Integral(1, (u, s, t))), "run backwards"),
-    "an integral that may be over nothing": (lambda: by(greater(m, 0), Integral(1, (u, 0, m))), NO_STEP),
-    "an integral of what may be 0": (lambda: by(greater(m, 0), Integral(m, (u, 0, 1))), NO_STEP),
+    "an integral that runs backwards": (lambda: by(greater(-h, 0), Integral(1, (u, h, 0))), UNKNOWN),
+    "an integral that may run backwards": (lambda: by(greater(t - s, 0), Integral(1, (u, s, t))), UNKNOWN),
+    "an integral that may be over nothing": (lambda: by(greater(m, 0), Integral(1, (u, 0, m))), UNKNOWN),
+    "an integral of what may be 0": (lambda: by(greater(m, 0), Integral(m, (u, 0, 1))), UNKNOWN),
     "an inner integral that may run backwards": (
         lambda: by(greater(-half, 0), Integral(1, (s, 1, t), (t, 0, 1))),
-        "run backwards",
+        UNKNOWN,
     ),
-    "an integral that leaves [0, 1]": (lambda: by(greater(3 * half, 0), Integral(1 - m, (m, 2, 3))), LEAVES),
+    "an integral that leaves [0, 1]": (lambda: by(greater(3 * half, 0), Integral(1 - m, (m, 2, 3))), UNKNOWN),
     "a square is positive": (lambda: by(greater(b**2 + 2 * b * m + m**2, 0), (b + m) ** 2), NO_STEP),
     "1 is greater than 1": (lambda: of(greater(1, 1)), NO_STEP),
     "1 or more is greater than 1": (lambda: of(greater(n**2 + n, 2), (n**2 + n - 2, (n - 1) * (n + 2))), NO_STEP),
     "one pass does more than one": (lambda: by(greater(q, q**k), q * (1 - q ** (k - 1))), NO_STEP),
     "at both ends of [0, 1]": (lambda: by(greater(m, m**2), m * (1 - m)), NO_STEP),
     "what may be negative": (lambda: by(greater(b, x0), (b**2 - x0**2) / (b + x0)), DEFINED),
-    "a step that only looks so": (lambda: by(greater(exp(-h), 1), Integral(exp(-u), (u, 0, h))), WRONG),
-    "swapped": (lambda: by(greater(exp(-h), 1), -Integral(exp(-u), (u, 0, h))), NO_STEP),
+    "a step that only looks so": (lambda: by(greater(exp(-h), 1), 1 - exp(-h)), WRONG),
+    "swapped": (lambda: by(greater(exp(-h), 1), (exp(-2 * h) - 1) / (1 + exp(-h))), NO_STEP),
+    "what may be 0": (lambda: by(greater(m**2 + m, 0), m * (m + 1)), NO_STEP),
+    "what is 0 at an end": (lambda: by(greater(n * (n + 1), 2), (n - 1) * (n + 2)), NO_STEP),
+    "what is negative": (lambda: by(greater(-(m**2) - m - 1, 0), -m * (m + 1) - 1), NO_STEP),
+    "a negative odd power is positive": (lambda: by(greater((q - 2) ** 3, 0), -((2 - q) ** 3)), NO_STEP),
+    "an odd power over 0 is positive": (lambda: by(greater(b**3 + 1, 0), b * b**2 + Sum(1, (j, 1, 1))), NO_STEP),
+    "an odd power of 1/0": (lambda: same((b**2 + b) / b**2 / b, (b + 1) / b**2), DEFINED),
+    "a place below [0, 1]": (lambda: by(greater(3 * half, 0), Subs(1 - m, m, -half)), LEAVES),
     "what an infinite limit leaves": (
         lambda: by(greater(exp(-Limit(1 / m, m, 0)), 0), 2 * exp(-Limit(1 / m, m, 0))),
         UNKNOWN,
@@ -147,9 +152,9 @@ REFUSED = {
     "a quotient on both sides": (lambda: same(1 / m + b, b + 1 / m + m - m**2 / sqrt(m**2)), DEFINED),
     "a negative power at 0": (lambda: same(alpha ** (n - j) * alpha**j, alpha**n), DEFINED),
     "a root of what may be negative": (lambda: same(sqrt(b) * sqrt(b - 1), sqrt(b * (b - 1))), DEFINED),
-    "a root of a function": (lambda: same(sqrt(f) * sqrt(f + 1), sqrt(f * (f + 1))), DEFINED),
+    "a function": (lambda: same((f + 1) ** 2, f**2 + 2 * f + 1), UNKNOWN),
     "a power of -1": (lambda: same((-1) ** k * (-1) ** (k + 1), 1), DEFINED),
-    "a logarithm of 0": (lambda: same(log(m) * 2, log(m**2)), "logarithm of what may not be positive"),
+    "a logarithm of 0": (lambda: same(log(m) * 2, log(m**2)), UNKNOWN),
     "a geometric sum at 1": (lambda: same(Sum(alpha**j, (j, 0, n)), (1 - alpha ** (n + 1)) / (1 - alpha)), DEFINED),
     "a sum with a case distinction": (
         lambda: same((1 + b) * Sum(q**j, (j, 0, n)), Sum(q**j, (j, 0, n)) + b * Sum(q**j, (j, 0, n))),
@@ -163,10 +168,10 @@ REFUSED = {
     "complex infinity": (lambda: same(sp.zoo, 1), UNKNOWN),
     "an infinite integral": (lambda: same(Integral(exp(-h * u), (u, 0, oo)), 1 / h), UNKNOWN),
     "an integral that diverges": (lambda: same(Integral(1 / u, (u, 0, 1)), Integral(2 / u, (u, 0, 1))), UNKNOWN),
-    "an integral across a pole": (lambda: same(Integral(1 / z**2, (z, -1, 1)), -2), DEFINED),
+    "an integral across a pole": (lambda: same(Integral(1 / z**2, (z, -1, 1)), -2), UNKNOWN),
     "an infinite sum": (lambda: same(Sum(exp(-h * j), (j, 0, oo)), 1 / (1 - exp(-h))), UNKNOWN),
-    "an integral without ends": (lambda: same(Integral(2 * u, u), h**2), "bound in one place"),
-    "an integral with one end": (lambda: same(Integral(2 * u, (u, h)), h**2), "cannot be worked out"),
+    "an integral without ends": (lambda: same(Integral(2 * u, u), h**2), UNKNOWN),
+    "an integral with one end": (lambda: same(Integral(2 * u, (u, h)), h**2), UNKNOWN),
     "a sum that runs backwards": (lambda: same(Sum(j, (j, 5, 3)), -4), "run backwards"),
     "a sum that may run backwards": (
         lambda: same(Sum(j, (j, n, k)), Sum(j, (j, 0, k)) - Sum(j, (j, 0, n - 1))),
@@ -176,7 +181,7 @@ REFUSED = {
     "a sum from below 0": (lambda: same(Sum(j, (j, -1, 1)), 0), LEAVES),
     "a sum over real numbers": (lambda: same(Sum(u, (u, 1, 3)), 6), "sums run over integers"),
     "a sum to a real number": (lambda: same(Sum(j, (j, 1, h + 1)), (h + 1) * (h + 2) / 2), "does not stay an integer"),
-    "an integral over integers": (lambda: same(Integral(k, (k, 1, 3)), 4), "sums run over integers"),
+    "an integral over integers": (lambda: same(Integral(k, (k, 1, 3)), 4), UNKNOWN),
     "a limit from the left of 0": (lambda: same(Limit(sqrt(m**2) / m, m, 0, "-"), 1), "comes near 0"),
     "a limit from the right of 1": (lambda: same(Limit(m, m, 1, "+"), 1), "comes near 1"),
     "a limit from both sides": (lambda: same(Limit(h, h, 1, "+-"), 1), "comes near 1"),
@@ -184,7 +189,7 @@ REFUSED = {
     "a limit of integers at 1": (lambda: same(Limit(n, n, 1), 1), "does not stay an integer"),
     "a limit at a letter": (lambda: same(Limit(t, t, h), h), "comes near h"),
     "a limit that SymPy cannot tell": (lambda: same(Limit(h**s / s, s, oo), 0), "Result depends on the sign"),
-    "an integral that SymPy leaves": (lambda: same(LEFT + (1 + b) ** 2, LEFT + 1 + 2 * b + b**2), "is not worked out"),
+    "an integral that SymPy leaves": (lambda: same(LEFT + (1 + b) ** 2, LEFT + 1 + 2 * b + b**2), UNKNOWN),
     "a place that is negative": (lambda: same(Subs(sqrt(u**2), u, -2), -2), LEAVES),
     "a place at the end of (0, 1)": (lambda: same(Subs(q * b + 1, q, m), m * b + 1), LEAVES),
     "a place outside of [0, 1]": (lambda: same(Subs(1 - m, m, 1 + h), -h), LEAVES),
@@ -218,7 +223,7 @@ REFUSED = {
     # letters
     "another m": (lambda: same(sp.Symbol("m", real=True), m), "is not the m"),
     "an m that is negative": (lambda: by(greater(-sp.Symbol("m", negative=True), 0), 1), "is not the m"),
-    "a function called m": (lambda: same(sp.Function("m", real=True)(w), m), "is not the m"),
+    "a function called m": (lambda: same(sp.Function("m", real=True)(w), m), UNKNOWN),
     "a dummy": (lambda: same(sp.Dummy("o", real=True), m), NO_NUMBER),
     "a dummy called m": (lambda: same(sp.Dummy("m", real=True), m), "is not the _m"),
     "two letters called z": (lambda: same(z, sp.Symbol("z", positive=True)), "is not the z"),
@@ -241,14 +246,6 @@ REFUSED = {
     "a complex letter": (lambda: same(sp.Symbol("o") * 2, 3 * sp.Symbol("o")), NO_NUMBER),
     "an even letter": (lambda: same((-1) ** sp.Symbol("o", even=True), sp.Symbol("o", even=True)), NO_NUMBER),
     "letters that do not commute": (lambda: same(*(sp.Symbol("o", commutative=False) * v for v in (1, 2))), NO_NUMBER),
-    "a letter that the claim does not have": (
-        lambda: of(
-            equal((m + 1) ** 2, m**2 + 2 * m + 1),
-            ((m + 1) ** 2, (exp(h) + exp(h) * m) * (m + 1) * exp(-h)),
-            ((exp(h) + exp(h) * m) * (m + 1) * exp(-h), m**2 + 2 * m + 1),
-        ),
-        "does not hold all of",
-    ),
     # inductions
     "a wrong base": (lambda: at_once(Induction(n**2 + 1, old + 2 * n + 1, n, 0)), WRONG),
     "a wrong step": (lambda: at_once(Induction(n**2, old + n + 1, n, 0)), WRONG),
@@ -281,15 +278,15 @@ REFUSED = {
         WRONG,
     ),
     "growth from below": (
-        lambda: of(Growth(2 * n, n + 1, n), (sp.Integer(0), 0), (one, Integral(1, (u, 0, 1)))),
+        lambda: of(Growth(2 * n, n + 1, n), (sp.Integer(0), 0), (one, Sum(1, (j, 1, 1)))),
         "nothing",
     ),
-    "growth that stops": (lambda: of(Growth(2 - q**n, 1, n), (1 - q, Integral(1, (u, q, 1)))), NO_STEP),
+    "growth that stops": (lambda: of(Growth(2 - q**n, 1, n), (1 - q, (1 - q**2) / (1 + q))), NO_STEP),
     "growth downwards": (
-        lambda: of(Growth(4 - n, 1, n), (2, Integral(1, (u, 0, 2))), (-one, Integral(-1, (u, 0, 1)))),
+        lambda: of(Growth(4 - n, 1, n), (2, Sum(1, (j, 1, 2))), (-one, Sum(-1, (j, 1, 1)))),
         NO_STEP,
     ),
-    "growth of a real number": (lambda: of(Growth(z + 1, z, z), (1, Integral(1, (u, 0, 1)))), "an induction over z"),
+    "growth of a real number": (lambda: of(Growth(z + 1, z, z), (1, Sum(1, (j, 1, 1)))), "an induction over z"),
     # proofs
     "no claim": (lambda: Theorem("Empty", "", (), ()), "prove nothing that is claimed"),
     "no claim, but a step": (lambda: Theorem("Empty", "", (), (Step(m + m * b, m * (1 + b), ""),)), "prove nothing"),
@@ -297,6 +294,18 @@ REFUSED = {
     "no step to what is seen": (lambda: of(greater(1, exp(-h))), NO_STEP),
     "a claim that says nothing": (lambda: of(equal(m, m)), "says nothing"),
     "an induction that says nothing": (lambda: of(Induction(x0, old, n)), "says nothing"),
+    "two steps where one is needed": (
+        lambda: of(
+            equal((m + 1) ** 2, m**2 + 2 * m + 1), ((m + 1) ** 2, m * (m + 2) + 1), (m * (m + 2) + 1, m**2 + 2 * m + 1)
+        ),
+        NO_STEP,
+    ),
+    "a step from elsewhere": (lambda: of(equal(m, (b + 1) ** 2), (b**2 + 2 * b + 1, (b + 1) ** 2)), NO_STEP),
+    "a step about what else is positive": (lambda: of(greater(-h, 0), ((h + 1) ** 2, h**2 + 2 * h + 1)), NO_STEP),
+    "a sum as small as one term": (
+        lambda: by(greater(1, Sum(q**j, (j, 1, 2))), 1 - Sum(q ** (j + 1), (j, 0, 1))),
+        NO_STEP,
+    ),
     "a step that says nothing": (lambda: of(equal(m, p), (m, m), (m, p)), "says nothing"),
     "a step with other sides": (lambda: of(equal(m, p), ((m + b) ** 2, m**2 + 2 * m * b + b**2)), NO_STEP),
     "a step backwards": (lambda: of(equal((h**2 + h) / h, h + 1), (h + 1, (h**2 + h) / h)), NO_STEP),
@@ -362,10 +371,8 @@ def test_sympy_objects_where_numbers_are_wrong(theorem, monkeypatch, nothing_kno
 def test_a_sum_is_split_after_n_alone_and_only_upwards(monkeypatch, nothing_known):
     monkeypatch.setattr(proof, "_is_zero_in_numbers", lambda difference: True)
     upto = [Sum(x[j], (j, 1, last)) for last in (n - 1, n, n + 2, n + k)]
-    double = Sum(x[j], (j, 1, n + 1), (N, 1, 2))
-    assert double.replace(Sum, proof._split) == double
     same(upto[2], upto[1] + x[n + 1] + x[n + 2]).prove()
-    for different in ((upto[1], upto[0]), (upto[2], upto[1]), (upto[3], upto[1]), (double, Sum(x[j], (j, 1, n + 1)))):
+    for different in ((upto[1], upto[0]), (upto[2], upto[1]), (upto[3], upto[1])):
         with pytest.raises(ProofError, match=WRONG):
             same(*different).prove()
 
@@ -378,8 +385,9 @@ def test_a_claim_with_a_wrong_number_sign_exponent_or_relation_is_refused(theore
     claim = theorem.claims[number]
     *versions, swapped = mutants(claim)
     assert counterexample(claim) is None
-    assert counterexample(swapped)
-    wrong = list(filter(counterexample, random.Random(1).sample(versions, min(6, len(versions)))))
+    assert counterexample(swapped) is not None
+    sample = random.Random(1).sample(versions, min(6, len(versions)))
+    wrong = [version for version in sample if counterexample(version) is not None]
     for version in (swapped, *wrong):
         claims = (*theorem.claims[:number], version, *theorem.claims[number + 1 :])
         with pytest.raises(ProofError):
@@ -400,10 +408,8 @@ def made_up(rng, depth):
         lambda: first / second,
         lambda: first ** rng.choice([2, 3, -1, -2, half, k, 1 / k, -n, j, h, q]),
         lambda: exp(-first),
-        lambda: log(first),
         lambda: Sum(first + j * b, (j, 1, n)),
         lambda: Subs(first, m, rng.choice([p * q, 1 - q, p / 2, exp(-h)])),
-        lambda: Integral(first * rng.choice([one, u, exp(-u), 1 / (1 + u)]), (u, 0, h)),
         lambda: Limit(first, m, 0),
         lambda: Derivative(first, q),
     ]
@@ -438,7 +444,7 @@ def test_a_letter_stands_for_what_its_page_says():
     said = {
         "m, p, alpha, delta and tau lie in [0, 1]": (proof.ZERO, proof.ONE),
         "q in (0, 1)": inside,
-        "h, s, t, u and epsilon are positive": positive,
+        "h, s, t and epsilon are positive": positive,
         "V, V' and v are not negative": (proof.ZERO, proof.REAL[1]),
         "k and n are 1, 2, and so on": (proof.ONE, proof.REAL[1]),
         "j and N may also be 0": (proof.ZERO, proof.REAL[1]),

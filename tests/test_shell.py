@@ -70,7 +70,7 @@ def test_prove_prints_every_theorem_its_claims_and_then_a_tick_for_every_step(ca
         shown = out[place:after]
         assert shown.count("claim: ") == len(theorem.claims)
         assert shown.rindex("claim: ") < shown.index("✓")
-    assert "claim: 1 - exp(-h) > 1 - exp(-h/(n + 1))\n" in out
+    assert "claim: 1 - q**(n + 1) > 1 - q\n" in out
     assert (
         "claim: R_k = R_0*alpha**k + b*(1 - alpha**k), for R_(k + 1) = R_k*alpha + b*(1 - alpha) and R_0 = R_0\n" in out
     )

@@ -18,11 +18,10 @@ CLAIMS = {
     for theorem in symbolic.theorems()
     for number, claim in enumerate(theorem.claims, start=1)
 }
-# What is no polynomial: limits, sums of statistics, roots, and exp(s) > 1 + s. In the other two a power of
-# exp(-h/(n + 1)) is exp(-h), which z3 sees only where n is a number: below.
+# What is no polynomial: limits, sums of statistics and roots.
 BEYOND = """Whole trajectory-2, Cumulative average-3, Order-1, Size of the effect-2, Size of the effect-5,
-Size of the effect-8, Size of the effect-9, Size of the effect-12, Small momentum-1, Small momentum-2, Small momentum-3,
-Small momentum-4, Small momentum-6, Small momentum-8, Gradients-2, Gradients-4""".replace("\n", " ").split(", ")
+Size of the effect-8, Size of the effect-9, Size of the effect-12, Small momentum-3, Small momentum-4, Small momentum-6,
+Small momentum-8, Gradients-2""".replace("\n", " ").split(", ")
 WITHIN = [name for name in CLAIMS if name not in BEYOND]
 
 
@@ -45,7 +44,7 @@ class Real:
     def read(self, formula):
         if formula.is_Rational:
             return z3.Q(formula.p, formula.q)
-        if formula.is_Symbol or isinstance(formula, sp.core.function.AppliedUndef):
+        if formula.is_Symbol:
             return self.variable(formula, range_of(formula))
         if formula.is_Add or formula.is_Mul:
             return (z3.Sum if formula.is_Add else z3.Product)([self.read(part) for part in formula.args])
@@ -78,7 +77,11 @@ def numbers(*facts, but=()):
     solver.add(*reals.bounds)
     assert solver.check() == z3.sat  # else it proves anything
     solver.add(*facts, *([z3.Not(z3.And(but))] if but else []))
-    answer = solver.check()
+    for seed in range(3):  # it may give up, on a busy machine above all
+        solver.set("random_seed", seed)
+        answer = solver.check()
+        if answer != z3.unknown:
+            break
     assert answer != z3.unknown, (facts, but)
     return solver.model() if answer == z3.sat else None
 
@@ -103,7 +106,7 @@ def test_z3_finds_numbers_for_which_a_false_version_fails(name):
     *versions, swapped = mutants(CLAIMS[name])
     versions = [swapped, *random.Random(1).sample(versions, min(6, len(versions)))]
     found = []
-    for claim in filter(counterexample, versions):
+    for claim in (version for version in versions if counterexample(version) is not None):
         with contextlib.suppress(ProofError):  # not even defined
             found.append(goals(claim))
     assert found

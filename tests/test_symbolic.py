@@ -133,7 +133,7 @@ def test_all_proofs_together_take_a_few_seconds():
 def test_theorems_are_frozen_data_in_the_order_of_the_argument():
     assert [theorem.name for theorem in THEOREMS] == [
         "Double update",
-        "k passes",
+        "Several passes",
         "Correction",
         "Whole trajectory",
         "Cumulative average",
@@ -163,7 +163,7 @@ def test_theorems_show_themselves_briefly_and_their_claims_as_formulas(theorem):
 
 
 def test_an_induction_is_shown_with_what_it_solves():
-    passes, variance = NAMED["k passes"].claims[0], NAMED["Size of the effect"].claims[0]
+    passes, variance = NAMED["Several passes"].claims[0], NAMED["Size of the effect"].claims[0]
     assert sp.latex(passes).startswith(r"R_{k} = R_{0} \alpha^{k}")
     assert sp.latex(passes).endswith(r"\quad\text{for}\quad R_{k + 1} = R_{k} \alpha + b \left(1 - \alpha\right)")
     assert sp.latex(variance).endswith(r",\ R_0 = V")

@@ -9,18 +9,15 @@ from functools import cache, reduce
 from typing import Any
 
 import sympy as sp
-from sympy import Derivative, Integral, Limit, Subs, Sum, oo
-from sympy.core.function import AppliedUndef
+from sympy import Derivative, Limit, Subs, Sum, oo
 
 from momentum_fix.symbolic.letters import LETTERS, UNIT, n, old, q, x, x0
 
 # An end of a range is a number or an infinity, and 0 if it is reached, 1 or -1 if all else lies above or below it: such
-# pairs are ordered as the ends are.
-End = tuple[Any, Any]
-Range = tuple[End, ...]  # the lower and the upper one
+# pairs are ordered as the ends are. SymPy's own intervals forget which ends are reached when they are multiplied.
+Range = tuple[tuple[Any, Any], ...]  # the lower end and the upper one
 ZERO, ONE, REAL = (sp.Integer(0), 0), (sp.Integer(1), 0), ((-oo, 1), (oo, -1))
 FREE: Mapping[Any, Range] = {}  # what bound symbols run through: where none is
-Goals = tuple[tuple[Any, Any], ...]
 
 
 class ProofError(ArithmeticError):
@@ -53,21 +50,16 @@ def domain(symbol: Any) -> Range:
     plain = type(symbol) is sp.Symbol and symbol == sp.Symbol(symbol.name, **dict.fromkeys(kinds, True))
     _need(plain and "real" in kinds, f"{symbol} is not a real number or an integer")
     high = ONE if symbol in UNIT else (sp.Integer(1), -1) if symbol == q else REAL[1]
-    if "positive" in kinds:
-        return (ONE if "integer" in kinds else (sp.Integer(0), 1)), high
-    return (ZERO if "nonnegative" in kinds else REAL[0]), high
+    positive = ONE if "integer" in kinds else (sp.Integer(0), 1)
+    return (positive if "positive" in kinds else ZERO if "nonnegative" in kinds else REAL[0]), high
 
 
 def _plus(one: Range, other: Range) -> Range:
     return tuple((v + w, sp.sign(e + f)) for (v, e), (w, f) in zip(one, other, strict=True))
 
 
-def _minus(one: Range) -> Range:
-    return tuple((-value, -side) for value, side in reversed(one))
-
-
 def _times(one: Range, other: Range) -> Range:
-    def product(v: Any, e: Any, w: Any, f: Any) -> End:
+    def product(v: Any, e: Any, w: Any, f: Any) -> tuple[Any, Any]:
         sign, other_sign = sp.sign(v) or e, sp.sign(w) or f
         if v and w:
             return v * w, sp.sign(other_sign * e + sign * f)
@@ -85,15 +77,13 @@ def _log(value: Any) -> Any:
     return sp.log(value) if value else -oo
 
 
-def _power(formula: Any, base: Range, by: Range) -> Range:
-    (low, high), exponent = base, formula.exp
-    if low < ZERO and exponent.is_Integer:
-        if exponent % 2 == 0:
-            base = max(ZERO, low, _minus(base)[0]), max(high, _minus(base)[1])
-        elif high < ZERO:
-            return _minus(_power(formula, _minus(base), by))
-        elif exponent > 0:
-            return _along(lambda value: value**exponent, base)
+def _power(formula: Any, base: Range, exponent: Any, known: Mapping[Any, Range]) -> Range:
+    if base[0] < ZERO and exponent.is_Integer:
+        if exponent % 2:
+            return _times(base, _power(formula, base, exponent - 1, known))
+        low, high = ((-value, -side) for value, side in base)
+        base = max(ZERO, high), max(base[1], low)
+    by = range_of(exponent, known)
     defined = base[0] > ZERO or base[0] == ZERO < by[0]
     _need(defined, f"{formula} may divide by 0, be 0**0, or be a power of what is negative")
     found = _along(sp.exp, _times(_along(_log, base), by))
@@ -101,7 +91,7 @@ def _power(formula: Any, base: Range, by: Range) -> Range:
 
 
 def _bind(known: Mapping[Any, Range], symbol: Any, run: Range, whole: Any) -> Mapping[Any, Range]:
-    """Add what a symbol runs through where a sum, an integral, a limit or a substitution binds it."""
+    """Add what a symbol runs through where a sum, a limit or a substitution binds it."""
     low, high = domain(symbol)
     _need(symbol not in known, f"{symbol} is bound twice")
     _need(low <= run[0] and run[1] <= high, f"{symbol} leaves the numbers that it stands for")
@@ -125,36 +115,24 @@ def range_of(formula: Any, known: Mapping[Any, Range] = FREE) -> Range:
         case sp.exp():
             return _along(sp.exp, range_of(formula.exp, known))
         case sp.Pow():
-            return _power(formula, range_of(formula.base, known), range_of(formula.exp, known))
-        case sp.log():
-            run = range_of(formula.args[0], known)
-            _need(run[0] > ZERO, f"{formula} is the logarithm of what may not be positive")
-            return _along(_log, run)
+            return _power(formula, range_of(formula.base, known), formula.exp, known)
         case sp.Indexed(args=(base, index)) if base == x and index.is_integer:
             range_of(index, known)
             return REAL
-        case AppliedUndef(args=(sp.Symbol(),)) if formula.is_real:
-            return (ZERO if formula.is_nonnegative else REAL[0]), REAL[1]
-        case Sum() | Integral():
-            discrete, lengths, inner = int(isinstance(formula, Sum)), [], known
-            for symbol, first, last in reversed(formula.limits):  # the outermost first
-                (low, _), (_, high) = range_of(first, inner), range_of(last, inner)
-                lengths.append(range_of(sp.factor(last - first + discrete), inner))
-                _need(lengths[-1][0] >= ZERO, f"{formula} may run backwards")
-                _need(bool(symbol.is_integer) == discrete, f"{symbol}: sums run over integers, and integrals do not")
-                run = (low, high) if discrete else ((low[0], 1), (high[0], -1))
-                inner = _bind(inner, symbol, run, first.is_integer and last.is_integer)
-            found = reduce(_times, lengths, range_of(formula.function, inner))
-            if not discrete:
-                _worked_out(formula, known)
-            return found
+        case Sum(limits=(limits,)):
+            symbol, first, last = limits
+            length = range_of(last - first + 1, known)
+            _need(length[0] >= ZERO, f"{formula} may run backwards")
+            _need(symbol.is_integer, f"{symbol}: sums run over integers")
+            run = range_of(first, known)[0], range_of(last, known)[1]
+            known = _bind(known, symbol, run, first.is_integer and last.is_integer)
+            return _times(length, range_of(formula.function, known))
         case Limit(args=(function, symbol, point, side)):
             (low, _), (high, _) = domain(symbol)
             near = ((point, 1), (high, -1)) if str(side) == "+" else ((low, 1), (point, -1))
             numeric = (point.is_Rational or point.is_infinite) and str(side) != "+-"
             _need(numeric and near[0] < near[1], f"{formula}: nothing that {symbol} stands for comes near {point}")
             range_of(function, _bind(known, symbol, near, point.is_infinite))
-            return _worked_out(formula, known)
         case Subs():
             for symbol, point in zip(formula.variables, formula.point, strict=True):
                 known = _bind(known, symbol, range_of(point, known), point.is_integer)
@@ -162,15 +140,9 @@ def range_of(formula: Any, known: Mapping[Any, Range] = FREE) -> Range:
         case Derivative():
             range_of(formula.expr, known)
             _need(not any(v.is_integer for v in formula.variables), f"{formula} is a derivative by an integer")
-            return REAL if isinstance(formula.expr, AppliedUndef) else _worked_out(formula, known)
-    raise ProofError(f"{formula} is no formula that can be checked here")
-
-
-def _worked_out(formula: Any, known: Mapping[Any, Range]) -> Range:
-    """Give the range of what SymPy makes of a limit, an integral or a derivative; refuse what it leaves or infinity."""
-    done = formula.doit()
-    _need(not isinstance(done, type(formula)), f"{formula} is not worked out")
-    return range_of(done, known)
+        case _:
+            raise ProofError(f"{formula} is no formula that can be checked here")
+    return range_of(formula.doit(), known)  # what SymPy makes of a limit or a derivative, unless that is infinite
 
 
 def _examine(*formulas: Any) -> tuple[Any, ...]:
@@ -179,7 +151,7 @@ def _examine(*formulas: Any) -> tuple[Any, ...]:
     _need(all(isinstance(formula, sp.Expr) for formula in formulas), f"{formulas} are not all formulas")
     _refuse_homonyms(formulas)
     whole = sp.Tuple(*formulas)
-    bound = {symbol for part in whole.atoms(Sum, Integral, Subs) for symbol in part.variables}
+    bound = {symbol for part in whole.atoms(Sum, Subs) for symbol in part.variables}
     both = whole.free_symbols & (bound | {part.args[1] for part in whole.atoms(Limit)})
     _need(not both, f"{both} are bound in one place and free in another")
     for formula in formulas:
@@ -190,16 +162,15 @@ def _examine(*formulas: Any) -> tuple[Any, ...]:
 def _refuse_homonyms(formulas: Iterable[Any]) -> None:
     """Refuse two letters of one name, among those of this package as well."""
     names = {letter.name: letter for letter in LETTERS}
-    for formula in formulas:
-        for letter in formula.atoms(sp.Symbol) | {part.func for part in formula.atoms(AppliedUndef)}:
-            _need(names.setdefault(letter.name, letter) == letter, f"{letter} is not the {letter} of this name")
+    for letter in (letter for formula in formulas for letter in formula.atoms(sp.Symbol)):
+        _need(names.setdefault(letter.name, letter) == letter, f"{letter} is not the {letter} of this name")
 
 
 @dataclass(frozen=True, repr=False)
 class Step:
     """One line of a proof: two sides that are equal, and why they are.
 
-    A sum, limit, derivative or integral stands unevaluated on its side and is worked out by `prove`.
+    A sum, limit or derivative stands unevaluated on its side and is worked out by `prove`.
     """
 
     lhs: Any
@@ -259,16 +230,16 @@ class Growth:
         return f"{printer.doprint(self.larger)} > {printer.doprint(self.smaller)}"
 
 
-def goals(claim: Any) -> Goals:
-    """Give what steps have to connect to prove a claim, as (start, end); an end of None is anything positive.
+def goals(claim: Any) -> tuple[tuple[Any, Any], ...]:
+    """Give what has to be shown for a claim, as (start, end): an equation, or with None for an end, start > 0.
 
     Raises:
-        ProofError: it is no claim that can be proved here, or it is not defined.
+        ProofError: it is no claim that can be proved here, it is not defined, or it says nothing.
     """
     kind = type(claim)
     _need(kind in (sp.Equality, sp.StrictGreaterThan, Induction, Growth), f"{claim!r}: no equation, > or induction")
     parts = _examine(*(vars(claim).values() if kind in (Induction, Growth) else claim.args))
-    found: Goals
+    found: tuple[tuple[Any, Any], ...]
     if kind is sp.Equality:
         found = (parts,)
     elif kind is sp.StrictGreaterThan:
@@ -286,15 +257,17 @@ def goals(claim: Any) -> Goals:
             _need(count not in initial.free_symbols, f"{initial}, the initial value, changes with {count}")
             base = renewed.subs(old, initial).subs(count, 0), closed.subs(count, 1)
             found = base, (renewed.subs(old, closed), closed.subs(count, count + 1))
+    found = tuple((start, end) for start, end in found if start != end)
+    _need(found, f"{claim} says nothing")
     return found
 
 
 @dataclass(frozen=True, repr=False)
 class Theorem:
-    """What is claimed, in words and as formulas that a machine reads, with the steps that prove it.
+    """What is claimed, in words and as formulas, with the steps that prove it: one for each of the `goals`, in order.
 
     A claim is an `Eq`, a `>`, an `Induction` or a `Growth`; formulas stand there alone, so that the words state none
-    unchecked.
+    unchecked. The step for something that is positive leads to a form in which that is seen.
     """
 
     name: str
@@ -303,7 +276,7 @@ class Theorem:
     steps: tuple[Step, ...]
 
     def prove(self) -> None:
-        """Check that the steps hold and lead, one from where another ended, through every claim, with none left over.
+        """Check that the steps hold and are what the claims need, with none left over.
 
         Raises:
             ProofError: a step does not hold, is missing or is too many; a claim says nothing, or nothing is claimed;
@@ -317,17 +290,13 @@ class Theorem:
             _need("=" not in self.statement, f"{self.name}: an equation in words is not checked: make it a claim")
             steps = list(self.steps)
             for claim in self.claims:
-                left, ways = len(steps), goals(claim)
-                letters = sp.Tuple(*(side for way in ways for side in way if side is not None)).free_symbols
-                for start, end in ways:
-                    reached = start
-                    while not _is_reached(end, reached) or (end is None and reached is start):
-                        follows = bool(steps) and steps[0].lhs == reached
-                        _need(follows, f"{self.name}: {claim} is not proved: no step leads on from {reached}")
+                for start, end in goals(claim):
+                    at = start
+                    if steps and steps[0].lhs == start:
                         Step.prove(steps[0])
-                        reached = sp.sympify(steps.pop(0).rhs)
-                        _need(reached.free_symbols <= letters, f"{self.name}: {claim} does not hold all of {reached}")
-                _need(len(steps) < left, f"{self.name}: {claim} says nothing")
+                        at = sp.sympify(steps.pop(0).rhs)
+                    reached = at is not start and (range_of(at)[0] > ZERO if end is None else at == end)
+                    _need(reached, f"{self.name}: {claim} is not proved: no step leads on from {at}")
             _need(self.claims and not steps, f"{self.name}: the steps {steps} prove nothing that is claimed")
             _refuse_homonyms(sp.sympify(side) for step in self.steps for side in (step.lhs, step.rhs))
 
@@ -341,11 +310,6 @@ class Theorem:
     def _repr_latex_(self) -> str:
         claims = r" \\[1ex] ".join(map(sp.latex, self.claims))
         return rf"$$\begin{{gathered}} {claims} \end{{gathered}}$$"
-
-
-def _is_reached(end: Any, reached: Any) -> bool:
-    """Tell whether a chain of steps has come to its end: None stands for what is seen to be positive."""
-    return bool(range_of(reached)[0] > ZERO if end is None else reached == end)
 
 
 @cache
@@ -362,8 +326,6 @@ def _is_zero(lhs: Any, rhs: Any) -> bool:
 
 def _is_zero_in_numbers(difference: Any) -> bool:
     """Tell whether a difference is 0 for some numbers, with a value close to each limit instead of the limit."""
-    functions = sorted(difference.atoms(AppliedUndef), key=str)
-    difference = difference.xreplace({f: sp.exp(place * f.args[0]) + place for place, f in enumerate(functions)})
     difference = difference.replace(sp.Indexed, lambda base, index: sp.cos(index)).replace(Limit, _near)
     symbols = sorted(difference.free_symbols, key=str)
     some = {v: 3 + place if v.is_integer else sp.Float(3 + place, 50) / 19 for place, v in enumerate(symbols)}
@@ -375,13 +337,13 @@ def _near(function: Any, symbol: Any, point: Any, side: Any) -> Any:
     return function.subs(symbol, -1 / small if point.is_infinite else point + small)
 
 
-def _split(term: Any, limits: Any, *outer: Any) -> Any:
+def _split(term: Any, limits: Any) -> Any:
     """Write a sum up to n + 1, n + 2, ... as the sum up to n and its last terms, as every induction needs it."""
     index, first, last = limits
-    further = last - n
-    if outer or not (further.is_Integer and further > 0):
-        return Sum(term, limits, *outer)
-    return Sum(term, (index, first, n)) + sum(term.subs(index, n + extra) for extra in range(1, further + 1))
+    further = max(last - n, 0) if (last - n).is_Integer else 0
+    return Sum(term, (index, first, last - further)) + sum(
+        term.subs(index, n + extra) for extra in range(1, further + 1)
+    )
 
 
 def equal(lhs: Any, rhs: Any) -> Any:
@@ -390,5 +352,5 @@ def equal(lhs: Any, rhs: Any) -> Any:
 
 
 def greater(larger: Any, smaller: Any) -> Any:
-    """Give the claim `larger > smaller`, as written: its steps lead from the difference to something positive."""
+    """Give the claim `larger > smaller`, as written: its step leads from the difference to something positive."""
     return sp.Gt(larger, smaller, evaluate=False)

@@ -1,4 +1,4 @@
-"""The theorems and their proofs."""
+"""The theorems: each is a function, whose docstring states it and which yields its claims, each with its proof."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from functools import cache
 from typing import Any
 
 import sympy as sp
-from sympy import Derivative, Integral, Limit, Subs, Sum, exp, log, sqrt
+from sympy import Derivative, Limit, Subs, Sum, exp, sqrt
 
-from momentum_fix.symbolic.letters import N, alpha, b, c, delta, h, j, k, m, n, old, p, q, s, t, tau, u, w, x, x0
+from momentum_fix.symbolic.letters import N, alpha, b, c, delta, h, j, k, m, n, old, p, q, s, t, tau, w, x, x0
 from momentum_fix.symbolic.proof import Growth, Induction, Step, Theorem, equal, goals, greater
 from momentum_fix.weights import batch_weights
 
-# One claim and what leads to it: a text is the reason for the last step to its end, (expression, text) a step before.
+# A claim, and for each of its goals the reason why an equation holds, or (what is seen to be positive, why it is that).
 Proof = Iterator[tuple[Any, ...]]
-_THEOREMS: list[Callable[[], Theorem]] = []
 
 
 def update(value: Any, batch: Any, momentum: Any) -> Any:
@@ -58,70 +57,44 @@ def mean_age(decay: Any) -> Any:
     return decay / (1 - decay)
 
 
-def _theorem(name: str, statement: str) -> Callable[[Callable[[], Proof]], None]:
-    """Declare a theorem: its words, and below them the generator of its claims with their steps."""
-
-    def build(proof: Callable[[], Proof]) -> Theorem:
-        claims, steps = [], []
-        for claim, *links in proof():
-            claims.append(claim)
-            ways = ((start, end) for start, end in goals(claim) if start != end)
-            at, end = next(ways)
-            for link in links:
-                rhs, reason = (end, link) if isinstance(link, str) else link
-                steps.append(Step(at, rhs, reason))
-                at, end = next(ways, (rhs, end)) if rhs is end or end is None else (rhs, end)
-        return Theorem(name, statement, tuple(claims), tuple(steps))
-
-    return lambda proof: _THEOREMS.append(lambda: build(proof))
-
-
-@_theorem(
-    "Double update",
-    "Two updates with one batch keep the square of the decay of the old value: the batch weighs 2 - m times as much.",
-)
-def _() -> Proof:
-    first, unfolded = update(x0, b, 1 - alpha), alpha**2 * x0 + alpha * (1 - alpha) * b + (1 - alpha) * b
-    second = unfolded, "The second update acts on the result of the first."
-    claim = equal(update(first, b, 1 - alpha), after_passes(x0, b, alpha, 2))
-    yield claim, second, "The two shares of the batch add up."
+def _double_update() -> Proof:
+    """Two updates with one batch square the decay of the old value, and the batch weighs 2 - m times as much."""
+    unfolded = alpha**2 * x0 + alpha * (1 - alpha) * b + (1 - alpha) * b
+    claim = equal(update(update(x0, b, 1 - alpha), b, 1 - alpha), unfolded)
+    yield claim, "The second update acts on the result of the first."
+    yield equal(unfolded, after_passes(x0, b, alpha, 2)), "The two shares of the batch add up."
     yield equal(Subs(1 - alpha**2, alpha, 1 - m), m * (2 - m)), "What the batch weighs, by the momentum."
 
 
-@_theorem("k passes", "k equal updates with one batch act as one update whose decay is the k-th power.")
-def _() -> Proof:
+def _several_passes() -> Proof:
+    """k equal updates with one batch act as one update whose decay is the k-th power."""
     claim = Induction(after_passes(x0, b, alpha, k), update(old, b, 1 - alpha), count=k)
     yield claim, "One pass is the update itself. Step: one more update after k."
 
 
-@_theorem(
-    "Correction",
-    "There is exactly one momentum in [0, 1] with which k passes amount to one update with m: the corrected momentum.",
-)
-def _() -> Proof:
+def _correction() -> Proof:
+    """With exactly one momentum in [0, 1] k passes amount to one update with m: the corrected momentum."""
     yield equal(Subs(effective(p, k), p, correction(m, k)), m), "k passes with it weigh the batch by m."
     only = equal(Subs(correction(m, k), m, effective(1 - delta, k)), 1 - delta)
     yield only, "And if k passes with any momentum 1 - delta amount to m, correcting m gives that momentum."
 
 
-@_theorem(
-    "Whole trajectory",
-    "With the corrected momentum the running value is that of the run without checkpointing, after any number of "
-    "batches and whatever their statistics are.",
-)
-def _() -> Proof:
+def _whole_trajectory() -> Proof:
+    """With the corrected momentum the running value is that of the run without checkpointing.
+
+    This is so after any number of batches, and whatever their statistics are.
+    """
     passes = Subs(after_passes(old, b, alpha, k), alpha, 1 - correction(m, k))
     yield equal(passes, update(old, b, m)), "k passes with the corrected momentum are one update with m: as a map."
     value = Induction(running_value(q, n), update(old, x[n + 1], 1 - q), count=n)
     yield value, "So both runs have this value. Base: the first batch.", "Step: batch n + 1, whatever its statistic."
 
 
-@_theorem(
-    "Cumulative average",
-    "With momentum None, where update number t has momentum 1/t, k equal passes per batch give the plain mean of the "
-    "batches, as one pass does: nothing has to be corrected.",
-)
-def _() -> Proof:
+def _cumulative_average() -> Proof:
+    """With momentum None, k equal passes per batch give the plain mean of the batches, as one pass does.
+
+    There, update number t has momentum 1/t. Nothing has to be corrected.
+    """
     passes, mean = (N * x0 + k * b) / (N + k), Sum(x[j], (j, 1, n)) / n
     claim = Induction(passes, update(old, b, 1 / (N + k + 1)), count=k)
     yield claim, "After N updates, some with batch b. Base: the first.", "Step: pass k + 1, which is update N + k + 1."
@@ -131,14 +104,13 @@ def _() -> Proof:
     yield claim, "That gives the mean. Base: the first batch replaces the initial value.", "Step: batch n + 1."
 
 
-@_theorem(
-    "Order",
-    "Any order of updates leaves the old value its right weight. The batches weigh what they should if the passes of "
-    "each follow one another. For 0 < m < 1, A B B A gives the older batch too much, as do batches forward and then in "
-    "reverse; A B A B errs by less than half of that; no momentum in (0, 1) mends either. An update weighs less the "
-    "farther it is from the end.",
-)
-def _() -> Proof:
+def _order() -> Proof:
+    """Any order of updates leaves the old value its right weight.
+
+    The batches weigh what they should if the passes of each follow one another. For 0 < m < 1, A B B A gives the older
+    batch too much, as do batches forward and then in reverse; A B A B errs by less than half of that; no momentum in
+    (0, 1) mends either. An update weighs less the farther it is from the end.
+    """
     value = Induction(running_value(q, n), update(old, x[n + 1], 1 - q), count=n)
     yield value, "Whatever batch an update sees. Base: the first.", "Step: update n + 1 scales what was there by q."
     both = 1 - q**2  # the momentum of two passes: A should weigh both * (1 - both), and B both
@@ -175,13 +147,13 @@ def _not_both(error: Any, other: Any, factor: Any, gap: Any, reason: str) -> tup
     return greater(error**2 + other**2, 0), (squares, reason)
 
 
-@_theorem(
-    "Size of the effect",
-    "For 0 < m < 1 and independent batch statistics, k > 1 uncorrected passes multiply the variance of the running "
-    "value in the long run by less than k, and divide its mean age and its lag behind a drift by more. Both factors "
-    "tend to k as m tends to 0. They divide the half-life by k.",
-)
-def _() -> Proof:
+def _size_of_the_effect() -> Proof:
+    """Uncorrected passes make the running value noisier, and fresher.
+
+    For 0 < m < 1 and independent batch statistics, k > 1 uncorrected passes multiply the variance of the running value
+    in the long run by less than k, and divide its mean age and its lag behind a drift by more. Both factors tend to k
+    as m tends to 0. They divide the half-life by k.
+    """
     start, decay, stays = sp.Symbol("V", nonnegative=True), exp(-h), stationary_variance
     variance = alpha ** (2 * n) * start + (1 - alpha ** (2 * n)) * stays(alpha)
     claim = Induction(variance, alpha**2 * old + (1 - alpha) ** 2, count=n, initial=start)
@@ -209,21 +181,21 @@ def _() -> Proof:
     yield claim, "Statistics that drift by c per batch. Base: the first batch.", "Step: batch n + 1."
     claim = equal(Limit(c * n - drifting.subs(q, decay), n, sp.oo), c * mean_age(decay))
     yield claim, "The lag that stays is drift times mean age."
-    claim = equal(Subs(exp(-h * k * t), t, log(2) / (h * k)), sp.Rational(1, 2))
-    yield claim, "k passes halve a weight in 1/k of the batches."
+    claim = equal(Subs(q ** (k * t), t, s / k), q**s)
+    yield claim, "k passes keep as much after s/k batches as one pass after s: half of it, for example."
 
 
-@_theorem(
-    "Small momentum",
-    "For k > 1 and 0 < m < 1 the corrected momentum lies between m/k and m. As m tends to 0, its ratio to m tends to "
-    "1/k, and m times the factor by which the textbook expression multiplies a rounding error of 1 - m, to -1; expm1 "
-    "makes one of its argument smaller.",
-)
-def _() -> Proof:
-    few, many = exp(-h / (n + 1)), exp(-h)  # k is n + 1, and 1 - m is exp(-h)
-    gap = Integral(exp(-s) / (n + 1), (s, t / (n + 1), t), (t, 0, h))
-    yield greater(1 - few, (1 - many) / (n + 1)), (gap, "Lengths and integrand are positive.")
-    yield greater(1 - many, 1 - few), (Integral(exp(-s), (s, h / (n + 1), h)), "Length and integrand are positive.")
+def _small_momentum() -> Proof:
+    """For k > 1 and 0 < m < 1 the corrected momentum lies between m/k and m.
+
+    As m tends to 0, its ratio to m tends to 1/k. The textbook expression multiplies a relative rounding error of 1 - m
+    by a factor which, times m, tends to -1. expm1 multiplies one of its argument by a factor that tends to 1 as the
+    argument tends to 0.
+    """
+    claim = Growth((n + 1) * (1 - q), 1 - q ** (n + 1), count=n)  # k is n + 1, the corrected momentum 1 - q
+    growing = (1 - q) * (1 - q ** (n + 1)), "Step: another pass."
+    yield claim, ((1 - q) ** 2, "k times the corrected momentum against m. Base: two passes."), growing
+    yield greater(1 - q ** (n + 1), 1 - q), (q * (1 - q**n), "m against the corrected momentum.")
     yield equal(Limit(correction(m, k) / m, m, 0, "+"), 1 / k), "The first term of the series."
     yield equal(Limit((correction(m, k) - m / k) / m**2, m, 0, "+"), (k - 1) / (2 * k**2)), "The second."
 
@@ -231,49 +203,39 @@ def _() -> Proof:
     growth = -(q ** (1 / k)) / (k * correction(1 - q, k))
     yield equal(textbook, growth), "Textbook expression: relative error per relative error p of q, the rounded 1 - m."
     yield equal(Limit(m * growth.subs(q, 1 - m), m, 0, "+"), -1), "For small m: every digit is lost below 1e-16."
-    stable = Subs(Derivative(log(1 - exp(-s * (1 + p))), p), p, 0)
+    stable = Subs(Derivative(1 - exp(-s * (1 + p)), p), p, 0) / (1 - exp(-s))
     yield equal(stable, s / (exp(s) - 1)), "-expm1(-s) with s from log1p: the same per relative error p of s."
-    gap = Integral(exp(u), (u, 0, t), (t, 0, s))
-    yield greater(exp(s) - 1, s), (gap, "Lengths and integrand are positive: that factor is below 1.")
+    yield equal(Limit(s / (exp(s) - 1), s, 0, "+"), 1), "For small s: no digit is lost."
 
 
-@_theorem(
-    "Gradients",
-    "In training mode the output is normalized by the batch's own statistics: neither it nor a derivative of it "
-    "contains the running statistics, so a recomputation with other running statistics gives the same gradients.",
-)
-def _() -> Proof:
-    gain, shift, r, r_found = sp.symbols("gamma beta R R'", real=True)
-    v, v_found = sp.symbols("V V'", nonnegative=True)
+def _gradients() -> Proof:
+    """In training mode the output is normalized by the batch's own statistics: it does not contain the running ones.
+
+    Nor does a derivative of it, so a recomputation with other running statistics gives the same gradients.
+    """
+    a, mu, gain, shift, r, r_found = sp.symbols("a mu gamma beta R R'", real=True)
+    var, v, v_found = sp.symbols("v V V'", nonnegative=True)
     eps = sp.Symbol("epsilon", positive=True)
-    value, mean = (sp.Function(name, real=True)(w) for name in ("a", "mu"))
-    var = sp.Function("v", nonnegative=True)(w)
 
     def normalized(by_mean: Any, by_var: Any) -> Any:
-        return gain * (value - by_mean) / sqrt(by_var + eps) + shift
+        return gain * (a - by_mean) / sqrt(by_var + eps) + shift
 
-    used_mean, used_var = tau * mean + (1 - tau) * r, tau * var + (1 - tau) * v
-    output, recomputed = normalized(used_mean, used_var), ((tau, r, v), (1, r_found, v_found))
-    slope = -(1 - tau) * gain / sqrt(used_var + eps)
+    used_mean, used_var = tau * mu + (1 - tau) * r, tau * var + (1 - tau) * v
+    output, slope = normalized(used_mean, used_var), -(1 - tau) * gain / sqrt(used_var + eps)
     yield equal(Derivative(output, r), slope), "By the running mean: 0 in training (tau is 1), not in evaluation (0)."
-    slope *= (value - used_mean) / (2 * (used_var + eps))
+    slope *= (a - used_mean) / (2 * (used_var + eps))
     yield equal(Derivative(output, v), slope), "By the running variance: the same."
-    claim = equal(Subs(output, *recomputed), normalized(mean, var))
-    yield claim, "A recomputation that finds other statistics: same output."
-    written = gain * (value.diff(w) - mean.diff(w)) / sqrt(var + eps)
-    written -= gain * (value - mean) * var.diff(w) / (2 * sqrt(var + eps) ** 3)
-    claim = equal(Subs(Derivative(output, w), *recomputed), written)
-    yield claim, "And the same derivative by any w that a depends on."
+    claim = equal(Subs(output, (tau, r, v), (1, r_found, v_found)), normalized(mu, var))
+    yield claim, "A recomputation that finds other statistics: the same function of what the batch and weights give."
 
 
-@_theorem(
-    "Recomputation",
-    "In the smallest example, y is w times the distance of b to a running value that b has moved, and the loss is half "
-    "of y squared. A recomputation from the state before the forward pass has the right gradient; one from the state "
-    "after it has another, and for 0 < m < 1 no momentum p in [0, 1] makes both output and gradient right, unless w or "
-    "the first distance is 0.",
-)
-def _() -> Proof:
+def _recomputation() -> Proof:
+    """Where the output reads the state, a recomputation is right if it starts from the state before the forward pass.
+
+    In the smallest example, y is w times the distance of b to a running value that b has moved, and the loss is half of
+    y squared. A recomputation from the state after the forward pass has another gradient, and for 0 < m < 1 no momentum
+    p in [0, 1] makes both output and gradient right, unless w or the first distance is 0.
+    """
     state, y = sp.symbols("S y", real=True)
     output = w * (b - update(state, b, p))  # S is the state before; y is the forward's output, which the loss was given
     forward, right = w * (1 - p) * (b - x0), w * (1 - m) ** 2 * (b - x0) ** 2
@@ -290,14 +252,26 @@ def _() -> Proof:
     yield _not_both(*errors, factor, q**2 * (1 - q), "Gradient and output minus the right ones: not both are 0.")
 
 
+def _theorem(proof: Callable[[], Proof]) -> Theorem:
+    """Give the theorem that a function states and proves."""
+    claims, steps = [], []
+    for claim, *reasons in proof():
+        claims.append(claim)
+        for (start, end), reason in zip(goals(claim), reasons, strict=True):
+            steps.append(Step(start, *(reason if end is None else (end, reason))))
+    name, statement = proof.__name__.replace("_", " ").strip(), " ".join(str(proof.__doc__).split())
+    return Theorem(name.capitalize(), statement, tuple(claims), tuple(steps))
+
+
 @cache
 def theorems() -> tuple[Theorem, ...]:
     """Give the theorems in order; `Theorem.prove` checks one, and a notebook shows its claims as formulas.
 
     Example:
         >>> [theorem.name for theorem in theorems()][:3]
-        ['Double update', 'k passes', 'Correction']
+        ['Double update', 'Several passes', 'Correction']
         >>> theorems()[2]
         <Theorem 'Correction': 2 claims, 2 steps>
     """
-    return tuple(build() for build in _THEOREMS)
+    first = _double_update, _several_passes, _correction, _whole_trajectory, _cumulative_average
+    return tuple(map(_theorem, (*first, _order, _size_of_the_effect, _small_momentum, _gradients, _recomputation)))
