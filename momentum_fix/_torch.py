@@ -43,6 +43,8 @@ class Call:
 class Listener:
     """What hears of one call."""
 
+    __slots__ = ()
+
     def forward(self) -> AbstractContextManager[Any]:
         """Give what to enter around the forward pass."""
         return nullcontext()

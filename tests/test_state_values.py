@@ -7,6 +7,7 @@ import random
 import sys
 import tracemalloc
 import weakref
+from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
 from enum import Enum, IntEnum
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
+from momentum_fix.state.compare import mark
 from states import Normalizer, Record, Steps, alive_after, kept, picture
 from twins import EXACT, by_context, drop_in, drop_in_reentrant, non_reentrant, plainly, reentrant
 
@@ -236,6 +238,14 @@ def test_modules_in_containers_are_preserved(where, ckpt):
         gradients.append(x.grad)
     assert torch.equal(gradients[0], gradients[1])
     assert not torch.equal(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: bytearray(b"\1\2"), lambda: array("d", [0.5, -0.0])], ids=["bytes", "numbers"]
+)
+def test_arrays_of_pythons_own_are_preserved(make):
+    assert_preserved(make, lambda held: held.append(3))
+    assert mark(make()) == mark(make()) != mark(make() * 2)
 
 
 # What cannot be written to.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from array import array
 from collections import deque
 from enum import Enum
 from random import Random, SystemRandom
@@ -50,8 +51,10 @@ def mark(value: Any, *, by_value: bool = True, within: tuple[int, ...] = ()) -> 
         what = tuple(map(down, value))
     elif isinstance(value, (set, frozenset)):
         what = frozenset(map(down, value))
-    elif isinstance(value, np.generic):
+    elif isinstance(value, (np.generic, array)):
         what = value.tobytes()
+    elif isinstance(value, bytearray):
+        what = bytes(value)
     elif isinstance(value, (float, complex)):
         what = repr(value)  # a NaN is equal to a NaN, and a negative zero is not zero
     elif isinstance(value, (Enum, *FIXED)):

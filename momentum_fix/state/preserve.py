@@ -68,7 +68,7 @@ def preserve_state(*mistaken: Any) -> tuple[AbstractContextManager[None], Abstra
             "which stays out of the compiled code, or compile the blocks inside the checkpoints"
         )
     region = begin(*_torch.checkpoint_in_the_making())
-    return _Contexts((region.forward(), region))
+    return _Contexts((region.forward(), region.recomputation()))
 
 
 class _Contexts(tuple[AbstractContextManager[None], AbstractContextManager[None]]):
@@ -159,7 +159,7 @@ def _in_turn(begun: Callable[[], Region | RegionOfTorchs]) -> Iterator[AbstractC
     region = begun()
     yield region.forward()
     while True:
-        yield region
+        yield region.recomputation()
 
 
 class Everywhere:
@@ -214,7 +214,7 @@ def preserve_everywhere() -> Everywhere:
     return Everywhere()
 
 
-def _preserving(call: _torch.Call) -> _Preserving | None:
+def _preserving(call: _torch.Call) -> Region | RegionOfTorchs | None:
     if call.in_compilation:
         warnings.warn(
             "a checkpoint is being compiled together with its model, where preserve_everywhere does nothing. BatchNorm "
@@ -224,17 +224,4 @@ def _preserving(call: _torch.Call) -> _Preserving | None:
         )
         return None
     is_ours = hasattr(call.function, "preserves_state")
-    return None if is_ours else _Preserving(begin(call.function, call.args, call.kwargs))
-
-
-class _Preserving(_torch.Listener):
-    """Preserves the state of one call of torch's checkpoint."""
-
-    def __init__(self, region: Region | RegionOfTorchs) -> None:
-        self.region = region
-
-    def forward(self) -> AbstractContextManager[None]:
-        return self.region.forward()
-
-    def recomputation(self) -> AbstractContextManager[None]:
-        return self.region
+    return None if is_ours else begin(call.function, call.args, call.kwargs)

@@ -53,7 +53,7 @@ def begin(function: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None) 
     return Region(function, args, kwargs)
 
 
-class RegionOfTorchs(AbstractContextManager[None]):
+class RegionOfTorchs(_torch.Listener):
     """A call of a checkpoint around torch's own modules alone. What they compute reads no buffer, so none is copied.
 
     A process may hold thousands of these, so each is few objects. Python's garbage collector goes through all objects
@@ -69,13 +69,13 @@ class RegionOfTorchs(AbstractContextManager[None]):
                 own["_buffers"] = own["_buffers"].copy()  # one may be replaced, or removed
         self.parameters, self.versions = parameters, tuple(map(version, parameters))
 
-    def forward(self) -> AbstractContextManager[None]:
-        """Give the context of the forward pass, in which there is nothing to do."""
-        return nullcontext()
-
     def holds(self, module: nn.Module) -> bool:
         """Tell whether recomputations drop what they change on a module."""
         return any(each is module for each in self.modules)
+
+    def recomputation(self) -> AbstractContextManager[None]:
+        """Give the context of a recomputation."""
+        return self
 
     def __enter__(self) -> None:
         """Let the modules write to memory of which nobody reads the values."""
@@ -96,7 +96,7 @@ class RegionOfTorchs(AbstractContextManager[None]):
         del self.present
 
 
-class Region(AbstractContextManager[None]):
+class Region(_torch.Listener):
     """A call of a checkpoint: the state that each module in it was entered with. The context of its recomputations."""
 
     def __init__(self, function: Any, args: tuple[Any, ...], kwargs: Any) -> None:
@@ -178,6 +178,10 @@ class Region(AbstractContextManager[None]):
     def holds(self, module: nn.Module) -> bool:
         """Tell whether recomputations drop what they change on a module."""
         return id(module) in self.states
+
+    def recomputation(self) -> AbstractContextManager[None]:
+        """Give the context of a recomputation."""
+        return self
 
     def __enter__(self) -> None:
         """Let the modules work on copies of what they had."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from array import array
 from collections import deque
 from copy import copy, deepcopy
 from random import Random, SystemRandom
@@ -21,7 +22,7 @@ from momentum_fix.state.compare import FIXED, is_equal, is_odd
 LARGE = 1 << 16  # bytes; larger tensors and arrays are compared with an earlier copy before they are copied again
 _SKELETON = frozenset(vars(nn.Module()))  # buffers, parameters, submodules, hooks, and whether it is in training
 _FRAMEWORKS = frozenset(["_current_fx_name"])  # what a trainer (Lightning) sets on a module to know what is running
-_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, Random)
+_WHOLE = (torch.Generator, np.random.Generator, np.random.RandomState, Random, bytearray, array)
 _LEAVES_A_CHECKPOINT = CheckpointFunction._backward_cls  # the reentrant engine's
 
 
@@ -76,7 +77,7 @@ def scratch(module: Any) -> dict[str, Any]:
 class Copier:
     """Copies values, each of them once: one list under two names, or two views of one memory, are that in the copy too.
 
-    Copied are tensors, NumPy arrays, generators of random numbers, and lists, tuples, dictionaries, sets and deques,
+    Copied are tensors, arrays, generators of random numbers, and lists, tuples, dictionaries, sets and deques,
     all the way down. Numbers, parameters, modules and objects of other classes are not copied; modules are gathered.
 
     Args:
@@ -125,7 +126,7 @@ class Copier:
             if value.flags.writeable and value.nbytes:
                 is_shared = self.share and kind in (np.ndarray, np.memmap) and value.nbytes > LARGE
                 copied = _shared_copy(value) if is_shared and value.dtype != object else deepcopy(value)
-        elif isinstance(value, _GENERATORS) and kind is not SystemRandom:
+        elif isinstance(value, _WHOLE) and kind is not SystemRandom:
             copied = deepcopy(value)
         elif isinstance(value, nn.Module):
             self.modules.append(value)
