@@ -22,35 +22,33 @@ def preserve_state(*mistaken: Any) -> tuple[AbstractContextManager[None], Abstra
 
     Use it if a module changes itself during training and its output depends on what it changed: spectral
     normalization, Batch Renormalization, codebooks, quantization-aware training, spiking neurons, step counters.
-    State is what a module keeps in buffers, in plain attributes (numbers, tensors, NumPy arrays, generators of random
-    numbers; lists, tuples, dictionaries, sets and deques of them) and in parameters of up to 64 KiB that no gradient
-    trains. You name none of it: it is preserved for every module that runs in the checkpoint in training mode, and
-    for all modules below it.
+    State is what modules keep in buffers, in plain attributes (numbers, tensors, arrays, generators of random numbers,
+    and containers of these) and in parameters of up to 64 KiB that no gradient trains. All modules that run in the
+    checkpoint in training mode are preserved, and those below them.
 
-    Exact for: state, gradients and all values, bit for bit, in any order of forwards and backwards, if the forward is
-    deterministic. Not for: state inside objects of your own, on classes or in globals; random numbers of Python and
-    NumPy; modules that the function reaches in another way than by calling them or by its closure, defaults, globals
-    and arguments; a checkpoint inside this one that is called by torch's own function (use `preserve_everywhere`); a
-    checkpoint that is compiled together with its model (use `checkpoint`). docs/limits.md has the whole list.
+    Exact for: state, gradients and all values, bit for bit, in any order of forwards and backwards. Not for: state in
+    objects of your own, on classes or in globals; random numbers of Python and NumPy; a checkpoint inside this one that
+    is called by torch's own function (use `preserve_everywhere`); a checkpoint that is compiled with its model (use
+    `checkpoint`). docs/limits.md has the whole list.
 
-    Memory: a copy of the state for each checkpoint whose backward pass is still to come, but none for blocks of
-    torch's own modules without hooks, whose outputs read no state. What is larger than 64 KiB and does not change is
-    copied once.
+    Memory: a copy of the state for each checkpoint whose backward pass is still to come; none for blocks of torch's own
+    modules without hooks; one for all of what is larger than 64 KiB and does not change.
 
     Returns:
         The contexts of the forward pass and of its recomputations, as torch's checkpoint wants them.
 
     Raises:
-        TypeError: it is called with a model or used in `with`, which is not how it is used; or a module in the
-            checkpoint is TorchScript, is in training mode and has buffers.
-        RuntimeError: the checkpoint is being compiled together with its model; or, in the backward pass, a
-            recomputation wrote to a parameter for a second time, because the state that guards this was put back.
+        TypeError: it is called with a model or used in `with`; or a module in the checkpoint is TorchScript, in
+            training mode, and has buffers.
+        RuntimeError: the checkpoint is being compiled with its model; or, in the backward pass, a recomputation wrote
+            to a trained parameter for a second time. That is undone.
 
     Warns:
-        UserWarning: a parameter was written to between the start of the forward pass and the recomputation, other than
-            a small one that is not trained; or a container that holds tensors cannot be copied.
+        UserWarning: a trained or large parameter was written to between the start of the forward pass and the
+            recomputation; or a container that holds tensors cannot be copied.
 
     Example:
+        >>> from torch import nn
         >>> from torch.utils.checkpoint import checkpoint
         >>> layer = nn.BatchNorm1d(3)
         >>> x = torch.rand(8, 3, requires_grad=True)
@@ -117,6 +115,7 @@ def checkpoint(function: Callable[..., Any] | None = None, *args: Any, **kwargs:
         What torch's checkpoint raises, and what the function raises.
 
     Example:
+        >>> from torch import nn
         >>> layer = nn.BatchNorm1d(3)
         >>> checkpoint(layer, torch.rand(8, 3, requires_grad=True), use_reentrant=True).sum().backward()
         >>> layer.num_batches_tracked
@@ -202,6 +201,7 @@ def preserve_everywhere() -> Everywhere:
         RuntimeError: this version of torch does not tell of its checkpoints.
 
     Example:
+        >>> from torch import nn
         >>> from torch.utils.checkpoint import checkpoint
         >>> layer = nn.BatchNorm1d(3)
         >>> with preserve_everywhere():
