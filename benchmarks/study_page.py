@@ -294,7 +294,7 @@ population, simulated:
 
 {covered(study)}
 
-Floating point alone moves the numbers, and with them the verdicts of cells near the border. The digits were trained
+Floating point alone moves the numbers, and can move the verdict of a cell near the border. The digits were trained
 again in float64 from the same weights and batches, so that rounding is all that differs: {moved} of {compared} verdicts
 change.
 

@@ -319,11 +319,6 @@ def test_the_runs_do_not_import_the_page():
 
 
 DATA = study_results.load()
-published = pytest.mark.skipif(
-    len(DATA.seeds) < study.SEEDS, reason="the study is still being computed, and `make study` goes on with it"
-)
-
-
 def test_a_study_that_is_not_finished_is_not_published(tmp_path, monkeypatch, capsys):
     pretend(tmp_path / "study.jsonl", study.SEEDS, {("mnist, batch 2, annealed", 7)})
     monkeypatch.setattr(study_page, "DATA", tmp_path / "study.jsonl")
@@ -342,7 +337,6 @@ def page():
     return study_page.page(DATA)
 
 
-@published
 def test_the_data_are_those_of_the_planned_runs_and_of_the_plan():
     head, runs = study.read(study.DATA)
     assert set(runs) == {(str(condition), seed) for condition, seed in study.runs(study.SEEDS)}
@@ -375,7 +369,6 @@ def test_the_plan_was_committed_before_the_data_and_the_history_that_the_page_te
     assert subprocess.run([*before, data[0], plan[0]], cwd=ROOT, check=False).returncode == 1
 
 
-@published
 def test_the_page_is_made_of_the_data(page):
     assert (ROOT / "docs" / "study.md").read_text(encoding="utf-8") == page
 
@@ -447,7 +440,6 @@ def test_the_predicted_ratios_are_the_papers():
     assert ratios == pytest.approx([1.99, 4.89], abs=0.005)
 
 
-@published
 def test_the_answer_opens_the_page_and_stands_in_readme_and_paper(page):
     answer = study_page.sentences(DATA)
     assert all(sentence in page.split("\n## ")[0] for sentence in answer)
@@ -458,7 +450,6 @@ def test_the_answer_opens_the_page_and_stands_in_readme_and_paper(page):
         assert study_page.quoting(text, DATA) == text
 
 
-@published
 def test_every_figure_stands_on_the_page_and_in_its_folder(page):
     named = re.findall(r"!\[[^]]+\]\((study-\w+\.png)\)", page)
     assert sorted(named) == sorted(f"study-{name}.png" for name in study_figures.FIGURES)
@@ -476,7 +467,6 @@ def test_a_k_has_one_colour_and_one_line_in_all_figures(in_float32):
     assert len({look for found in looks.values() for look in found}) == len(looks) > 1
 
 
-@published
 def test_what_the_page_says_in_words_is_so_in_the_data():
     def sign(schedule, batch, variant, base=ONE):
         return study_results.over(DATA, schedule, batch, variant, base)[0].sign()
