@@ -152,7 +152,7 @@ def dropping(net, x, ckpt):
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, instance_norm])
 def test_a_replay_of_other_data_than_the_forward_pass_saw_is_noticed(norm):
     model, same_data = Net(norm), Net(norm)
-    said = r"only the decay is right: a replay saw different data.*update_once.*Layers: a\.1, b\.1, c\.1\."
+    said = r"only the decay is right: a recomputation saw different data.*update_once.*Layers: a\.1, b\.1, c\.1\."
     with pytest.warns(UserWarning, match=said), calibrate(model) as report:
         dropping(model, *data(1), non_reentrant)
     assert report.passes == same(2)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import warnings
 
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from momentum_fix import applied, calibrate, correct, restore, update_once
-from momentum_fix.norms.counting import MAY_READ
+from momentum_fix.norms.layers import NORMS, norm_of, only_writes
+from momentum_fix.norms.notes import Note
 from recipes import ENGINES, Net, block, data, norms, one
 from twins import ROUNDING, counters, deviation, non_reentrant, plainly, reentrant, same_path, statistics, three, train
 
@@ -128,7 +130,7 @@ def test_calibrate_is_right_for_it(norm, ckpt):
         train(net, one, data()[:1], ckpt)
     train(net, one, data()[1:], ckpt)
     assert set(report.values()) == {2}
-    assert {row.note for row in report.rows} == {MAY_READ}
+    assert {row.note for row in report.rows} == {Note.MAY_READ.text}
     means = {name: mean for name, mean in statistics(truth).items() if not name.endswith("count")}
     for model, right in ((net, True), (uncorrected, False)):
         close = (torch.allclose(statistics(model)[name], mean, rtol=ROUNDING, atol=0) for name, mean in means.items())
@@ -218,7 +220,7 @@ def test_timms_norms_with_an_activation_are_known_not_to_read_their_statistics(m
     truth = train(copy.deepcopy(net), one, data(3), plainly)
     with calibrate(calibrated := copy.deepcopy(net)) as report:
         train(calibrated, one, data(1), non_reentrant)
-    assert {row.note for row in report.rows} == {"" if known else MAY_READ}
+    assert {row.note for row in report.rows} == {"" if known else Note.MAY_READ.text}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         update_once(net)
@@ -226,6 +228,37 @@ def test_timms_norms_with_an_activation_are_known_not_to_read_their_statistics(m
     train(net, one, data(3), non_reentrant)
     assert same_path(net, truth)
     assert deviation(net, truth) == 0
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: str(norm.defined_in))
+def test_what_is_said_of_a_registered_class_is_so(norm):
+    cls = norm.defined_in
+    if isinstance(cls, str) or cls is nn.SyncBatchNorm:
+        pytest.skip("needs timm, or a GPU")
+    known = getattr(nn, cls.__name__.replace("1d", "2d"))
+    assert norm_of(known(3)) is norm
+    layer = known(3, track_running_stats=True).double()
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    x = data(1)[0]
+    y = layer(x)
+    assert {name for name in before if not torch.equal(layer._buffers[name], before[name])} == {
+        *norm.statistics,
+        *(["num_batches_tracked"] if cls is nn.BatchNorm1d else []),
+    }
+    for name in norm.statistics:
+        layer._buffers[name].fill_(7.0)
+    assert torch.equal(layer(x), y) is not norm.reads_them
+
+
+def test_every_norm_of_torchs_that_tracks_statistics_is_registered():
+    classes = [cls for cls in vars(nn).values() if isinstance(cls, type) and tracks_by_default(cls)]
+    assert {nn.BatchNorm3d, nn.SyncBatchNorm, nn.LazyBatchNorm1d} <= set(classes)
+    assert all(only_writes(cls(*([] if "Lazy" in cls.__name__ else [3]))) for cls in classes)
+    assert not only_writes(ReadsItsStatistics(3))
+
+
+def tracks_by_default(cls):
+    return "track_running_stats" in inspect.signature(cls).parameters
 
 
 def tracking_in_the_replay_only(net):

@@ -20,9 +20,8 @@ from momentum_fix import _torch
 from momentum_fix._tables import aligned, html
 from momentum_fix.diagnosis.observing import ITSELF, Judgement, Moved, Region, Watch, judge
 from momentum_fix.formula import corrected_momentum
-from momentum_fix.norms.layers import at_gradients, named, tracks
+from momentum_fix.norms.layers import at_gradients, join_names, only_writes, tracks
 from momentum_fix.norms.momenta import is_corrected, uncorrected
-from momentum_fix.norms.wrapping import only_writes
 from momentum_fix.state.preserve import is_compiled
 from momentum_fix.state.snapshot import LARGE, mark, pieces
 
@@ -108,7 +107,7 @@ class Diagnosis(dict[str, Finding]):
                 each.module,
                 each.checkpoint,
                 f"{each.size:.2g}" if isfinite(each.size) else "other code",
-                named(each.moved),
+                join_names(each.moved),
             )
             for each in self.differences
         ]
@@ -121,7 +120,9 @@ class Diagnosis(dict[str, Finding]):
         for (name, kind, *others), state in modules.items():
             alike.setdefault((kind, ", ".join(state), *others), []).append(name)
         states = [
-            (name, *row) for row, names in alike.items() for name in ([named(names)] if len(names) > _MANY else names)
+            (name, *row)
+            for row, names in alike.items()
+            for name in ([join_names(names)] if len(names) > _MANY else names)
         ]
         tables: list[list[tuple[str, ...]]] = [
             [("differs from", "in the checkpoint of", "by", "state that was another"), *differences],
@@ -133,7 +134,9 @@ class Diagnosis(dict[str, Finding]):
         remedies: dict[str, list[str]] = {}
         for each in self.differences:
             remedies.setdefault(each.remedy, []).append(each.module)
-        where = {remedy: f" in {named(modules)}" if len(remedies) > 1 else "" for remedy, modules in remedies.items()}
+        where = {
+            remedy: f" in {join_names(modules)}" if len(remedies) > 1 else "" for remedy, modules in remedies.items()
+        }
         return [*(f"Use{where[each]}: {each}." for each in remedies), *(f"Fix: {each}" for each in self.fixes)]
 
 
@@ -194,6 +197,7 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
 def _diagnosing(model: nn.Module) -> Iterator[Diagnosis]:
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model is of type {type(model).__name__}, but must be an nn.Module, and not TorchScript")
+    _torch.check_recomputation()
     watch, report, raised = Watch(model), Diagnosis(), None
     ends = [_torch.listen(watch.begin, outermost=True)]
     try:
@@ -262,12 +266,12 @@ def _why(watch: Watch, unknown: list[Region], compiled: list[str]) -> str:
     """Say why it is not known whether gradients are right, and what to do."""
     if watch.elsewhere:
         return (
-            f"{named([*watch.elsewhere])} ran in the backward pass, but not in a checkpoint of torch's that began in "
-            "this "
-            "block. What another engine recomputes cannot be compared with its forward pass: run a step with torch's."
+            f"{join_names([*watch.elsewhere])} ran in the backward pass, but not in a checkpoint of torch's that began "
+            "in this block. What another engine recomputes cannot be compared with its forward pass: run a step with "
+            "torch's."
         )
     if compiled or watch.compiles:
-        what = f"nobody sees what compiled code recomputes ({named(compiled or ['a checkpoint inside'])})"
+        what = f"nobody sees what compiled code recomputes ({join_names(compiled or ['a checkpoint inside'])})"
         return f"{what}: run a step without torch.compile."
     if unknown:
         return f"what the checkpoint of {unknown[0].function} handed to autograd could not be compared."

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
 from momentum_fix import _torch
-from momentum_fix.recomputation import preserved, selective, unseen
+from momentum_fix.recomputation import this_thread
 from momentum_fix.state.snapshot import LARGE, Copier, keep, mark, pieces, put, reads_no_buffer, scratch, version
 
 
@@ -290,7 +290,7 @@ class _OfTorchs(AbstractContextManager[None]):
         if self.versions != tuple(map(version, self.parameters)):
             _warn_of_writes(zip(self.parameters, self.versions, strict=True))
         self.present = [vars(each).copy() for each in self.modules]  # no checkpoint recomputes while it recomputes
-        preserved.begin(self)
+        this_thread.begin_preserving(self)
         with _own_operations():
             for module, everything in zip(self.modules, self.everything, strict=True):
                 vars(module).update(everything)
@@ -299,7 +299,7 @@ class _OfTorchs(AbstractContextManager[None]):
 
     def __exit__(self, *error: Any) -> None:
         """Give them back what they had."""
-        preserved.end()
+        this_thread.end_preserving()
         for module, own in zip(self.modules, self.present, strict=True):
             vars(module).update(own)
         del self.present
@@ -385,7 +385,7 @@ class _Region(AbstractContextManager[None]):
             (each, vars(each).copy(), each._modules.copy(), each._parameters.copy()) for each, *_ in self.state.values()
         ]
         self.present.append((present, guard))
-        preserved.begin(self)
+        this_thread.begin_preserving(self)
         _torch.hear_entering(_entered, self.hears_recomputations)
         for (module, everything, _), copied in zip(self.state.values(), copies, strict=True):
             put(module, everything)
@@ -395,7 +395,7 @@ class _Region(AbstractContextManager[None]):
 
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
-        preserved.end()
+        this_thread.end_preserving()
         present, guard = self.present.pop()
         for module, everything, children, parameters in present:
             put(module, everything)
@@ -595,7 +595,7 @@ def _is_uninitialized(module: Any) -> bool:
 
 
 def _own_operations() -> AbstractContextManager[None]:
-    return unseen() if selective() else nullcontext()
+    return _torch.hidden_from_modes() if _torch.is_watched_by_mode() else nullcontext()
 
 
 class _Running(threading.local):
