@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -87,27 +86,20 @@ def is_preserved(module: nn.Module) -> bool:
     return any(region.holds(module) for region in this_thread.preserving)
 
 
-# Compiled code is traced before anybody knows what it will be part of, so it asks at run time, by an operator. Where
-# several calls of a layer are in one graph, each depends on the buffer as the one before has left it, so that they
-# cannot be merged into one. `counter` stands for what counts the calls: it is found by its address.
-
-counts: WeakValueDictionary[int, Any] = WeakValueDictionary()
+# Compiled code is traced before anybody knows what it will be part of, so it asks at run time, by an operator: it gives
+# 0 for no recomputation, 1 for one, 2 for one that drops what it changes.
 
 
-def _ask(buffer: torch.Tensor, counter: torch.Tensor | None = None) -> torch.Tensor:
-    yes = is_recomputation()
-    count = None if counter is None or (yes and this_thread.preserving) else counts.get(counter.data_ptr())
-    if count is not None:
-        count.add(yes)
-    return torch.full((), yes, device=buffer.device)
+def _ask(buffer: torch.Tensor) -> torch.Tensor:
+    answer = is_recomputation() and (2 if this_thread.preserving else 1)
+    return torch.full((), int(answer), dtype=torch.long, device=buffer.device)
 
 
-def _ask_fake(buffer: torch.Tensor, counter: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.empty((), dtype=torch.bool, device=buffer.device)
+def _ask_fake(buffer: torch.Tensor) -> torch.Tensor:
+    return torch.empty((), dtype=torch.long, device=buffer.device)
 
 
 if not hasattr(torch.ops.momentum_fix, "recomputing"):  # it is there if this module is imported anew
-    signature = "(Tensor buffer, Tensor? counter=None) -> Tensor"
-    torch.library.define("momentum_fix::recomputing", signature, tags=torch.Tag.cudagraph_unsafe)
+    torch.library.define("momentum_fix::recomputing", "(Tensor buffer) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
     torch.library.impl("momentum_fix::recomputing", "CompositeExplicitAutograd", _ask)
     torch.library.register_fake("momentum_fix::recomputing", _ask_fake)

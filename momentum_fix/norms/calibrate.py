@@ -22,16 +22,8 @@ from momentum_fix.norms.notes import Note
 from momentum_fix.norms.wrapping import refuse_wrapped, unwrap, wrap
 
 _HEADER = ("layer", "class", "passes", "momentum", "corrected", "note")
-_NOT_ENTERED = (
-    "calibrate(model) was never entered, so it did nothing: write `with calibrate(model) as report:` around one "
-    "training step"
-)
 _NOT_ENDED = "nothing yet: the block of calibrate has not ended, or an exception has left it"
 _NO_ROWS = "no layer with running statistics has been calibrated"
-_NOTHING_RAN = (
-    "no layer was updated in the block, so nothing is corrected: put a training step of this model into it, "
-    "in training mode"
-)
 
 
 @dataclass(frozen=True)
@@ -160,7 +152,8 @@ class _Block(AbstractContextManager[Report]):
 
     def __del__(self) -> None:
         if not self.entered:
-            warnings.warn(_NOT_ENTERED, stacklevel=2)
+            usage = "write `with calibrate(model) as report:` around one training step"
+            warnings.warn(f"calibrate(model) was never entered, so it did nothing: {usage}", stacklevel=2)
 
 
 def _calibrating(model: nn.Module) -> Iterator[Report]:
@@ -186,7 +179,9 @@ def _calibrating(model: nn.Module) -> Iterator[Report]:
         for hook in hooks:
             hook.remove()
         unwrap(every for each in wrappers for every in (each, *each.copies))
-        backward += [each.count.updates > len(each.count.recomputations) for each in wrappers]
+        for each in wrappers:
+            each.count.drain()
+        backward += [any(each.count.recomputations) for each in wrappers]
         found = {each.name: each.finding(any(backward)) for each in wrappers}
         set_momenta({each.layer: each.momentum for each in wrappers if each.layer.momentum == each.uncorrected})
     found = _agreed(found)
@@ -228,4 +223,5 @@ def _warn(found: dict[str, Finding]) -> None:
         if layers and note.warns:
             warnings.warn(f"{note.text}{note.remedy}. Layers: {join_names(layers)}.", stacklevel=5)
     if found and all(notes in ((Note.EVALUATION,), (Note.IDLE,)) for _, notes in found.values()):
-        warnings.warn(_NOTHING_RAN, stacklevel=5)
+        usage = "put a training step of this model into it, in training mode"
+        warnings.warn(f"no layer was updated in the block, so nothing is corrected: {usage}", stacklevel=5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from contextlib import nullcontext
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -16,44 +15,59 @@ from momentum_fix.norms.layers import Buffers, NormLayer, norm_of, only_writes, 
 from momentum_fix.norms.momenta import uncorrected
 from momentum_fix.norms.notes import Note
 from momentum_fix.norms.wrapping import ForwardWrapper, on_copies, refuse_wrapped
-from momentum_fix.recomputation import counts, is_preserved
+from momentum_fix.recomputation import is_preserved
 
 Finding: TypeAlias = tuple[int | Fraction | None, tuple[Note, ...]]  # passes, and what there is to say about them
+_SLOTS = 4096
 
 
 class Count:
     """Counts the updates of one set of statistics, which layers may share."""
 
     def __init__(self, device: torch.device | None) -> None:
-        self.recomputations: list[int] = []  # of each batch, until the next one
-        self.early = 0  # before the first batch, of one from before the block
+        self.recomputations = [0]  # before the first batch, of one from before the block; and after each batch
         self.other_data = False
         self.added: torch.Tensor | None = None  # what the last batch has added, as far as that can be told
-        self.counter = torch.empty(1, dtype=torch.uint8, device=device)
-        if has_values(self.counter):
-            counts[self.counter.data_ptr()] = self
+        # What compiled code, which has only tensors, has still to count: how many updates; a 1 or, of a recomputation,
+        # a 2 for each of them, and in the last slot the sum of those that there is no slot for.
+        self.log = torch.zeros(_SLOTS, dtype=torch.long, device=device)
 
     def add(self, recomputed: bool, added: torch.Tensor | None = None, noise: float = 0.0) -> None:
-        """Count one update."""
-        if not recomputed:
-            self.recomputations.append(0)
-            self.added = added
-        elif not self.recomputations:
-            self.early += 1
-        else:
+        """Count one update, after those of compiled code that came before it."""
+        self.drain()
+        if recomputed:
             self.recomputations[-1] += 1
             if added is not None and self.added is not None:
                 self.other_data |= bool((added - self.added).abs().max() > noise)
+        else:
+            self.recomputations.append(0)
+            self.added = added
+
+    def drain(self) -> None:
+        """Count what compiled code has logged."""
+        if has_values(self.log) and (updates := int(self.log[0])):
+            kinds = self.log[1:].tolist()
+            self.log.zero_()
+            if (more := updates - len(kinds)) > 0:  # their order is not known
+                recomputed = kinds.pop() - more - 1
+                kinds += [2] * recomputed + [1] * (more + 1 - recomputed)
+            for kind in kinds[:updates]:
+                self.add(kind == 2)
+
+    @property
+    def batches(self) -> list[int]:
+        """Give how often each batch was recomputed."""
+        return self.recomputations[1:]
 
     @property
     def updates(self) -> int:
         """Give the number of all updates."""
-        return len(self.recomputations) + sum(self.recomputations) + self.early
+        return len(self.batches) + sum(self.recomputations)
 
     @property
     def passes(self) -> int | Fraction:
         """Give the mean number of updates per batch."""
-        mean = Fraction(self.updates - self.early, len(self.recomputations))
+        mean = 1 + Fraction(sum(self.batches), len(self.batches))
         return int(mean) if mean.denominator == 1 else mean
 
 
@@ -64,43 +78,33 @@ class CountingForward(ForwardWrapper):
 
     def __init__(self, layer: NormLayer, name: str, count: Count) -> None:
         super().__init__(layer, name)
-        self.count, self.counter = count, count.counter
+        self.count = count
         self.updated = False  # until the first pass, recomputations of batches from before the block are let through
         self.copies: list[CountingForward] = []
         self.start, self.momentum, self.uncorrected = values_of(layer), layer.momentum, uncorrected(layer)
 
     def finding(self, backward_ran: bool) -> Finding:
         """Give the passes per batch, None where they are not known, and what there is to say of the layer."""
-        known = tracks(self.layer) and self.count.recomputations and backward_ran
-        return self.count.passes if known else None, tuple(self._notes(backward_ran))
-
-    def _notes(self, backward_ran: bool) -> Iterator[Note]:
         layer, count = self.layer, self.count
         if not tracks(layer):
-            yield Note.UNTRACKED
-        elif not count.updates:
-            if have_moved(self.start, layer._buffers):
-                yield Note.UNSEEN
-            else:
-                yield Note.IDLE if layer.training else Note.EVALUATION
-        elif not count.recomputations:
-            yield Note.ONLY_BACKWARD
-        elif not backward_ran:
-            yield Note.NO_BACKWARD
-        elif layer.momentum is None:
+            return None, (Note.UNTRACKED,)
+        if not count.updates:
+            unseen = have_moved(self.start, layer._buffers)
+            return None, (Note.UNSEEN if unseen else Note.IDLE if layer.training else Note.EVALUATION,)
+        if not count.batches or not backward_ran:
+            return None, (Note.NO_BACKWARD if count.batches else Note.ONLY_BACKWARD,)
+        if layer.momentum is None:
             counter = layer._buffers.get("num_batches_tracked")
             # Selective checkpointing recomputes the counter and not the statistics.
             more = has_values(counter) and bool(counter - self.start["num_batches_tracked"] > count.updates)
-            yield Note.UNEQUAL if more or isinstance(count.passes, Fraction) else Note.CUMULATIVE
-        else:
-            if layer.momentum != self.uncorrected:
-                yield Note.SET_BY_STEP
-            if len(set(count.recomputations)) > 1:
-                yield Note.NOT_CONSECUTIVE
-            if count.other_data:
-                yield Note.OTHER_DATA
-            if count.passes > 1 and not only_writes(layer):
-                yield Note.MAY_READ
+            return count.passes, (Note.UNEQUAL if more or isinstance(count.passes, Fraction) else Note.CUMULATIVE,)
+        notes = {
+            Note.SET_BY_STEP: layer.momentum != self.uncorrected,
+            Note.NOT_CONSECUTIVE: len(set(count.batches)) > 1,
+            Note.OTHER_DATA: count.other_data,
+            Note.MAY_READ: count.passes > 1 and not only_writes(layer),
+        }
+        return count.passes, tuple(note for note, is_true in notes.items() if is_true)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CountingForward:
         """Let a copy of the model that is made in the block be cleaned up with the original."""
@@ -113,13 +117,21 @@ class CountingForward(ForwardWrapper):
     def __reduce__(self) -> Any:
         refuse_wrapped(self.layer, self.name, self.tool)  # a model that is pickled now would never be cleaned up
 
+    def log_compiled(self, answer: torch.Tensor) -> None:
+        """Log an update for the count, unless it is dropped."""
+        log, counts = self.count.log, (answer < 2).long().reshape(1)
+        log[:1] += counts
+        log.scatter_add_(0, log[:1].clamp(max=_SLOTS - 1), counts * (answer + 1))
+
     def in_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer, and count that."""
         return self._counted(False, *args, **kwargs)
 
     def in_recomputation_alone(self, *args: Any, **kwargs: Any) -> Any:
         """Let it update the statistics, unless a layer with the same buffers, or compiled code, had a forward pass."""
-        if self.count.recomputations:
+        with hidden_from_modes():
+            self.count.drain()
+        if self.count.batches:
             return self.in_recomputation(*args, **kwargs)
         return self._counted(True, *args, **kwargs)
 

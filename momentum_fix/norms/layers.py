@@ -81,29 +81,32 @@ def tracked_layers(model: nn.Module) -> dict[NormLayer, list[str]]:
     return layers
 
 
-def unregistered_layers(model: nn.Module) -> list[str]:
-    """Name the layers that are in plain lists of the model's modules alone, where torch does not find them."""
+def warn_of_none(layers: Collection[NormLayer], what: str, stacklevel: int = 3) -> None:
+    """Warn if a model has no layer for what is asked for."""
+    if not layers:
+        said = f"the model has no layer with running statistics, so there is nothing {what}"
+        warnings.warn(said, stacklevel=stacklevel)
+
+
+def warn_of_hidden(model: nn.Module) -> None:
+    """Warn of layers that are in plain lists of the model's modules alone, where torch does not find them."""
     registered = {id(module) for module in model.modules()}
-    return [
+    hidden = [
         f"{name}.{attribute}[{place}]".lstrip(".")
         for name, module in model.named_modules()
         for attribute, value in vars(module).items()
         for place, each in enumerate(value if isinstance(value, (list, tuple)) else ())
         if isinstance(each, nn.Module) and id(each) not in registered and any(map(tracks, each.modules()))
     ]
+    if hidden:
+        said = f"{join_names(hidden)}: in a plain list, so update_once does not reach it: use an nn.ModuleList"
+        warnings.warn(said, stacklevel=3)
 
 
 def at_gradients(model: nn.Module, hook: Callable[[torch.Tensor], None]) -> list[RemovableHandle]:
     """Have a hook called whenever a backward pass reaches a parameter; none for a model that is frozen."""
     reached = [p for p in model.parameters() if p.requires_grad and not nn.parameter.is_lazy(p)]
     return [p.register_hook(hook) for p in reached]  # type: ignore[no-untyped-call]
-
-
-def warn_of_none(layers: Collection[NormLayer], what: str, stacklevel: int = 3) -> None:
-    """Warn if a model has no layer for what is asked for."""
-    if not layers:
-        said = f"the model has no layer with running statistics, so there is nothing {what}"
-        warnings.warn(said, stacklevel=stacklevel)
 
 
 def describe_layer(name: str) -> str:

@@ -8,6 +8,7 @@ its number, if that has more than four digits and the uncorrected one has at mos
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from momentum_fix.formula import corrected_momentum, effective_momentum
@@ -51,15 +52,11 @@ def _differ(one: Any, other: Any) -> bool:
 
 def set_momenta(momenta: Mapping[Any, Any]) -> None:
     """Set layers' momenta: all, or, if a class refuses, none."""
-    old = {layer: layer.momentum for layer in momenta}
-    try:
+    with ExitStack() as undo:
         for layer, momentum in momenta.items():
-            layer.momentum = momentum
-    except Exception:
-        for layer, momentum in old.items():
-            if layer.momentum is not momentum:
-                layer.momentum = momentum
-        raise
+            old, layer.momentum = layer.momentum, momentum
+            undo.callback(setattr, layer, "momentum", old)
+        undo.pop_all()
 
 
 def set_corrected(momenta: Mapping[Any, Any], plain: Mapping[Any, Any]) -> None:

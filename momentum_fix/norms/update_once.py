@@ -15,7 +15,7 @@ from momentum_fix.norms.layers import (
     join_names,
     only_writes,
     tracked_layers,
-    unregistered_layers,
+    warn_of_hidden,
     warn_of_none,
 )
 from momentum_fix.norms.momenta import is_corrected, uncorrected
@@ -148,12 +148,7 @@ def update_once(model: nn.Module) -> Handle:
             added.append(UpdateOnceForward(layer, name))
     wrap(added)
     warn_of_none(layers, "to update once")
-    if unregistered := unregistered_layers(model):
-        warnings.warn(
-            f"{join_names(unregistered)}: in a plain list, so torch does not find it, and update_once does not reach "
-            "it: use an nn.ModuleList, or call update_once on it",
-            stacklevel=2,
-        )
+    warn_of_hidden(model)
     own = [each.name for each in added if not only_writes(each.layer)]
     if own:
         warnings.warn(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ class ForwardWrapper:
     """
 
     tool = ""  # which has put it on the layer
-    counter: torch.Tensor | None = None  # stands in compiled code for what counts the calls
 
     def __init__(self, layer: NormLayer, name: str) -> None:
         self.layer, self.name = layer, name
@@ -66,6 +65,9 @@ class ForwardWrapper:
     def begin(self) -> None:
         """Do what is to be done before the first forward pass in training mode."""
 
+    def log_compiled(self, answer: torch.Tensor) -> None:
+        """Note, in compiled code, that the layer runs, and whether that is a recomputation."""
+
     in_forward = run
     in_recomputation_alone = run  # the update of a layer that the forward pass has not updated
 
@@ -95,7 +97,9 @@ class ForwardWrapper:
             return self._in_eager(*args, **kwargs)
         own = [module._buffers for module in self.layer.modules()]
         before = [(buffers, name, b, b.clone()) for buffers in own for name, b in buffers.items() if b is not None]
-        undo = torch.ops.momentum_fix.recomputing(before[0][2], self.counter)
+        answer = torch.ops.momentum_fix.recomputing(before[0][2])
+        undo = answer > 0
+        self.log_compiled(answer)
         output = self.run(*args, **kwargs)
         for buffers, name, buffer, value in before:
             if buffers[name] is buffer:
@@ -112,23 +116,21 @@ class ForwardWrapper:
 
     def remove(self) -> None:
         """Give the layer back the forward that it had."""
-        if self.layer.__dict__.pop(_WRAPPER, None) is not None:
-            if self.inner is None:
-                del self.layer.forward
-            else:
-                self.layer.forward = self.inner
+        del self.layer.__dict__[_WRAPPER]
+        if self.inner is None:
+            del self.layer.forward
+        else:
+            self.layer.forward = self.inner
 
 
 def wrap(wrappers: Sequence[ForwardWrapper]) -> None:
     """Put each on its layer: all, or, if a class refuses the attribute, none."""
-    try:
+    with ExitStack() as undo:
         for each in wrappers:
             each.layer.forward = each.forward
             each.layer.__dict__[_WRAPPER] = each
-    except Exception:
-        for each in wrappers:
-            each.remove()
-        raise
+            undo.callback(each.remove)
+        undo.pop_all()
 
 
 def unwrap(wrappers: Iterable[ForwardWrapper]) -> None:
@@ -146,16 +148,11 @@ def wrapper_of(layer: nn.Module) -> ForwardWrapper | None:
     return wrapper if wrapper is not None and wrapper.layer is layer and "forward" in vars(layer) else None
 
 
-def tool_on(layer: nn.Module) -> str:
-    """Name the tool that has wrapped a layer's forward, or give ""."""
-    wrapper = wrapper_of(layer)
-    return "" if wrapper is None else wrapper.tool
-
-
 def refuse_wrapped(layer: nn.Module, name: str, *tools: str) -> None:
     """Raise if one of these tools is on the layer."""
-    if (tool := tool_on(layer)) in tools:
-        raise ValueError(f"{describe_layer(name)} {_REFUSALS[tool]}")
+    wrapper = wrapper_of(layer)
+    if wrapper is not None and wrapper.tool in tools:
+        raise ValueError(f"{describe_layer(name)} {_REFUSALS[wrapper.tool]}")
 
 
 def has_foreign_forward(layer: nn.Module) -> bool:
