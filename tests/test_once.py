@@ -62,26 +62,27 @@ class Hidden(nn.Module):
         super().__init__()
         self.first = block()
         self.blocks = [self.first, block(), nn.Sequential(nn.Conv2d(3, 3, 1))]
-        self.first.more = (nn.BatchNorm2d(3),)
+        self.holder = nn.Module()
+        self.holder.more = (nn.BatchNorm2d(3),)
 
     def forward(self, x):
-        for each in (*self.blocks, *self.first.more):
+        for each in (*self.blocks, *self.holder.more):
             x = each(x)
         return x.tanh()
 
 
 def test_layers_in_a_plain_list_are_named_as_they_are_not_reached():
     net = Hidden()
-    with pytest.warns(UserWarning, match=r"^blocks\[1\], first.more\[0\]: in a plain list.* nn\.ModuleList") as caught:
+    with pytest.warns(UserWarning, match=r"^blocks\[1\], holder.more\[0\]: in a plain list.* nn\.ModuleList") as caught:
         update_once(net)
     assert caught[0].filename == __file__
     train(net, one, data(1), non_reentrant)
-    moved = [norm.num_batches_tracked for norm in (net.first[1], net.blocks[1][1], net.first.more[0])]
+    moved = [norm.num_batches_tracked for norm in (net.first[1], net.blocks[1][1], net.holder.more[0])]
     assert moved == [1, 2, 2]
-    net.blocks, net.first.more = nn.ModuleList(net.blocks), nn.ModuleList(net.first.more)
+    net.blocks, net.holder.more = nn.ModuleList(net.blocks), nn.ModuleList(net.holder.more)
     update_once(net)
     train(net, one, data(1), non_reentrant)
-    assert [norm.num_batches_tracked for norm in (net.first[1], net.blocks[1][1], net.first.more[0])] == [2, 3, 3]
+    assert [norm.num_batches_tracked for norm in (net.first[1], net.blocks[1][1], net.holder.more[0])] == [2, 3, 3]
 
 
 def test_the_model_may_be_the_layer_itself():
@@ -149,7 +150,7 @@ def with_penalty(net, x, ckpt):
 
 @own_class
 @pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
-def test_a_value_that_a_layer_leaves_on_itself_is_found_there_in_the_replay_too(ckpt):
+def test_a_value_that_a_layer_leaves_on_itself_is_found_there_in_the_recomputation_too(ckpt):
     net = Net(LeavesAPenalty)
     truth = truth_of(net, with_penalty)
     update_once(net)
@@ -168,9 +169,11 @@ def test_a_layer_whose_forward_reads_its_statistics_reads_copies_of_them():
     net = Net(Reading)
     update_once(net)
     train(net, one, data(1), reentrant)
-    forward, replay = seen[:3], seen[3:]
+    forward, recomputation = seen[:3], seen[3:]
     assert all(torch.equal(mean, torch.zeros(3)) for mean in forward)
-    assert all(torch.equal(mean, layer.running_mean) for mean, layer in zip(replay, recipes.norms(net), strict=True))
+    assert all(
+        torch.equal(mean, layer.running_mean) for mean, layer in zip(recomputation, recipes.norms(net), strict=True)
+    )
 
 
 @pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
@@ -200,13 +203,13 @@ def test_backward_passes_in_two_threads_do_not_disturb_each_other():
     """Each thread has models of its own and one layer that it shares with the other, read in turn."""
     shared = nn.BatchNorm1d(3)
     update_once(shared)
-    in_replay, go_on = threading.Event(), threading.Event()
+    in_recomputation, go_on = threading.Event(), threading.Event()
     calls = []
 
     def held(x):
         calls.append(x)
         if len(calls) == 2:
-            in_replay.set()
+            in_recomputation.set()
             go_on.wait(10)
         return shared(x).tanh()
 
@@ -215,7 +218,7 @@ def test_backward_passes_in_two_threads_do_not_disturb_each_other():
 
     thread = threading.Thread(target=other)
     thread.start()
-    in_replay.wait(10)
+    in_recomputation.wait(10)
     shared(torch.rand(4, 3))  # a forward pass in this thread, while the other one is in its backward pass
     go_on.set()
     thread.join()

@@ -261,7 +261,7 @@ def tracks_by_default(cls):
     return "track_running_stats" in inspect.signature(cls).parameters
 
 
-def tracking_in_the_replay_only(net):
+def tracking_in_the_recomputation_only(net):
     """Do what fairscale's checkpoint_wrapper does."""
     for layer in norms(net):
         layer.register_forward_pre_hook(lambda layer, _: setattr(layer, "track_running_stats", torch.is_grad_enabled()))
@@ -269,24 +269,26 @@ def tracking_in_the_replay_only(net):
     return net
 
 
-REPLAY_ONLY = r"layer '0\.1' does not track statistics in the forward pass, but does in the backward.*restore\(model\)"
+RECOMPUTATION_ONLY = (
+    r"layer '0\.1' does not track statistics in the forward pass, but does in the backward.*restore\(model\)"
+)
 
 
-def test_layers_that_are_updated_in_the_replay_only_stay_so_and_a_warning_says_it():
-    net = tracking_in_the_replay_only(nn.Sequential(block(), nn.Tanh()))
+def test_layers_that_are_updated_in_the_recomputation_only_stay_so_and_a_warning_says_it():
+    net = tracking_in_the_recomputation_only(nn.Sequential(block(), nn.Tanh()))
     truth = train(copy.deepcopy(net), one, data(1), plainly)
     update_once(net)
-    with pytest.warns(UserWarning, match=REPLAY_ONLY):
+    with pytest.warns(UserWarning, match=RECOMPUTATION_ONLY):
         train(net, one, data(1), ENGINES["reentrant"])
     assert deviation(net, truth) == 0
 
 
-def test_layers_that_come_to_be_updated_in_the_replay_only_are_noticed_one_step_later():
+def test_layers_that_come_to_be_updated_in_the_recomputation_only_are_noticed_one_step_later():
     net = nn.Sequential(block(), nn.Tanh())
     update_once(net)
     train(net, one, data(1), ENGINES["reentrant"])
-    tracking_in_the_replay_only(net)
-    with pytest.warns(UserWarning, match=REPLAY_ONLY):
+    tracking_in_the_recomputation_only(net)
+    with pytest.warns(UserWarning, match=RECOMPUTATION_ONLY):
         train(net, one, data(2), ENGINES["reentrant"])
 
 
@@ -295,8 +297,10 @@ class Scaled(nn.BatchNorm2d):
         return super().forward(x) * scale
 
 
-@pytest.mark.parametrize("where", [tracking_in_the_replay_only, lambda net: net], ids=["replay only", "both"])
-def test_a_keyword_of_a_forward_reaches_the_layer_in_the_replay(where):
+@pytest.mark.parametrize(
+    "where", [tracking_in_the_recomputation_only, lambda net: net], ids=["recomputation only", "both"]
+)
+def test_a_keyword_of_a_forward_reaches_the_layer_in_the_recomputation(where):
     def step(net, x, ckpt):
         ckpt(lambda y: net[0](y, scale=3.0).tanh(), x.requires_grad_()).square().sum().backward()
 
@@ -321,7 +325,7 @@ def untracked(net, *, track):
 
 
 def test_extra_forward_passes_that_do_not_track_do_not_count():
-    """As in virtual adversarial training. The other engine refuses a replay that saves other tensors."""
+    """As in virtual adversarial training. The other engine refuses a recomputation that saves other tensors."""
 
     def step(net, x, ckpt):
         x = x.clone().requires_grad_()
@@ -336,7 +340,7 @@ def test_extra_forward_passes_that_do_not_track_do_not_count():
     assert deviation(net, truth) == 0 < deviation(wrong, truth)
 
 
-def test_a_graph_that_is_kept_over_untracked_passes_is_replayed_once_more_without_moving_anything():
+def test_a_graph_that_is_kept_over_untracked_passes_is_recomputed_once_more_without_moving_anything():
     """As in the fast gradient sign method: the gradient of the input first, then a pass on what that gave."""
 
     def step(net, x, ckpt):
