@@ -376,7 +376,9 @@ def check_recomputation() -> None:
         try:
             for reentrant in (False, True):
                 x = torch.ones((), requires_grad=True)
-                torchs.checkpoint(probe, x, use_reentrant=reentrant, preserve_rng_state=False).backward()
+                torch.utils.checkpoint.checkpoint(
+                    probe, x, use_reentrant=reentrant, preserve_rng_state=False
+                ).backward()
         except Exception as error:
             seen.append(f"{type(error).__name__}: {error}")
 
@@ -409,6 +411,8 @@ def hidden_from_modes() -> Iterator[None]:
     if not is_watched_by_mode():
         yield
         return
+    from torch.utils._python_dispatch import _disable_current_modes
+
     with _disable_current_modes() as modes, ExitStack() as kept:
         for mode in modes:
             if mode.is_infra_mode():
