@@ -27,7 +27,7 @@ class UpdateOnceForward(ForwardWrapper):
 
     tool = "update_once"
 
-    def begin(self) -> None:
+    def before_first_pass(self) -> None:
         if is_corrected(self.layer):
             warnings.warn(
                 f"{describe_layer(self.name)} got a corrected momentum after update_once ({_for_plain(self.layer)}; "

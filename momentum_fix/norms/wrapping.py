@@ -46,7 +46,7 @@ class ForwardWrapper:
         if not is_recomputation():
             if layer.training:
                 if self.updated is None:
-                    self.begin()
+                    self.before_first_pass()
                 self.updated, self.recomputed = (self.updated and not self.recomputed) or tracks(layer), False
             return self.in_forward(*args, **kwargs)
         if self.updated is False and tracks(layer):
@@ -62,7 +62,7 @@ class ForwardWrapper:
             return self.inner(*args, **kwargs)
         return type(self.layer).forward(self.layer, *args, **kwargs)
 
-    def begin(self) -> None:
+    def before_first_pass(self) -> None:
         """Do what is to be done before the first forward pass in training mode."""
 
     def log_compiled(self, answer: torch.Tensor) -> None:
