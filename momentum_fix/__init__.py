@@ -6,6 +6,7 @@
     preserve_state                     the same as a context_fn: checkpoint(..., context_fn=preserve_state)
     preserve_everywhere()              the same for every call of torch's checkpoint, a library's too
     with calibrate(model) as report:   around one training step: counts each layer's passes, sets its momentum
+    with recomputing():                declares a recomputation where nobody could tell; recomputing(False): none
     correct(model, passes=2)           sets the corrected momentum, if you know the passes
     norm_layer("BatchNorm2d")          a norm layer with the corrected momentum, for a model config
     corrected_momentum(0.1, passes=2)  the number alone; effective_momentum is its inverse
@@ -36,6 +37,7 @@ if _TYPE_CHECKING:
     from momentum_fix.norms.factory import norm_layer as norm_layer
     from momentum_fix.norms.update_once import Handle as Handle
     from momentum_fix.norms.update_once import update_once as update_once
+    from momentum_fix.recomputation import recomputing as recomputing
     from momentum_fix.state.preserve import Everywhere as Everywhere
     from momentum_fix.state.preserve import checkpoint as checkpoint
     from momentum_fix.state.preserve import preserve_everywhere as preserve_everywhere
@@ -54,6 +56,7 @@ _HOMES = {
     "Diagnosis": "diagnosis.report",
     "update_once": "norms.update_once",
     "Handle": "norms.update_once",
+    "recomputing": "recomputation",
     "audit": "auditing",
     "Audit": "files.verdict",
     "UnreadableError": "files.reading",

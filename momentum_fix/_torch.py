@@ -19,11 +19,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch._guards import TracingContext
 from torch.nn import functional
 from torch.nn.modules import module as torchs_module
 from torch.utils import checkpoint as torchs
-from torch.utils._python_dispatch import _disable_current_modes
 
 
 @dataclass
@@ -95,6 +93,8 @@ def _begin(begin: Begin, outermost: bool) -> Callable[[], None]:
 
 
 def _listeners(call: Call) -> list[Listener]:
+    from torch._guards import TracingContext
+
     call.in_compilation = TracingContext.try_get() is not None
     return [listener for begin in dict.fromkeys(_beginnings) if (listener := begin(call)) is not None]
 
@@ -227,6 +227,8 @@ def _check() -> None:
     def probe(x: torch.Tensor) -> torch.Tensor:
         return x.square()
 
+    from torch.utils._python_dispatch import _disable_current_modes
+
     try:
         stop = _begin(lambda call: Probe() if call.function is probe else None, outermost=True)
         try:
@@ -345,3 +347,121 @@ def others_hear_modules() -> bool:
     """Tell whether somebody else has a global hook on, which may do anything with a module."""
     hooks = (torchs_module._global_forward_pre_hooks, torchs_module._global_forward_hooks)
     return any(hook is not _on_entering and type(hook) is not _Leaving for each in hooks for hook in each.values())
+
+
+# Recomputations, and modes.
+
+
+@functools.cache
+def _module_tracker() -> Any:
+    from torch.utils.module_tracker import ModuleTracker
+
+    return ModuleTracker()
+
+
+def is_in_backward() -> bool:
+    """Tell whether a backward pass is running in this thread. A public name, which `check_recomputation` tries out."""
+    return bool(_module_tracker().is_bw)
+
+
+@functools.cache
+def check_recomputation() -> None:
+    """Raise if a small checkpoint, by either engine, is not recomputed in what is seen as a backward pass.
+
+    It runs in a thread of its own, in which none of the caller's modes is on.
+    """
+    seen: list[Any] = []
+
+    def probe(x: torch.Tensor) -> torch.Tensor:
+        seen.append(is_in_backward())
+        return x.square()
+
+    def run() -> None:
+        try:
+            for reentrant in (False, True):
+                x = torch.ones((), requires_grad=True)
+                torch.utils.checkpoint.checkpoint(
+                    probe, x, use_reentrant=reentrant, preserve_rng_state=False
+                ).backward()
+        except Exception as error:
+            seen.append(f"{type(error).__name__}: {error}")
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if seen != [False, True, False, True]:
+        raise RuntimeError(
+            f"torch {torch.__version__} does not tell a recomputation from a forward pass as torch 2.9 to 2.15 do "
+            f"({', '.join(map(str, seen))}), so update_once, calibrate and diagnose cannot work with it: install a "
+            "newer momentum_fix. correct, restore, audit, preserve_state and momentum_fix.checkpoint do not need this"
+        )
+
+
+def is_watched_by_mode() -> bool:
+    """Tell whether a mode that decides what operations give, as that of selective checkpointing, sees each of them."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    return not all(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
+
+
+@contextmanager
+def hidden_from_modes() -> Iterator[None]:
+    """Run operations of this package's own, which selective checkpointing does not know from the forward pass.
+
+    Fake and proxy modes stay: they decide what a tensor is.
+    """
+    if not is_watched_by_mode():
+        yield
+        return
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes() as modes, ExitStack() as kept:
+        for mode in modes:
+            if mode.is_infra_mode():
+                kept.enter_context(mode)
+        yield
+
+
+def is_abstract_norm(cls: type[nn.Module]) -> bool:
+    """Tell whether a class's forward is one of torch's that raises, or calls a check of the input that raises."""
+    from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+    from torch.nn.modules.instancenorm import _InstanceNorm
+
+    checks = (_NormBase._check_input_dim, _InstanceNorm._check_input_dim)
+    forwards = (_BatchNorm.forward, _InstanceNorm.forward, nn.Module.forward)
+    return getattr(cls, "_check_input_dim", None) in checks and cls.forward in forwards
+
+
+# Tensors and modules.
+
+
+def has_values() -> bool:
+    """Tell whether operations compute: no fake tensors, and no tracing."""
+    from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+    return not is_in_torch_dispatch_mode(include_infra_modes=True)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """Give how often a tensor was written to, as far as autograd has seen."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def leaves_a_checkpoint(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor is what a reentrant checkpoint gave."""
+    return isinstance(tensor.grad_fn, torchs.CheckpointFunction._backward_cls)
+
+
+def negated(tensor: torch.Tensor) -> torch.Tensor:
+    """Give a view of a tensor that stands for its negative, as the imaginary part of a conjugate does."""
+    return torch._neg_view(tensor)
+
+
+def is_compiled(value: Any) -> bool:
+    """Tell whether a module or a function is compiled by itself."""
+    own = getattr(value, "__dict__", {})
+    if isinstance(value, nn.Module):
+        return "_compiled_call_impl" in own or "_orig_mod" in own["_modules"]
+    return "_torchdynamo_orig_callable" in own and not own.get("_torchdynamo_disable")

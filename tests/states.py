@@ -452,7 +452,7 @@ def picture(model, parameters=True):
         return picture(value) if isinstance(value, nn.Module) else value
 
     ignored = vars(nn.Module()).keys() | {"ckpt", "seen", "move", "_compiled_call_impl", "_is_torch_compile"}
-    ignored |= {"forward", "_momentum_fix_covering"}  # what update_once puts on
+    ignored |= {"forward", "_momentum_fix_wrapper"}  # what update_once puts on
     ignored.add("_compile_kwargs")  # Lightning, once imported, notes it on what is compiled
     pictures = {}
     for name, module in model.named_modules():

@@ -14,6 +14,10 @@ from recipes import Net, StoppedError, Stubborn, data, instance_norm, nested, on
 from twins import ROUNDING, deviation, momenta, non_reentrant, plainly, reentrant, train
 
 
+def nothing_ran():
+    return pytest.warns(UserWarning, match="no layer was updated in the block, so nothing is corrected: put a training")
+
+
 def one_forward(model):
     return non_reentrant(model, data(1)[0].requires_grad_()).sum()
 
@@ -197,6 +201,7 @@ def test_torchscript_is_refused():
 def test_a_layer_is_calibrated_in_one_block_only():
     model = Net()
     with (
+        nothing_ran(),
         calibrate(model),
         pytest.raises(
             ValueError, match=r"layer '1' is being calibrated: leave the `with calibrate\(\.\.\.\)` block first"
@@ -233,7 +238,7 @@ def test_a_layer_that_loses_its_statistics_in_the_block_is_left_alone():
 
 def test_a_block_runs_once():
     block = calibrate(nn.Sequential(nn.BatchNorm2d(3)))
-    with block:
+    with nothing_ran(), block:
         pass
     with pytest.raises(RuntimeError, match=r"has run already: call calibrate\(model\) again"), block:
         pytest.fail("it must not be entered")
@@ -294,6 +299,19 @@ def test_a_block_that_is_never_entered_says_so():
         calibrate(Net())
 
 
+def test_a_block_around_a_step_in_evaluation_mode_or_of_another_model_says_so():
+    model, other = Net(), Net()
+    with nothing_ran() as caught, calibrate(model.eval()):
+        one(model, *data(1), non_reentrant)
+    assert caught[0].filename == __file__
+    with nothing_ran(), calibrate(model.train()) as report:
+        one(other, *data(1), non_reentrant)
+    assert report.passes == {}
+    assert set(momenta(model).values()) == {0.1}
+    with calibrate(nn.ModuleList([model, other])):  # of which one runs
+        one(other, *data(1), non_reentrant)
+
+
 def test_a_block_that_is_abandoned_ends_when_it_is_collected():
     model = correct(Net(), 2)
     block = calibrate(model)
@@ -324,15 +342,24 @@ def test_a_step_that_leaves_another_momentum_behind_is_warned_of():
     assert deviation(train(once, sharpness_aware, data(), non_reentrant), truth) == 0
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, by.pickled])
-def test_a_copy_made_in_the_block_is_an_uncorrected_model(copied):
+def test_a_model_is_not_pickled_in_the_block_and_is_after_it():
+    model = Net()
+    said = r"layer 'a\.1' is being calibrated: leave the `with calibrate\(\.\.\.\)` block first"
+    with calibrate(model) as report:
+        one(model, *data(1), non_reentrant)
+        with pytest.raises(ValueError, match=said):
+            by.pickled(model)
+    assert report.passes == same(2)
+    assert momenta(by.pickled(model)) == momenta(model)
+
+
+def test_a_copy_made_in_the_block_is_an_uncorrected_model():
     model = correct(Net(), 2)
     with calibrate(model) as report:
         one(model, *data(1), non_reentrant)
-        twin = copied(model)
-    if copied is copy.deepcopy:
-        assert applied(twin) == {}
-        assert not any("forward" in vars(module) for module in twin.modules())
+        twin = copy.deepcopy(model)
+    assert applied(twin) == {}
+    assert not any("forward" in vars(module) for module in twin.modules())
     assert momenta(restore(twin)) == dict.fromkeys(same(2), 0.1)
     assert momenta(correct(twin, report)) == momenta(model)
 

@@ -20,7 +20,6 @@ from momentum_fix import (
     calibrate,
     correct,
     corrected_momentum,
-    effective_momentum,
     norm_layer,
     restore,
     update_once,
@@ -121,7 +120,7 @@ def test_a_momentum_that_is_computed_from_a_corrected_one_counts_as_ones_own():
     assert correct(layer, 2).momentum == corrected_momentum(mine, 2)
 
 
-@pytest.mark.parametrize("travel", [copy.deepcopy, pickled, saved, nn.SyncBatchNorm.convert_sync_batchnorm])
+@pytest.mark.parametrize("travel", [copy.deepcopy, pickled, saved])
 @pytest.mark.parametrize("momentum", [0.1, 0.123456789])
 def test_the_knowledge_travels_with_the_layer(travel, momentum):
     model = nn.Sequential(nn.BatchNorm2d(3, momentum=momentum))
@@ -129,6 +128,24 @@ def test_the_knowledge_travels_with_the_layer(travel, momentum):
     there = travel(model)
     assert correct(there, 3)[0].momentum == before
     assert restore(there)[0].momentum == momentum
+
+
+@pytest.mark.parametrize(("momentum", "known"), [(0.1, True), (0.1234, True), (0.12345, False), (0.123456789, False)])
+@pytest.mark.parametrize("passes", [2, 8])
+def test_a_layer_without_a_mark_is_known_by_its_number_if_the_uncorrected_one_has_four_digits(momentum, known, passes):
+    corrected = corrected_momentum(momentum, passes)
+    rebuilt = nn.SyncBatchNorm.convert_sync_batchnorm(correct(nn.BatchNorm2d(3, momentum=momentum), passes))
+    for layer in (norm_layer("BatchNorm2d", momentum=momentum, passes=passes)(3), rebuilt):
+        assert vars(layer).keys() == vars(type(layer)(3)).keys()
+        assert layer.momentum == corrected
+        assert is_corrected(layer) is known
+        assert applied(layer) == ({"": f"momentum {corrected:.6g}, corrected from {momentum}"} if known else {})
+        assert correct(copy.deepcopy(layer), 3).momentum == corrected_momentum(momentum if known else corrected, 3)
+        assert restore(layer).momentum == (momentum if known else corrected)
+
+
+def test_passes_above_eight_are_not_known_by_the_number():
+    assert not is_corrected(norm_layer("BatchNorm2d", passes=9)(3))
 
 
 @jit
@@ -175,24 +192,23 @@ def test_a_corrected_model_that_is_pickled_whole_loads_without_this_package(chan
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("momentum", [0.1, 0.123456789])
-def test_a_layer_of_the_factory_is_known_by_its_number_without_a_mark_on_it(momentum):
-    layer = norm_layer("BatchNorm1d", momentum=momentum, passes=3)(4)
-    assert vars(layer).keys() == vars(nn.BatchNorm1d(4)).keys()
-    assert correct(layer, 2).momentum == corrected_momentum(momentum, 2)
-    assert restore(layer).momentum == momentum
-
-
 def test_a_corrected_momentum_of_four_digits_is_not_known_by_its_number():
     correct(nn.BatchNorm1d(4, momentum=0.19), 2)
     layer = nn.BatchNorm1d(4, momentum=0.1)  # which 0.19 is corrected to
     assert correct(layer, 2).momentum == corrected_momentum(0.1, 2)
 
 
-def test_another_model_does_not_change_what_restore_gives():
-    layer = norm_layer("BatchNorm1d", momentum=0.123456789, passes=2)(4)
-    correct(nn.BatchNorm1d(4, momentum=effective_momentum(0.123456789, 2)), 4)  # to the same number, from another
-    assert restore(layer).momentum == 0.123456789
+@pytest.mark.parametrize(
+    "other",
+    [lambda: norm_layer(momentum=0.123456789), lambda: correct(nn.BatchNorm2d(3, momentum=0.123456789))],
+)
+def test_what_is_done_to_one_model_does_not_change_what_is_said_of_another(other):
+    mine = nn.BatchNorm2d(3, momentum=corrected_momentum(0.123456789, 2))
+    other()
+    assert not is_corrected(mine)
+    assert applied(mine) == {}
+    update_once(mine)
+    assert restore(mine).momentum == corrected_momentum(0.123456789, 2)
 
 
 def test_restore_takes_update_once_off_a_layer_that_no_longer_tracks():

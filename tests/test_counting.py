@@ -43,7 +43,7 @@ PASSES = {  # with the reentrant engine, with the other; None: not for this engi
     "one checkpoint": (by.one, same(2), same(2)),
     "each its own": (by.each_its_own, {**same(2), "a.1": 1}, {**same(2), "a.1": 1}),
     "nested": (by.nested, INNER, INNER),
-    "nested directly": (by.nested_directly, same(3), same(2)),  # early stop cuts the outer replay
+    "nested directly": (by.nested_directly, same(3), same(2)),  # early stop cuts the outer recomputation
     "never stopping early": (by.never_stopping_early, same(3), same(3)),
     "two backwards": (by.two_backwards, same(3), same(3)),
     "accumulation": (by.accumulating(by.nested), INNER, INNER),
@@ -130,7 +130,7 @@ def test_layers_in_a_compiled_block_are_counted_if_they_do_not_count_themselves(
 @pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, instance_norm, by.cumulative], ids=lambda norm: norm.__name__)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_replay_that_preserves_the_state_is_no_pass(compiled, norm, ckpt):
+def test_a_recomputation_that_preserves_the_state_is_no_pass(compiled, norm, ckpt):
     def step(net, x, ckpt):
         run = torch.compile(net.b, backend="aot_eager") if compiled else net.b
         ckpt(run, x.requires_grad_()).sum().backward()
@@ -149,8 +149,10 @@ def test_a_replay_that_preserves_the_state_is_no_pass(compiled, norm, ckpt):
 
 
 @pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
-def test_the_first_replay_of_a_cumulative_average_counts_though_it_changes_no_value(ckpt):
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, momentum=None)).double()  # where a replay stops early
+def test_the_first_recomputation_of_a_cumulative_average_counts_though_it_changes_no_value(ckpt):
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, momentum=None)
+    ).double()  # where a recomputation stops early
     with calibrate(model) as report:
         for x in data(2):
             ckpt(model, x.requires_grad_()).sum().backward()
@@ -193,7 +195,7 @@ def test_other_data_is_told_from_rounding_at_every_size_of_the_statistics(size, 
 
     def forward(x):
         calls.append(x)
-        return layer(size * (x + 1 + 1e-3 * (other and len(calls) == 2))).tanh()  # the first replay
+        return layer(size * (x + 1 + 1e-3 * (other and len(calls) == 2))).tanh()  # the first recomputation
 
     said = pytest.warns(UserWarning, match="different data") if other else contextlib.nullcontext()
     with said, calibrate(layer) as report:
@@ -232,7 +234,7 @@ def test_a_class_of_ones_own_that_is_updated_once_may_read_what_it_likes():
 
 
 @pytest.mark.parametrize("late", [0, 3])
-def test_replays_of_batches_from_before_the_block_count_in_a_cumulative_average(late):
+def test_recomputations_of_batches_from_before_the_block_count_in_a_cumulative_average(late):
     layer = nn.BatchNorm2d(3, momentum=None)
     layer.num_batches_tracked += 100  # pretrained
     before = [reentrant(layer, x.requires_grad_()).sum() for x in data(late)]
@@ -271,7 +273,7 @@ def one_saved_within_another(net, x, ckpt):
 @pytest.mark.parametrize(
     ("step", "passes"), [(by.selective(CheckpointPolicy.MUST_SAVE), same(1)), (one_saved_within_another, same(2))]
 )
-def test_a_replay_that_moves_no_statistics_is_no_pass(step, passes):
+def test_a_recomputation_that_moves_no_statistics_is_no_pass(step, passes):
     truth, _, calibrated = three(Net(), step, data(), non_reentrant, calibrating)
     assert calibrated.found.passes == passes
     assert deviation(calibrated, truth) < ROUNDING
@@ -293,7 +295,7 @@ def test_passes_are_counted_where_the_statistics_have_nowhere_to_move(momentum):
 
 def test_calls_in_evaluation_mode_are_no_updates():
     model = Net(instance_norm).eval()
-    with calibrate(model) as report:
+    with pytest.warns(UserWarning, match="no layer was updated in the block"), calibrate(model) as report:
         by.one(model, *data(1), non_reentrant)
     assert {row.note for row in report.rows} == {"left alone: in evaluation mode"}
     assert set(momenta(model).values()) == {0.1}
@@ -374,7 +376,7 @@ def test_more_batches_than_compiled_code_has_slots_for_are_counted_and_their_ord
     assert report.passes == {"b.1": 2}
 
 
-def test_a_replay_that_moves_the_counter_alone_is_noticed_in_a_cumulative_average():
+def test_a_recomputation_that_moves_the_counter_alone_is_noticed_in_a_cumulative_average():
     model = Net(by.cumulative)
     with (
         pytest.warns(UserWarning, match="not corrected: a cumulative average of batches"),
@@ -407,7 +409,7 @@ PARTLY_COMPILED = [(True, False), (False, True)]
 
 @pytest.mark.parametrize("compiled", PARTLY_COMPILED)
 @pytest.mark.parametrize("covered", [calibrate, update_once])
-def test_a_pass_in_compiled_code_and_its_replay_outside_of_it_are_of_one_batch(covered, compiled):
+def test_a_pass_in_compiled_code_and_its_recomputation_outside_of_it_are_of_one_batch(covered, compiled):
     step, model = changing(compiled, reentrant), Net()
     truth, wrong = (train(copy.deepcopy(model), step, data(1), ckpt) for ckpt in (plainly, reentrant))
     with covered(model) as found:

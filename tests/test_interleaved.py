@@ -123,7 +123,7 @@ def test_a_layer_that_is_updated_in_backward_passes_only_is_warned_of_and_left_a
     assert deviation(model, truth) == 0
 
 
-def test_a_wrapper_that_updates_in_the_replay_alone_keeps_its_statistics():
+def test_a_wrapper_that_updates_in_the_recomputation_alone_keeps_its_statistics():
     model = Net()
     truth = train(copy.deepcopy(model), by.one, data(1), plainly)
     rivals.only_in_backward(model)
@@ -132,7 +132,7 @@ def test_a_wrapper_that_updates_in_the_replay_alone_keeps_its_statistics():
     assert deviation(model, truth) == 0
 
 
-def test_replays_of_a_batch_from_before_the_block_do_not_count():
+def test_recomputations_of_a_batch_from_before_the_block_do_not_count():
     model = Net()
     earlier = non_reentrant(model, *data(1)).sum()
     with calibrate(model) as report:
@@ -141,18 +141,18 @@ def test_replays_of_a_batch_from_before_the_block_do_not_count():
     assert report.passes == same(2)
 
 
-# A replay of other data.
+# A recomputation of other data.
 
 
 def dropping(net, x, ckpt):
-    """Draw other random numbers in the replay."""
+    """Draw other random numbers in the recomputation."""
     ckpt(lambda y: net(nn.functional.dropout(y, 0.5)), x.requires_grad_(), preserve_rng_state=False).sum().backward()
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, instance_norm])
-def test_a_replay_of_other_data_than_the_forward_pass_saw_is_noticed(norm):
+def test_a_recomputation_of_other_data_than_the_forward_pass_saw_is_noticed(norm):
     model, same_data = Net(norm), Net(norm)
-    said = r"only the decay is right: a replay saw different data.*update_once.*Layers: a\.1, b\.1, c\.1\."
+    said = r"only the decay is right: a recomputation saw different data.*update_once.*Layers: a\.1, b\.1, c\.1\."
     with pytest.warns(UserWarning, match=said), calibrate(model) as report:
         dropping(model, *data(1), non_reentrant)
     assert report.passes == same(2)
@@ -162,7 +162,7 @@ def test_a_replay_of_other_data_than_the_forward_pass_saw_is_noticed(norm):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("momentum", [0.001, 0.1, 0.9])
-def test_replays_of_the_same_data_are_not_taken_for_others_in_any_precision(dtype, momentum):
+def test_recomputations_of_the_same_data_are_not_taken_for_others_in_any_precision(dtype, momentum):
     model = Net().to(dtype)
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):

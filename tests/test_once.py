@@ -1,5 +1,6 @@
 """update_once: what it puts on a layer, what takes it off, what it refuses, and compiled code. See test_conformance."""
 
+import contextlib
 import copy
 import functools
 import pickle
@@ -13,7 +14,7 @@ from torch import nn
 
 import recipes
 from momentum_fix import calibrate, correct, norm_layer, restore, update_once
-from momentum_fix.norms.wrapping import covering as covers
+from momentum_fix.norms.wrapping import wrapper_of as covers
 from recipes import ENGINES, Net, OwnForward, block, data, instance_norm, one, siamese
 from twins import batches, counters, deviation, non_reentrant, plainly, reentrant, same_path, statistics, train
 
@@ -54,6 +55,36 @@ def test_layers_without_running_statistics_are_left_alone():
     assert not any("forward" in vars(layer) for layer in model)
 
 
+class Hidden(nn.Module):
+    """Has blocks in a plain list, one of which is registered as well, and a norm in a tuple of one of its modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = block()
+        self.blocks = [self.first, block(), nn.Sequential(nn.Conv2d(3, 3, 1))]
+        self.holder = nn.Module()
+        self.holder.more = (nn.BatchNorm2d(3),)
+
+    def forward(self, x):
+        for each in (*self.blocks, *self.holder.more):
+            x = each(x)
+        return x.tanh()
+
+
+def test_layers_in_a_plain_list_are_named_as_they_are_not_reached():
+    net = Hidden()
+    with pytest.warns(UserWarning, match=r"^blocks\[1\], holder.more\[0\]: in a plain list.* nn\.ModuleList") as caught:
+        update_once(net)
+    assert caught[0].filename == __file__
+    train(net, one, data(1), non_reentrant)
+    moved = [norm.num_batches_tracked for norm in (net.first[1], net.blocks[1][1], net.holder.more[0])]
+    assert moved == [1, 2, 2]
+    net.blocks, net.holder.more = nn.ModuleList(net.blocks), nn.ModuleList(net.holder.more)
+    update_once(net)
+    train(net, one, data(1), non_reentrant)
+    assert [norm.num_batches_tracked for norm in (net.first[1], net.blocks[1][1], net.holder.more[0])] == [2, 3, 3]
+
+
 def test_the_model_may_be_the_layer_itself():
     layer = nn.BatchNorm1d(3)
     update_once(layer)
@@ -90,7 +121,9 @@ def test_a_forward_with_more_arguments_gets_them():
 @pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
 def test_a_layer_may_get_its_input_by_keyword(covered, training, ckpt):
     layers = [nn.BatchNorm2d(3).train(training) for _ in range(2)]
-    with covered(layers[0]):
+    nothing_ran = covered is calibrate and not training
+    said = pytest.warns(UserWarning, match="no layer was updated") if nothing_ran else contextlib.nullcontext()
+    with said, covered(layers[0]):
         for layer, by in zip(layers, (ckpt, plainly), strict=True):
             by(lambda x, layer=layer: layer(input=x).tanh(), data(1)[0].requires_grad_()).sum().backward()
     assert same_statistics(*layers)
@@ -117,7 +150,7 @@ def with_penalty(net, x, ckpt):
 
 @own_class
 @pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
-def test_a_value_that_a_layer_leaves_on_itself_is_found_there_in_the_replay_too(ckpt):
+def test_a_value_that_a_layer_leaves_on_itself_is_found_there_in_the_recomputation_too(ckpt):
     net = Net(LeavesAPenalty)
     truth = truth_of(net, with_penalty)
     update_once(net)
@@ -136,9 +169,11 @@ def test_a_layer_whose_forward_reads_its_statistics_reads_copies_of_them():
     net = Net(Reading)
     update_once(net)
     train(net, one, data(1), reentrant)
-    forward, replay = seen[:3], seen[3:]
+    forward, recomputation = seen[:3], seen[3:]
     assert all(torch.equal(mean, torch.zeros(3)) for mean in forward)
-    assert all(torch.equal(mean, layer.running_mean) for mean, layer in zip(replay, recipes.norms(net), strict=True))
+    assert all(
+        torch.equal(mean, layer.running_mean) for mean, layer in zip(recomputation, recipes.norms(net), strict=True)
+    )
 
 
 @pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
@@ -168,13 +203,13 @@ def test_backward_passes_in_two_threads_do_not_disturb_each_other():
     """Each thread has models of its own and one layer that it shares with the other, read in turn."""
     shared = nn.BatchNorm1d(3)
     update_once(shared)
-    in_replay, go_on = threading.Event(), threading.Event()
+    in_recomputation, go_on = threading.Event(), threading.Event()
     calls = []
 
     def held(x):
         calls.append(x)
         if len(calls) == 2:
-            in_replay.set()
+            in_recomputation.set()
             go_on.wait(10)
         return shared(x).tanh()
 
@@ -183,7 +218,7 @@ def test_backward_passes_in_two_threads_do_not_disturb_each_other():
 
     thread = threading.Thread(target=other)
     thread.start()
-    in_replay.wait(10)
+    in_recomputation.wait(10)
     shared(torch.rand(4, 3))  # a forward pass in this thread, while the other one is in its backward pass
     go_on.set()
     thread.join()
@@ -274,6 +309,27 @@ def test_a_copy_trains_itself_and_not_the_original():
     train(other, one, data(), non_reentrant)
     assert counters(net) == dict.fromkeys(counters(net), 0)
     assert counters(other) == dict.fromkeys(counters(other), 4)
+
+
+def test_the_handle_counts_the_layers_that_it_is_on():
+    net = Net()
+    handle = update_once(net)
+    assert (len(handle), repr(handle)) == (3, "<update_once on 3 layers>")
+    assert repr(update_once(net)) == "<update_once on 0 layers>"
+    del net.a[1].forward
+    assert repr(handle) == "<update_once on 2 layers>"
+    net.b[1] = nn.BatchNorm2d(3)
+    assert repr(handle) == "<update_once on 1 layers>"
+    nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    assert repr(handle) == "<update_once on 0 layers>"
+    again = update_once(net)
+    assert (len(again), len(handle)) == (3, 0)
+    again.remove()
+    assert repr(again) == "<update_once on 0 layers>"
+
+
+def test_the_handle_of_a_model_that_is_one_layer_counts_it():
+    assert len(update_once(nn.BatchNorm1d(3))) == 1
 
 
 def test_deleting_forward_by_hand_takes_it_off_too():
@@ -450,7 +506,7 @@ def test_there_is_no_graph_break_and_one_operator_a_layer():
         return graph
 
     torch.compile(net, backend=backend, fullgraph=True)(data(1)[0])
-    asked = [node for node in graphs[0].graph.nodes if "momentum_fix.replaying" in str(node.target)]
+    asked = [node for node in graphs[0].graph.nodes if "momentum_fix.recomputing" in str(node.target)]
     assert (len(graphs), len(asked)) == (1, 3)
 
 
@@ -591,7 +647,7 @@ def test_scripting_a_covered_model_fails_loudly():
 
 def test_cuda_graphs_leave_the_decision_to_run_time():
     tag = getattr(torch.Tag, "cudagraph_unsafe", None)
-    assert tag is None or tag in torch.ops.momentum_fix.replaying.default.tags
+    assert tag is None or tag in torch.ops.momentum_fix.recomputing.default.tags
 
 
 # On GPUs; test_conformance has more.

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import warnings
 
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from momentum_fix import applied, calibrate, correct, restore, update_once
-from momentum_fix.norms.counting import MAY_READ
+from momentum_fix.norms.layers import NORMS, norm_of, only_writes
+from momentum_fix.norms.notes import Note
 from recipes import ENGINES, Net, block, data, norms, one
 from twins import ROUNDING, counters, deviation, non_reentrant, plainly, reentrant, same_path, statistics, three, train
 
@@ -128,7 +130,7 @@ def test_calibrate_is_right_for_it(norm, ckpt):
         train(net, one, data()[:1], ckpt)
     train(net, one, data()[1:], ckpt)
     assert set(report.values()) == {2}
-    assert {row.note for row in report.rows} == {MAY_READ}
+    assert {row.note for row in report.rows} == {Note.MAY_READ.text}
     means = {name: mean for name, mean in statistics(truth).items() if not name.endswith("count")}
     for model, right in ((net, True), (uncorrected, False)):
         close = (torch.allclose(statistics(model)[name], mean, rtol=ROUNDING, atol=0) for name, mean in means.items())
@@ -218,7 +220,7 @@ def test_timms_norms_with_an_activation_are_known_not_to_read_their_statistics(m
     truth = train(copy.deepcopy(net), one, data(3), plainly)
     with calibrate(calibrated := copy.deepcopy(net)) as report:
         train(calibrated, one, data(1), non_reentrant)
-    assert {row.note for row in report.rows} == {"" if known else MAY_READ}
+    assert {row.note for row in report.rows} == {"" if known else Note.MAY_READ.text}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         update_once(net)
@@ -228,7 +230,38 @@ def test_timms_norms_with_an_activation_are_known_not_to_read_their_statistics(m
     assert deviation(net, truth) == 0
 
 
-def tracking_in_the_replay_only(net):
+@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: str(norm.defined_in))
+def test_what_is_said_of_a_registered_class_is_so(norm):
+    cls = norm.defined_in
+    if isinstance(cls, str) or cls is nn.SyncBatchNorm:
+        pytest.skip("needs timm, or a GPU")
+    known = getattr(nn, cls.__name__.replace("1d", "2d"))
+    assert norm_of(known(3)) is norm
+    layer = known(3, track_running_stats=True).double()
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    x = data(1)[0]
+    y = layer(x)
+    assert {name for name in before if not torch.equal(layer._buffers[name], before[name])} == {
+        *norm.statistics,
+        *(["num_batches_tracked"] if cls is nn.BatchNorm1d else []),
+    }
+    for name in norm.statistics:
+        layer._buffers[name].fill_(7.0)
+    assert torch.equal(layer(x), y) is not norm.reads_them
+
+
+def test_every_norm_of_torchs_that_tracks_statistics_is_registered():
+    classes = [cls for cls in vars(nn).values() if isinstance(cls, type) and tracks_by_default(cls)]
+    assert {nn.BatchNorm3d, nn.SyncBatchNorm, nn.LazyBatchNorm1d} <= set(classes)
+    assert all(only_writes(cls(*([] if "Lazy" in cls.__name__ else [3]))) for cls in classes)
+    assert not only_writes(ReadsItsStatistics(3))
+
+
+def tracks_by_default(cls):
+    return "track_running_stats" in inspect.signature(cls).parameters
+
+
+def tracking_in_the_recomputation_only(net):
     """Do what fairscale's checkpoint_wrapper does."""
     for layer in norms(net):
         layer.register_forward_pre_hook(lambda layer, _: setattr(layer, "track_running_stats", torch.is_grad_enabled()))
@@ -236,24 +269,26 @@ def tracking_in_the_replay_only(net):
     return net
 
 
-REPLAY_ONLY = r"layer '0\.1' does not track statistics in the forward pass, but does in the backward.*restore\(model\)"
+RECOMPUTATION_ONLY = (
+    r"layer '0\.1' does not track statistics in the forward pass, but does in the backward.*restore\(model\)"
+)
 
 
-def test_layers_that_are_updated_in_the_replay_only_stay_so_and_a_warning_says_it():
-    net = tracking_in_the_replay_only(nn.Sequential(block(), nn.Tanh()))
+def test_layers_that_are_updated_in_the_recomputation_only_stay_so_and_a_warning_says_it():
+    net = tracking_in_the_recomputation_only(nn.Sequential(block(), nn.Tanh()))
     truth = train(copy.deepcopy(net), one, data(1), plainly)
     update_once(net)
-    with pytest.warns(UserWarning, match=REPLAY_ONLY):
+    with pytest.warns(UserWarning, match=RECOMPUTATION_ONLY):
         train(net, one, data(1), ENGINES["reentrant"])
     assert deviation(net, truth) == 0
 
 
-def test_layers_that_come_to_be_updated_in_the_replay_only_are_noticed_one_step_later():
+def test_layers_that_come_to_be_updated_in_the_recomputation_only_are_noticed_one_step_later():
     net = nn.Sequential(block(), nn.Tanh())
     update_once(net)
     train(net, one, data(1), ENGINES["reentrant"])
-    tracking_in_the_replay_only(net)
-    with pytest.warns(UserWarning, match=REPLAY_ONLY):
+    tracking_in_the_recomputation_only(net)
+    with pytest.warns(UserWarning, match=RECOMPUTATION_ONLY):
         train(net, one, data(2), ENGINES["reentrant"])
 
 
@@ -262,8 +297,10 @@ class Scaled(nn.BatchNorm2d):
         return super().forward(x) * scale
 
 
-@pytest.mark.parametrize("where", [tracking_in_the_replay_only, lambda net: net], ids=["replay only", "both"])
-def test_a_keyword_of_a_forward_reaches_the_layer_in_the_replay(where):
+@pytest.mark.parametrize(
+    "where", [tracking_in_the_recomputation_only, lambda net: net], ids=["recomputation only", "both"]
+)
+def test_a_keyword_of_a_forward_reaches_the_layer_in_the_recomputation(where):
     def step(net, x, ckpt):
         ckpt(lambda y: net[0](y, scale=3.0).tanh(), x.requires_grad_()).square().sum().backward()
 
@@ -288,7 +325,7 @@ def untracked(net, *, track):
 
 
 def test_extra_forward_passes_that_do_not_track_do_not_count():
-    """As in virtual adversarial training. The other engine refuses a replay that saves other tensors."""
+    """As in virtual adversarial training. The other engine refuses a recomputation that saves other tensors."""
 
     def step(net, x, ckpt):
         x = x.clone().requires_grad_()
@@ -303,7 +340,7 @@ def test_extra_forward_passes_that_do_not_track_do_not_count():
     assert deviation(net, truth) == 0 < deviation(wrong, truth)
 
 
-def test_a_graph_that_is_kept_over_untracked_passes_is_replayed_once_more_without_moving_anything():
+def test_a_graph_that_is_kept_over_untracked_passes_is_recomputed_once_more_without_moving_anything():
     """As in the fast gradient sign method: the gradient of the input first, then a pass on what that gave."""
 
     def step(net, x, ckpt):

@@ -319,6 +319,8 @@ def test_the_runs_do_not_import_the_page():
 
 
 DATA = study_results.load()
+
+
 def test_a_study_that_is_not_finished_is_not_published(tmp_path, monkeypatch, capsys):
     pretend(tmp_path / "study.jsonl", study.SEEDS, {("mnist, batch 2, annealed", 7)})
     monkeypatch.setattr(study_page, "DATA", tmp_path / "study.jsonl")

@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.utils.checkpoint as torchs
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from twins import batches, counters, torchs_checkpoint
 
@@ -257,3 +259,97 @@ def test_what_is_checked_is_not_seen_by_others(anew):
         hook.remove()
     assert not seen
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# Whether a backward pass is running, which decides what is a recomputation.
+
+
+def always(answer):
+    return lambda patch: patch.setattr(ModuleTracker, "is_bw", property(lambda _: answer))
+
+
+def without_the_tracker(patch):
+    patch.delattr(torch.utils.module_tracker, "ModuleTracker")
+
+
+def without_the_answer(patch):
+    patch.delattr(ModuleTracker, "is_bw")
+
+
+UNTRUE = {
+    "never": always(False),
+    "always": always(True),
+    "no tracker": without_the_tracker,
+    "no answer": without_the_answer,
+}
+
+
+def entered(block):
+    with block:
+        pytest.fail("it must not be entered")
+
+
+NEED_A_BACKWARD_PASS = {
+    "update_once": lambda package, net: package.update_once(net),
+    "calibrate": lambda package, net: entered(package.calibrate(net)),
+    "diagnose": lambda package, net: entered(package.diagnose(net)),
+}
+
+
+@pytest.mark.parametrize("tool", NEED_A_BACKWARD_PASS.values(), ids=NEED_A_BACKWARD_PASS)
+@pytest.mark.parametrize("change", UNTRUE.values(), ids=UNTRUE)
+def test_where_torch_no_longer_tells_a_recomputation_what_needs_it_says_so_and_the_rest_works(
+    change, tool, anew, monkeypatch
+):
+    package = anew()
+    net = nn.Sequential(nn.BatchNorm1d(3))
+    own = [set(vars(module)) for module in net.modules()]
+    change(monkeypatch)
+    what = rf"torch {re.escape(torch.__version__)} does not tell a recomputation.*update_once, calibrate and diagnose"
+    for _ in range(2):  # not only the first time
+        with pytest.raises(RuntimeError, match=what):
+            tool(package, net)
+    assert [set(vars(module)) for module in net.modules()] == own
+    assert package.correct(net)[0].momentum == package.norm_layer()(3).momentum == package.corrected_momentum(0.1)
+    assert package.restore(net)[0].momentum == 0.1
+    assert not package.audit(net).repeated
+    for reentrant in (False, True):
+        counted, _ = stepped(lambda *args, r=reentrant: package.checkpoint(*args, use_reentrant=r))
+        assert counted == {1}
+    monkeypatch.undo()
+    package.update_once(net).remove()
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_a_recomputation_is_told_in_whatever_mode_it_is_first_asked_for(mode, anew):
+    package, net = anew(), nn.Sequential(nn.BatchNorm1d(3))
+    grad, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), threading.active_count()
+    with mode():
+        package.update_once(net).remove()
+    assert (torch.is_grad_enabled(), torch.get_default_dtype(), threading.active_count()) == (grad, dtype, threads)
+
+
+def test_trying_it_out_is_seen_by_nobody(anew):
+    seen, package, net, idle = [], anew(), nn.Sequential(nn.BatchNorm1d(3)), nn.Linear(1, 1)
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: seen.append("a module"))
+    state = torch.get_rng_state()
+    pack = torch.autograd.graph.saved_tensors_hooks(lambda tensor: seen.append("a tensor"), lambda _: None)
+    try:
+        with pack:
+            package.update_once(net)
+        with package.diagnose(idle) as report:
+            pass
+    finally:
+        hook.remove()
+    assert not seen
+    assert "no backward pass was seen" in report.verdict
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_correct_works_though_names_that_others_need_are_gone(anew, monkeypatch):
+    monkeypatch.delattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack")
+    without_the_tracker(monkeypatch)
+    frame_renamed(monkeypatch)
+    package = anew()
+    assert package.correct(nn.BatchNorm1d(3)).momentum == package.corrected_momentum(0.1)

@@ -13,9 +13,8 @@ from torch import nn
 from momentum_fix.diagnosis.report import Diagnosis, Difference, Finding
 from momentum_fix.diagnosis.watch import ITSELF, Judgement, Moved, Region, Watch
 from momentum_fix.formula import corrected_momentum
-from momentum_fix.norms.layers import tracks
+from momentum_fix.norms.layers import only_writes, tracks
 from momentum_fix.norms.momenta import is_corrected, uncorrected
-from momentum_fix.norms.wrapping import only_writes
 from momentum_fix.state.compare import mark
 from momentum_fix.state.snapshot import LARGE, pieces
 

@@ -13,11 +13,11 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
 from momentum_fix import _torch
+from momentum_fix._torch import is_compiled
 from momentum_fix.diagnosis.advice import RESTORE, differences_of, findings_of, fixes_of
 from momentum_fix.diagnosis.report import Diagnosis
 from momentum_fix.diagnosis.watch import ITSELF, Judgement, Region, Watch, judge
-from momentum_fix.norms.layers import at_gradients, named
-from momentum_fix.state.reach import is_compiled
+from momentum_fix.norms.layers import at_gradients, join_names
 
 
 def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
@@ -77,6 +77,7 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
 def _diagnosing(model: nn.Module) -> Iterator[Diagnosis]:
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model is of type {type(model).__name__}, but must be an nn.Module, and not TorchScript")
+    _torch.check_recomputation()
     watch, report, raised = Watch(model), Diagnosis(), None
     ends = [_torch.listen(watch.begin, outermost=True)]
     try:
@@ -140,12 +141,12 @@ def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
     not_compared = [region.function for region, each in judged if not each.is_known]
     if watch.elsewhere:
         return (
-            f"{named([*watch.elsewhere])} ran in the backward pass, but not in a checkpoint of torch's that began in "
-            "this block. What another engine recomputes cannot be compared with its forward pass: run a step with "
+            f"{join_names([*watch.elsewhere])} ran in the backward pass, but not in a checkpoint of torch's that began "
+            "in this block. What another engine recomputes cannot be compared with its forward pass: run a step with "
             "torch's."
         )
     if compiled or watch.compiles:
-        what = f"nobody sees what compiled code recomputes ({named(compiled or ['a checkpoint inside'])})"
+        what = f"nobody sees what compiled code recomputes ({join_names(compiled or ['a checkpoint inside'])})"
         return f"{what}: run a step without torch.compile."
     if not_compared:
         return f"what the checkpoint of {not_compared[0]} handed to autograd could not be compared."

@@ -9,7 +9,7 @@ from itertools import groupby
 from math import isfinite
 
 from momentum_fix._tables import aligned, html
-from momentum_fix.norms.layers import named
+from momentum_fix.norms.layers import join_names
 
 _MANY = 8  # modules of which the same is to be said, from which on that is said once
 
@@ -66,7 +66,7 @@ class Difference:
     def cells(self) -> tuple[str, ...]:
         """Give the row's text."""
         size = f"{self.size:.2g}" if isfinite(self.size) else "other code"
-        return self.module, self.checkpoint, size, named(self.moved)
+        return self.module, self.checkpoint, size, join_names(self.moved)
 
 
 class Diagnosis(dict[str, Finding]):
@@ -120,9 +120,10 @@ class Diagnosis(dict[str, Finding]):
         remedies: dict[str, list[str]] = {}
         for each in self.differences:
             remedies.setdefault(each.remedy, []).append(each.module)
-        where = {remedy: f" in {named(modules)}" if len(remedies) > 1 else "" for remedy, modules in remedies.items()}
-        return [*(f"Use{where[each]}: {each}." for each in remedies), *(f"Fix: {each}" for each in self.fixes)]
+        several = len(remedies) > 1
+        uses = (f"Use{f' in {join_names(names)}' * several}: {remedy}." for remedy, names in remedies.items())
+        return [*uses, *(f"Fix: {each}" for each in self.fixes)]
 
 
 def _together(names: list[str]) -> list[str]:
-    return [named(names)] if len(names) > _MANY else names
+    return [join_names(names)] if len(names) > _MANY else names

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from momentum_fix import _torch
+from momentum_fix._torch import is_compiled
 from momentum_fix.diagnosis.tracing import Operation, Tracing, Value, compared, tensors_in, value_of
-from momentum_fix.recomputation import preserved, replaying, unseen
+from momentum_fix.recomputation import is_recomputation, this_thread
 from momentum_fix.state.compare import mark
 from momentum_fix.state.fingerprint import difference, rounding
-from momentum_fix.state.reach import is_compiled, modules_of
+from momentum_fix.state.reach import modules_of
 from momentum_fix.state.snapshot import pieces
 
 _UNWATCHED = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)  # DDP only refers to what others have
@@ -87,10 +88,10 @@ class Watch:
     def enter(self, module: nn.Module, _: Any) -> None:
         """Hear that a module is called."""
         running, is_part = self.running, id(module) in self.parts
-        with unseen():
+        with _torch.hidden_from_modes():
             for region in running.regions:
                 region.first_module()
-            if replaying() and is_part and not running.recomputing:
+            if is_recomputation() and is_part and not running.recomputing:
                 self.elsewhere[self.name(module)] = None
                 running.before, running.recomputing = self.look({}), [Counter()]
             self.ran.append(module.training)
@@ -101,7 +102,7 @@ class Watch:
         running = self.running
         if not any(each is module for each, _ in running.modules):
             return
-        with unseen():
+        with _torch.hidden_from_modes():
             while (last := running.modules.pop())[0] is not module:  # those that an exception has left
                 pass
             if id(module) in self.parts:
@@ -173,16 +174,16 @@ class Region(_torch.Listener):
             watch.regions.append(self)
         self.recomputations.append(Recomputation())
         watch.latest = self
-        begun = preserved.begun
-        with unseen():
+        begun = this_thread.begun
+        with _torch.hidden_from_modes():
             before = watch.look(self.parts)
         running.recomputing.append(Counter())
         try:
             with self._running():
                 yield
         finally:
-            self.recomputations[-1].preserved = preserved.begun > begun
-            with unseen():
+            self.recomputations[-1].preserved = this_thread.begun > begun
+            with _torch.hidden_from_modes():
                 watch.count(before, watch.look(self.parts), running.recomputing.pop(), self)
 
     @contextmanager
@@ -206,7 +207,7 @@ class Region(_torch.Listener):
 
     def _look(self) -> None:
         self.untouched = False
-        with unseen():
+        with _torch.hidden_from_modes():
             state = {key: _marks(part.module, True) for key, part in self.parts.items()}
         if not self.recomputations:
             self.state = state

@@ -7,23 +7,23 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
 from momentum_fix._tables import aligned, html, number
+from momentum_fix._torch import check_recomputation
 from momentum_fix.norms.correct import correct, corrected_for
-from momentum_fix.norms.counting import WARNED, Count, Counted
-from momentum_fix.norms.layers import at_gradients, named, tracked_layers, warn_of_none
+from momentum_fix.norms.counting import Count, CountingForward, Finding
+from momentum_fix.norms.layers import at_gradients, join_names, norm_of, tracked_layers, warn_of_none
 from momentum_fix.norms.momenta import set_momenta, uncorrected
-from momentum_fix.norms.update_once import refuse_covered
-from momentum_fix.norms.wrapping import cover, uncover
+from momentum_fix.norms.notes import Note
+from momentum_fix.norms.wrapping import refuse_wrapped, unwrap, wrap
 
 _HEADER = ("layer", "class", "passes", "momentum", "corrected", "note")
+_NOT_ENDED = "nothing yet: the block of calibrate has not ended, or an exception has left it"
 _NO_ROWS = "no layer with running statistics has been calibrated"
-_OTHER_RANK = "as counted on another rank"
-_RANKS_DIFFER = "each rank keeps its own count: they differ (another model under the same names, or a mistake)"
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,14 @@ class Row:
     name: str
     layer_class: str
     passes: int | Fraction | None
-    note: str
+    notes: tuple[Note, ...]
     momentum: float | None
     corrected: float | None
+
+    @property
+    def note(self) -> str:
+        """The notes as a text."""
+        return "; ".join(note.text for note in self.notes)
 
     def cells(self) -> tuple[str, ...]:
         """Give the row's text: layer, class, passes, momentum, corrected momentum, note."""
@@ -51,6 +56,7 @@ class Report(dict[str, int | Fraction]):
     """
 
     rows: tuple[Row, ...] = ()
+    _without_rows = _NOT_ENDED
 
     @property
     def passes(self) -> dict[str, Any]:
@@ -61,10 +67,10 @@ class Report(dict[str, int | Fraction]):
         return f"<Report on {len(self.rows)} layers, passes of {len(self)} known>"
 
     def __str__(self) -> str:
-        return aligned(self._table()) if self.rows else _NO_ROWS
+        return aligned(self._table()) if self.rows else self._without_rows
 
     def _repr_html_(self) -> str:
-        return html(self._table(), "calibrate" if self.rows else _NO_ROWS)
+        return html(self._table(), "calibrate" if self.rows else self._without_rows)
 
     def _table(self) -> list[tuple[str, ...]]:
         return [_HEADER, *(row.cells() for row in self.rows)]
@@ -75,31 +81,26 @@ def calibrate(model: nn.Module) -> AbstractContextManager[Report]:
 
         m' = 1 - (1 - m)**(1 / k),  k = updates of the layer's running statistics per batch
 
-    Put one ordinary training step inside the block: forward and backward, as many micro-batches as you like,
-    the optimizer's step inside or after. An update outside a backward pass is a batch; an update inside one is
-    a replay. Within the block replays work on copies, as with `update_once`, so the statistics after the step
-    are the same as without checkpointing, bit for bit. (With `momentum=None` replays do move the statistics,
-    because equal passes keep a cumulative average right.) When the block ends, each layer's momentum is
-    corrected for its own k.
+    Put one ordinary training step inside the block: forward and backward, as many micro-batches as you like, the
+    optimizer's step inside or after. An update in a forward pass is a batch; one in a recomputation (inside a backward
+    pass, or where `recomputing` says so) is another pass of it. Recomputations work on copies in the block, so the
+    statistics after the step are those of the step without checkpointing, bit for bit. (With `momentum=None` they do
+    update the statistics, because equal passes keep a cumulative average right.) When the block ends, each layer's
+    momentum is corrected for its own k.
 
     Exact for: layers whose k updates for one batch follow one another, with the same k in every step. Then
-    running_mean and running_var stay those of the uncheckpointed run, up to rounding. Not for: alternating
-    passes of several batches (two forwards before one backward, a layer called twice), k that differs from
-    batch to batch, or replays that see different data than the forward pass did. There the old value decays as
-    it should (k is the mean), but the shares of the batches differ, and a warning names the layers. Not for a
-    step that sets the momentum itself (a schedule, SAM); you get a warning there too. `num_batches_tracked`
-    still counts passes after the calibrated step. A training-mode forward that you run yourself inside a
-    backward hook counts as a replay.
+    running_mean and running_var stay those of the uncheckpointed run, up to rounding. Not for: alternating passes of
+    several batches (two forwards before one backward, a layer called twice), k that differs from batch to batch, or
+    recomputations that see different data than the forward pass did. There the old value decays as it should (k is the
+    mean), but the shares of the batches differ, and a warning names the layers. Not for a step that sets the momentum
+    itself (a schedule, SAM); you get a warning there too. Not for a class whose output reads its statistics: its
+    gradients are wrong, and need `checkpoint` or `preserve_state`.
 
-    Not for a class whose output reads its statistics. Its gradients are wrong, and need `checkpoint` or
-    `preserve_state`; `diagnose` tells you.
-
-    Layers with one pass per batch, without running statistics, in evaluation mode or with `momentum=None` are
-    left alone; a layer that did not run is reported and left alone. Calibrate again when the model, its
-    checkpointing or its compilation changes. Compiled code is recompiled once in the block. Momentum is not in a
-    state dict: save `report.passes` and give it to `correct` when you rebuild the model. Copy the model before or
-    after the block. In a distributed run every rank has to calibrate the same step: a layer that did not run on
-    one rank gets the passes that the others counted.
+    Layers with one pass per batch, without running statistics, in evaluation mode or with `momentum=None` are left
+    alone; a layer that did not run is reported and left alone. Calibrate again when the model, its checkpointing or its
+    compilation changes. Momentum is not in a state dict: save `report.passes` and give it to `correct` when you rebuild
+    the model. Pickle the model before or after the block. In a distributed run every rank has to calibrate the same
+    step: a layer that did not run on one rank gets the passes that the others counted.
 
     Args:
         model: any module; every layer below it that tracks running statistics is watched.
@@ -108,13 +109,14 @@ def calibrate(model: nn.Module) -> AbstractContextManager[Report]:
         A context manager that gives a `Report`, which is filled when the block ends.
 
     Raises:
-        ValueError: a layer's momentum is outside 0 to 1, `update_once` covers the layer, or another block is
+        ValueError: a layer's momentum is outside 0 to 1, `update_once` is on the layer, or another block is
             calibrating it (on entry; the model is left as it was).
         TypeError: model is not a module, or a part of it with running statistics is TorchScript (likewise).
+        RuntimeError: this torch does not tell a recomputation from a forward pass (likewise).
 
     Warns:
         UserWarning: only the decay could be corrected, or passes could not be counted; no layer tracks running
-            statistics; or the block was never entered.
+            statistics, or none was updated in the block; or the block was never entered.
 
     Example:
         >>> import torch
@@ -150,78 +152,76 @@ class _Block(AbstractContextManager[Report]):
 
     def __del__(self) -> None:
         if not self.entered:
-            warnings.warn(
-                "calibrate(model) was never entered, so it did nothing: write `with calibrate(model) as report:` "
-                "around one training step",
-                stacklevel=2,
-            )
+            usage = "write `with calibrate(model) as report:` around one training step"
+            warnings.warn(f"calibrate(model) was never entered, so it did nothing: {usage}", stacklevel=2)
 
 
 def _calibrating(model: nn.Module) -> Iterator[Report]:
     counts: dict[int, Count] = {}  # by the buffer, which layers may share
-    counted = []
+    wrappers = []
     for layer, (name, *_) in tracked_layers(model).items():
-        refuse_covered(layer, name)
+        refuse_wrapped(layer, name, "update_once", "calibrate")
         corrected_for(name, layer.momentum, 2)  # refuse what cannot be corrected before anything is changed
-        buffer = layer._buffers.get("running_mean")
-        buffer = layer._buffers["running_var"] if buffer is None else buffer
-        counted.append(Counted(layer, name, counts.setdefault(id(buffer), Count(buffer.device))))
-    warn_of_none(counted, "to calibrate", stacklevel=5)
+        buffer = next(b for each in norm_of(layer).statistics if (b := layer._buffers.get(each)) is not None)
+        wrappers.append(CountingForward(layer, name, counts.setdefault(id(buffer), Count(buffer.device))))
+    check_recomputation()
+    warn_of_none(wrappers, "to calibrate", stacklevel=5)
     report, backward = Report(), [False]
     # Uncorrected, so that the forward updates of an already corrected layer are right as well.
-    set_momenta({each.layer: each.momentum for each in counted})
+    set_momenta({each.layer: each.uncorrected for each in wrappers})
     hooks: list[Any] = []
     try:
-        cover(counted)
+        wrap(wrappers)
         hooks += at_gradients(model, lambda _: backward.append(True))
         backward.append(not hooks)  # a frozen model's backward pass cannot be seen
         yield report
     finally:
         for hook in hooks:
             hook.remove()
-        uncover(every for each in counted for every in (each, *each.copies))
-        for each in counted:
+        unwrap(every for each in wrappers for every in (each, *each.copies))
+        for each in wrappers:
             each.count.drain()
-        backward += [each.count.updates > len(each.count.heard) for each in counted]
-        found = {each.name: each.finding(any(backward)) for each in counted}
-        set_momenta({each.layer: each.before for each in counted if each.layer.momentum == each.momentum})
+        backward += [any(each.count.recomputations) for each in wrappers]
+        found = {each.name: each.finding(any(backward)) for each in wrappers}
+        set_momenta({each.layer: each.momentum for each in wrappers if each.layer.momentum == each.uncorrected})
     found = _agreed(found)
-    _warn({name: note for name, (_, note) in found.items()})
-    momenta = {each.name: uncorrected(each.layer) for each in counted}
+    _warn(found)
+    momenta = {each.name: uncorrected(each.layer) for each in wrappers}
     report.update({name: passes for name, (passes, _) in found.items() if passes is not None})
-    if counted:
+    if wrappers:
         correct(model, report)
+    report._without_rows = _NO_ROWS
     report.rows = tuple(
         Row(each.name, type(each.layer).__name__, *found[each.name], momenta[each.name], each.layer.momentum)
-        for each in counted
+        for each in wrappers
     )
 
 
-_Finding: TypeAlias = tuple[int | Fraction | None, str]  # passes, and what there is to say about them
-
-
-def _agreed(found: dict[str, _Finding]) -> dict[str, _Finding]:
+def _agreed(found: dict[str, Finding]) -> dict[str, Finding]:
     """In a distributed run, give a layer that did not run on this rank the passes that the others have counted.
 
     Ranks whose layers have other names hold other models (stages of a pipeline) and have nothing to say.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return found
-    everyone: list[dict[str, _Finding]] = [{}] * dist.get_world_size()
+    everyone: list[dict[str, Finding]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, found)
     agreed = {}
-    for name, (passes, note) in found.items():
+    for name, (passes, notes) in found.items():
         counted = {its[name][0] for its in everyone if its.keys() == found.keys()} - {None}
         if passes is None and len(counted) == 1:
-            passes, note = counted.pop(), _OTHER_RANK
+            passes, notes = counted.pop(), (Note.OTHER_RANK,)
         elif len(counted) > 1:
-            note = note or _RANKS_DIFFER
-        agreed[name] = (passes, note)
+            notes += (Note.RANKS_DIFFER,)
+        agreed[name] = passes, notes
     return agreed
 
 
-def _warn(notes: dict[str, str]) -> None:
-    for note, remedy in (WARNED | {_RANKS_DIFFER: ""}).items():
-        layers = [name for name, of_layer in notes.items() if of_layer == note]
-        if layers:
-            warnings.warn(f"{note}{remedy}. Layers: {named(layers)}.", stacklevel=5)
+def _warn(found: dict[str, Finding]) -> None:
+    for note in Note:
+        layers = [name for name, (_, notes) in found.items() if note in notes]
+        if layers and note.warns:
+            warnings.warn(f"{note.text}{note.remedy}. Layers: {join_names(layers)}.", stacklevel=5)
+    if found and all(notes in ((Note.EVALUATION,), (Note.IDLE,)) for _, notes in found.values()):
+        usage = "put a training step of this model into it, in training mode"
+        warnings.warn(f"no layer was updated in the block, so nothing is corrected: {usage}", stacklevel=5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import SupportsFloat, SupportsIndex, TypeAlias, TypeVar
 
@@ -11,10 +11,9 @@ from torch import nn
 
 from momentum_fix._tables import number
 from momentum_fix.formula import corrected_momentum, power_of_decay
-from momentum_fix.norms.layers import NormLayer, the, tracked_layers, warn_of_none
-from momentum_fix.norms.momenta import before, is_marked, set_momenta, uncorrected
-from momentum_fix.norms.update_once import Once, refuse_calibrated, refuse_covered
-from momentum_fix.norms.wrapping import covering, uncover
+from momentum_fix.norms.layers import NormLayer, describe_layer, tracked_layers, warn_of_none
+from momentum_fix.norms.momenta import is_changed, original_momentum, set_corrected, uncorrected
+from momentum_fix.norms.wrapping import refuse_wrapped, unwrap, wrapper_of
 
 Model = TypeVar("Model", bound=nn.Module)
 Passes: TypeAlias = SupportsIndex | Fraction
@@ -30,10 +29,11 @@ def correct(model: Model, passes: Passes | Mapping[str, Passes] = 2) -> Model:
 
     Correcting twice changes nothing. Different `passes` start again from the uncorrected momentum. A momentum
     that you have set since then counts as the new uncorrected one. A layer still counts as corrected after
-    `copy.deepcopy`, pickling and `convert_sync_batchnorm`. A layer built by `norm_layer` counts as corrected,
-    and so does a root written by hand, `1 - 0.9 ** 0.5` for 0.1, if the uncorrected momentum has at most
-    four digits. A shared layer is corrected once. The layers stay plain torch layers with the same state dict.
-    Momentum is not in a state dict: correct a rebuilt model again.
+    `copy.deepcopy` and pickling. One without a mark of this package (built by `norm_layer`, rebuilt by
+    `convert_sync_batchnorm`, or with a root written by hand, `1 - 0.9 ** 0.5` for 0.1) counts as corrected if
+    its number tells: the uncorrected momentum has at most four digits, this one has more, and passes are 2 to 8.
+    A shared layer is corrected once. The layers stay plain torch layers with the same state dict. Momentum is
+    not in a state dict: correct a rebuilt model again.
 
     Args:
         model: any module.
@@ -49,7 +49,7 @@ def correct(model: Model, passes: Passes | Mapping[str, Passes] = 2) -> Model:
     Raises:
         ValueError: passes is below 1; a name that the model does not have or that covers no layer with
             running statistics; two equally deep names of one shared layer with different numbers; a layer's
-            own momentum is outside 0 to 1; or `update_once` covers the layer, which then has nothing to
+            own momentum is outside 0 to 1; or `update_once` is on the layer, which then has nothing to
             correct. In each case the model is left as it was.
         TypeError: passes is not an integer. The model is left as it was.
 
@@ -62,24 +62,22 @@ def correct(model: Model, passes: Passes | Mapping[str, Passes] = 2) -> Model:
         >>> restore(model)[1].momentum
         0.1
     """
-    by_name = passes if isinstance(passes, Mapping) else {"": passes}
-    for each in by_name.values():
-        _corrected(None, each)
-    names = tracked_layers(model)
+    layers = tracked_layers(model)
     if isinstance(passes, Mapping):
-        _check_names(model, passes, [name for aliases in names.values() for name in aliases])
-    plain, plan = {}, {}
-    for layer, aliases in names.items():
-        wanted = _deepest(by_name, aliases)
-        if wanted is not None:
-            plain[layer] = uncorrected(layer)
-            plan[layer] = corrected_for(aliases[0], plain[layer], wanted)
-            if plan[layer] != plain[layer]:
-                refuse_covered(layer, aliases[0])
-            elif plan[layer] == layer.momentum:
-                plan[layer] = layer.momentum  # the very number, an integer for one
-    set_momenta(plan, plain)
-    warn_of_none(names, "to correct")
+        wanted = _by_layer(model, passes, layers)
+    else:
+        corrected_for(None, None, passes)
+        wanted = dict.fromkeys(layers, passes)
+    plain = {layer: uncorrected(layer) for layer in wanted}
+    plan = {}
+    for layer, number_of in wanted.items():
+        plan[layer] = corrected_for(layers[layer][0], plain[layer], number_of)
+        if plan[layer] != plain[layer]:
+            refuse_wrapped(layer, layers[layer][0], "update_once", "calibrate")
+        elif plan[layer] == layer.momentum:
+            plan[layer] = layer.momentum  # the very number, an integer for one
+    set_corrected(plan, plain)
+    warn_of_none(layers, "to correct")
     return model
 
 
@@ -106,10 +104,10 @@ def restore(model: Model) -> Model:
     """
     touched = _touched(model)
     for layer, name in touched.items():
-        refuse_calibrated(layer, name)
-    uncover(each for layer in touched if (each := covering(layer)) is not None)
-    momenta = {layer: before(layer) for layer in touched if is_marked(layer)}
-    set_momenta(momenta, momenta)
+        refuse_wrapped(layer, name, "calibrate")
+    unwrap(wrapper for layer in touched if (wrapper := wrapper_of(layer)) is not None)
+    momenta = {layer: original_momentum(layer) for layer in touched if is_changed(layer)}
+    set_corrected(momenta, momenta)
     return model
 
 
@@ -117,78 +115,65 @@ def applied(model: nn.Module) -> dict[str, str]:
     """List what this package has done to a model: what `restore` would undo, by layer.
 
     Returns:
-        A few words for each layer that has a corrected momentum, is covered by `update_once` or is being calibrated;
+        A few words for each layer that has a corrected momentum, has `update_once` on it or is being calibrated;
         empty if this package has changed nothing.
 
     Example:
         >>> applied(correct(nn.Sequential(nn.BatchNorm1d(4))))
         {'0': 'momentum 0.0513167, corrected from 0.1'}
     """
-    found = {}
-    for layer, name in _touched(model).items():
-        if isinstance(covering(layer), Once):
-            found[name] = "update_once"
-        elif covering(layer) is not None:
-            found[name] = "calibrate"
-        else:
-            found[name] = f"momentum {number(layer.momentum)}, corrected from {number(before(layer))}"
-    return found
+    return {name: _applied(layer) for layer, name in _touched(model).items()}
+
+
+def _applied(layer: NormLayer) -> str:
+    if (wrapper := wrapper_of(layer)) is not None:
+        return wrapper.tool
+    return f"momentum {number(layer.momentum)}, corrected from {number(original_momentum(layer))}"
 
 
 def _touched(model: nn.Module) -> dict[NormLayer, str]:
     """Give the layers that this package has changed, tracking or not, each with its name."""
     tracked_layers(model)  # to refuse what is no model
-    return {each: name for name, each in model.named_modules() if is_marked(each) or covering(each) is not None}
+    return {each: name for name, each in model.named_modules() if is_changed(each) or wrapper_of(each) is not None}
 
 
-def corrected_for(name: str, momentum: SupportsFloat | None, passes: Passes) -> float | None:
+def corrected_for(name: str | None, momentum: SupportsFloat | None, passes: Passes) -> float | None:
     """Correct one layer's momentum; an error names the layer."""
     try:
-        return _corrected(momentum, passes)
+        if isinstance(passes, Fraction) and passes >= 1:
+            return power_of_decay(momentum, 1 / passes)
+        return corrected_momentum(momentum, passes)  # type: ignore[arg-type]  # a Fraction below 1 is refused here
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{the(name)}: {error}") from None
+        raise type(error)(str(error) if name is None else f"{describe_layer(name)}: {error}") from None
 
 
-def _corrected(momentum: SupportsFloat | None, passes: Passes) -> float | None:
-    if isinstance(passes, Fraction) and passes >= 1:
-        return power_of_decay(momentum, 1 / passes)
-    return corrected_momentum(momentum, passes)  # type: ignore[arg-type]  # a Fraction below 1 is refused here
-
-
-def _check_names(model: nn.Module, passes: Mapping[str, Passes], layer_names: list[str]) -> None:
-    known = dict(model.named_modules(remove_duplicate=False))
-    covering = {above for layer_name in layer_names for above in _above(layer_name)}
-    for name in passes:
+def _by_layer(
+    model: nn.Module, passes: Mapping[str, Passes], layers: Mapping[NormLayer, list[str]]
+) -> dict[NormLayer, Passes]:
+    """Give the number of passes of each layer that a name covers: that of the deepest name."""
+    known, names = dict(model.named_modules(remove_duplicate=False)), dict[NormLayer, str]()
+    for name, number_of in passes.items():
+        corrected_for(None, None, number_of)
         if name not in known:
             nearest = difflib.get_close_matches(str(name), known, n=3, cutoff=0.3)
             hint = f"; the nearest names are {', '.join(map(repr, nearest))}" if nearest else ""
             raise ValueError(f"the model has no module named {name!r}{hint}")
-        if name not in covering:
+    for name in sorted(passes, key=_depth, reverse=True):
+        below = [layer for layer in known[name].modules() if layer in layers]
+        if not below:
+            there = ", ".join(repr(each) for aliases in layers.values() for each in aliases)
             raise ValueError(
                 f"{name!r} is not a layer with running statistics and contains none; the layers with running "
-                f"statistics are {', '.join(map(repr, layer_names)) or 'none in this model'}"
+                f"statistics are {there or 'none in this model'}"
             )
-
-
-def _deepest(passes: Mapping[str, Passes], aliases: list[str]) -> Passes | None:
-    """Give the number under the deepest name that covers a layer, or None."""
-    covering = list(dict.fromkeys(name for alias in aliases for name in _above(alias) if name in passes))
-    deepest = [name for name in covering if _depth(name) == _depth(max(covering, key=_depth))]
-    for name in deepest[1:]:
-        if passes[name] != passes[deepest[0]]:
-            raise ValueError(
-                f"{name!r} asks for {passes[name]} passes and {deepest[0]!r} for {passes[deepest[0]]}, but both cover "
-                f"the shared layer {aliases[0]!r}: give it one number"
-            )
-    return passes[deepest[0]] if deepest else None
-
-
-def _above(name: str) -> Iterator[str]:
-    """Give a module's name and those of all its parents; the model itself is ""."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
-    yield ""
+        for layer in below:
+            other = names.setdefault(layer, name)
+            if _depth(other) == _depth(name) and passes[other] != passes[name]:
+                raise ValueError(
+                    f"{name!r} asks for {passes[name]} passes and {other!r} for {passes[other]}, but both cover the "
+                    f"shared layer {layers[layer][0]!r}: give it one number"
+                )
+    return {layer: passes[name] for layer, name in names.items()}
 
 
 def _depth(name: str) -> int:

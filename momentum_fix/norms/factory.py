@@ -8,11 +8,9 @@ import inspect
 from typing import Any, SupportsFloat, SupportsIndex
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 
+from momentum_fix._torch import is_abstract_norm
 from momentum_fix.formula import corrected_momentum
-from momentum_fix.norms.momenta import made
 
 
 def norm_layer(
@@ -28,7 +26,8 @@ def norm_layer(
 
     The partial holds the plain class and keywords only, so you can use it wherever a model accepts a `norm_layer`,
     and it builds ordinary torch layers. `correct` and `calibrate` recognize the momentum of such a layer as corrected
-    and start from the uncorrected one; `restore` sets the uncorrected one.
+    by its number, if `momentum` has at most four digits and `passes` is 2 to 8, and start from the uncorrected one;
+    `restore` sets the uncorrected one.
 
     Exact for: layers updated `passes` times in a row for each batch. Not for: a model whose layers differ in
     passes (see `calibrate`), or alternating passes of several batches.
@@ -55,8 +54,7 @@ def norm_layer(
         ('BatchNorm3d', 0.001, 0.051316701949486204)
     """
     cls = _norm_class(norm)
-    plain, corrected = corrected_momentum(momentum, 1), corrected_momentum(momentum, passes)
-    return functools.partial(cls, momentum=made(corrected, plain), **kwargs)
+    return functools.partial(cls, momentum=corrected_momentum(momentum, passes), **kwargs)
 
 
 def _norm_class(norm: str | type[nn.Module]) -> type[nn.Module]:
@@ -73,7 +71,7 @@ def _norm_class(norm: str | type[nn.Module]) -> type[nn.Module]:
             f"{cls.__name__} has no momentum argument, so there is nothing to correct: use it as it is, or give a norm "
             "layer that keeps running statistics, such as BatchNorm2d"
         )
-    if _is_abstract(cls):
+    if inspect.isabstract(cls) or is_abstract_norm(cls):
         raise ValueError(f"{cls.__name__} is an abstract base class: give one that can be used, such as BatchNorm2d")
     return cls
 
@@ -88,9 +86,3 @@ def _takes_momentum(cls: type) -> bool:
             if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
                 return False
     return False
-
-
-def _is_abstract(cls: type[nn.Module]) -> bool:
-    unchecked = (_NormBase._check_input_dim, _InstanceNorm._check_input_dim)  # these raise NotImplementedError
-    inherited = (_BatchNorm.forward, _InstanceNorm.forward, nn.Module.forward)  # and these call them, or raise
-    return inspect.isabstract(cls) or (getattr(cls, "_check_input_dim", None) in unchecked and cls.forward in inherited)

@@ -1,10 +1,10 @@
-"""Norm layers: which of them track running statistics, and what their names are."""
+"""Norm layers: which classes are known, which layers of a model track running statistics, and what they are called."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -12,6 +12,39 @@ from torch.utils.hooks import RemovableHandle
 
 Buffers: TypeAlias = dict[str, Any]  # tensors, or None
 NormLayer: TypeAlias = Any  # an nn.Module with a `momentum`, for which torch has no type
+
+
+class Norm(NamedTuple):
+    """What is known of the forward of a class of norm layers, and of the classes that inherit it."""
+
+    defined_in: type[nn.Module] | str  # the class, or its module and name where its library may not be installed
+    statistics: tuple[str, ...] = ("running_mean", "running_var")  # the buffers that a training-mode forward updates
+    reads_them: bool = False  # whether the output of that forward depends on them
+    needs_counter: bool = False  # whether it needs num_batches_tracked
+
+
+NORMS = (
+    Norm(nn.BatchNorm1d),  # which shares its forward with BatchNorm2d, 3d and the lazy ones
+    Norm(nn.InstanceNorm1d),
+    Norm(nn.SyncBatchNorm, needs_counter=True),
+    Norm("timm.layers.norm_act.BatchNormAct2d"),
+    Norm("timm.layers.norm_act.SyncBatchNormAct", needs_counter=True),
+)
+_BY_FORWARD = {f"{n.defined_in}.forward" if isinstance(n.defined_in, str) else n.defined_in.forward: n for n in NORMS}
+_ANY = Norm(nn.Module, reads_them=True)  # what is not known may read them
+
+
+def norm_of(layer: nn.Module) -> Norm:
+    """Give what is known of a layer's class."""
+    forward: Any = type(layer).forward
+    if forward in _BY_FORWARD:
+        return _BY_FORWARD[forward]
+    return _BY_FORWARD.get(f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}", _ANY)
+
+
+def only_writes(layer: nn.Module) -> bool:
+    """Tell whether a layer's class is known not to read its statistics for its output in training."""
+    return not norm_of(layer).reads_them
 
 
 def tracks(module: nn.Module) -> bool:
@@ -23,7 +56,7 @@ def tracks(module: nn.Module) -> bool:
     return (
         hasattr(module, "momentum")
         and getattr(module, "track_running_stats", True)
-        and (module._buffers.get("running_mean") is not None or module._buffers.get("running_var") is not None)
+        and any(module._buffers.get(name) is not None for name in norm_of(module).statistics)
     )
 
 
@@ -48,12 +81,6 @@ def tracked_layers(model: nn.Module) -> dict[NormLayer, list[str]]:
     return layers
 
 
-def at_gradients(model: nn.Module, hook: Callable[[torch.Tensor], None]) -> list[RemovableHandle]:
-    """Have a hook called whenever a backward pass reaches a parameter; none for a model that is frozen."""
-    reached = [p for p in model.parameters() if p.requires_grad and not nn.parameter.is_lazy(p)]
-    return [p.register_hook(hook) for p in reached]  # type: ignore[no-untyped-call]
-
-
 def warn_of_none(layers: Collection[NormLayer], what: str, stacklevel: int = 3) -> None:
     """Warn if a model has no layer for what is asked for."""
     if not layers:
@@ -61,12 +88,33 @@ def warn_of_none(layers: Collection[NormLayer], what: str, stacklevel: int = 3) 
         warnings.warn(said, stacklevel=stacklevel)
 
 
-def the(name: str) -> str:
+def warn_of_hidden(model: nn.Module) -> None:
+    """Warn of layers that are in plain lists of the model's modules alone, where torch does not find them."""
+    registered = {id(module) for module in model.modules()}
+    hidden = [
+        f"{name}.{attribute}[{place}]".lstrip(".")
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        for place, each in enumerate(value if isinstance(value, (list, tuple)) else ())
+        if isinstance(each, nn.Module) and id(each) not in registered and any(map(tracks, each.modules()))
+    ]
+    if hidden:
+        said = f"{join_names(hidden)}: in a plain list, so update_once does not reach it: use an nn.ModuleList"
+        warnings.warn(said, stacklevel=3)
+
+
+def at_gradients(model: nn.Module, hook: Callable[[torch.Tensor], None]) -> list[RemovableHandle]:
+    """Have a hook called whenever a backward pass reaches a parameter; none for a model that is frozen."""
+    reached = [p for p in model.parameters() if p.requires_grad and not nn.parameter.is_lazy(p)]
+    return [p.register_hook(hook) for p in reached]  # type: ignore[no-untyped-call]
+
+
+def describe_layer(name: str) -> str:
     """Write one layer's name for a sentence."""
     return f"layer {name!r}" if name else "the model itself"
 
 
-def named(layers: Sequence[str]) -> str:
+def join_names(layers: Sequence[str]) -> str:
     """Write a list of layers' names for a sentence: five of them at most."""
     shown = ", ".join(name or "(the model)" for name in layers[:5])
     return shown + (f" and {len(layers) - 5} more" if len(layers) > 5 else "")

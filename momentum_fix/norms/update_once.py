@@ -1,36 +1,48 @@
-"""The exact alternative: only a forward pass moves the running statistics, a replay moves a copy of them."""
+"""The exact alternative: only a forward pass updates the running statistics, a recomputation updates copies."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from momentum_fix._tables import number
-from momentum_fix.norms.layers import named, the, tracked_layers, warn_of_none
+from momentum_fix._torch import check_recomputation
+from momentum_fix.norms.layers import (
+    describe_layer,
+    join_names,
+    only_writes,
+    tracked_layers,
+    warn_of_hidden,
+    warn_of_none,
+)
 from momentum_fix.norms.momenta import is_corrected, uncorrected
-from momentum_fix.norms.wrapping import Covering, cover, covering, only_writes, refuse_foreign_forward, uncover
+from momentum_fix.norms.wrapping import ForwardWrapper, refuse_foreign_forward, refuse_wrapped, unwrap, wrap, wrapper_of
 
 
-class Once(Covering):
-    """Covers a layer for `update_once`."""
+class UpdateOnceForward(ForwardWrapper):
+    """The forward of a layer on which `update_once` is."""
 
-    def begin(self) -> None:
+    tool = "update_once"
+
+    def before_first_pass(self) -> None:
         if is_corrected(self.layer):
             warnings.warn(
-                f"{the(self.name)} got a corrected momentum after update_once ({_for_plain(self.layer)}; "
+                f"{describe_layer(self.name)} got a corrected momentum after update_once ({_for_plain(self.layer)}; "
                 "pytorch-pfn-extras' checkpoint sets one on its first call), which is wrong for statistics that move "
                 "once per batch. Use torch.utils.checkpoint instead, or call restore(model) and rely on the correction",
                 stacklevel=2,
             )
 
-    def left_alone(self, *args: Any, **kwargs: Any) -> Any:
+    def in_recomputation_alone(self, *args: Any, **kwargs: Any) -> Any:
         warnings.warn(
-            f"{the(self.name)} does not track statistics in the forward pass, but does in the backward pass, and "
-            "update_once lets that update happen. With fairscale's checkpoint_wrapper, which works like this, use "
-            "torch.utils.checkpoint instead, or call restore(model) and rely on the wrapper. If you switch tracking "
-            "off for an extra forward pass (virtual adversarial training), keep it off until its backward pass is done",
+            f"{describe_layer(self.name)} does not track statistics in the forward pass, but does in the backward "
+            "pass, and update_once lets that update happen. With fairscale's checkpoint_wrapper, which works like "
+            "this, use torch.utils.checkpoint instead, or call restore(model) and rely on the wrapper. If you switch "
+            "tracking off for an extra forward pass (virtual adversarial training), keep it off until its backward "
+            "pass is done",
             stacklevel=2,
         )
         return self.run(*args, **kwargs)
@@ -40,12 +52,13 @@ class Handle:
     """What `update_once` returns: `remove()`, or the end of a `with` block, undoes what that one call has done.
 
     It removes only what its own call has added: after a second `update_once(model)`, which finds nothing to add, the
-    second handle removes nothing and the first one removes everything. To get a handle for a copy, copy or pickle
-    model and handle together: `copy.deepcopy((model, handle))`. `restore(model)` needs no handle.
+    second handle removes nothing and the first one removes everything. Its length is the number of layers that this
+    call is still on; one that was rebuilt since then does not count. To get a handle for a copy, copy or pickle model
+    and handle together: `copy.deepcopy((model, handle))`. `restore(model)` needs no handle.
     """
 
-    def __init__(self, coverings: list[Covering]) -> None:
-        self._coverings = coverings
+    def __init__(self, model: nn.Module, wrappers: Sequence[ForwardWrapper]) -> None:
+        self._model, self._wrappers = model, wrappers
 
     def remove(self) -> None:
         """Let every pass move the running statistics again; a second call does nothing.
@@ -53,8 +66,8 @@ class Handle:
         Raises:
             ValueError: something else has wrapped a layer's `forward` since then; nothing is removed.
         """
-        uncover(self._coverings)
-        self._coverings = []
+        unwrap(self._wrappers)
+        self._wrappers = []
 
     def __enter__(self) -> Handle:
         return self
@@ -62,35 +75,38 @@ class Handle:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    def __len__(self) -> int:
+        """Give the number of layers that are still in the model, and have the forward that this call gave them."""
+        there = {id(wrapper_of(module)) for module in self._model.modules()}
+        return sum(id(each) in there for each in self._wrappers)
+
     def __repr__(self) -> str:
-        return f"<update_once on {len(self._coverings)} layers>"
+        return f"<update_once on {len(self)} layers>"
 
 
 def update_once(model: nn.Module) -> Handle:
-    """Let the forward pass move a norm layer's running statistics, and never a replay.
+    """Let the forward pass move a norm layer's running statistics, and never a recomputation.
 
-    A forward that runs during a backward pass is a replay: it works on copies of the layer's buffers, which are
-    dropped afterwards. `running_mean`, `running_var` and `num_batches_tracked` are then the same as without
-    checkpointing, bit for bit, with any checkpoint, in any order, no matter how often a batch is recomputed, and in
-    compiled code too. You don't have to know the number of passes or calibrate anything.
+    A forward that runs during a backward pass is a recomputation, and so is what `recomputing` declares one: it works
+    on copies of the layer's buffers, which are dropped afterwards. The running statistics and `num_batches_tracked` are
+    then the same as without checkpointing, bit for bit, with any checkpoint, in any order, no matter how often a
+    batch is recomputed, and in compiled code too. You don't have to know the number of passes or calibrate anything.
 
     Each layer keeps its class, its state dict and its momentum. It gets its own `forward` as an attribute, and a
     second attribute that remembers this. Both survive `copy.deepcopy` and pickling of the whole model. A rebuilt model
     does not have them, nor do layers rebuilt by `SyncBatchNorm.convert_sync_batchnorm` or fused for quantization: call
     `update_once` again afterwards, as often as you like.
 
-    Not for: a training-mode forward of a new batch that you run inside a backward hook, which counts as a replay
-    (call `handle.remove()` before it and `update_once(model)` after it); the reverse, recomputing outside of a
-    backward pass by reading saved tensors from a graph directly, which counts as a batch; a parent that calls
-    `F.batch_norm` on the layer's buffers itself; `nn.DataParallel` with several devices and `copy.copy`, whose copies
-    share the attribute (use DDP and `copy.deepcopy`); one layer in two threads at once; `torch.jit.script`.
+    Not for: a parent that calls `F.batch_norm` on the layer's buffers itself; `nn.DataParallel` with several devices
+    and `copy.copy`, whose copies share the attribute (use DDP and `copy.deepcopy`); one layer in two threads at once;
+    `torch.jit.script`. Around a new batch that you run inside a backward hook put `recomputing(False)`.
 
     For torch's own layers, gradients are those of the run without checkpointing, because their training-mode output
     does not read the running statistics. A class whose output reads them (Batch Renormalization, for example) gets
     wrong gradients from any recomputation, with or without this function: use `checkpoint` or `preserve_state`.
 
     Args:
-        model: any module; every layer below it that tracks running statistics is covered.
+        model: any module; `update_once` is put on every layer below it that tracks running statistics.
 
     Returns:
         A `Handle`; `restore(model)` removes everything too.
@@ -99,11 +115,12 @@ def update_once(model: nn.Module) -> Handle:
         ValueError: the momentum of a layer is corrected, which would now be wrong (call `restore(model)` first), or a
             layer already has its own `forward`. The model is left as it was.
         TypeError: model is not a module, or a part of it with running statistics is TorchScript.
+        RuntimeError: this torch does not tell a recomputation from a forward pass.
 
     Warns:
-        UserWarning: no layer tracks running statistics; a layer's class has its own forward, whose output may
-            read them (timm's `BatchNormAct2d` is known not to); or, in training, a layer is updated in the backward
-            pass only.
+        UserWarning: no layer tracks running statistics; a layer that does is in a plain list, where it is not found; a
+            layer's class has its own forward, whose output may read them (timm's `BatchNormAct2d` is known not to); or,
+            in training, a layer is updated in the backward pass only.
 
     Example:
         >>> import torch
@@ -116,46 +133,32 @@ def update_once(model: nn.Module) -> Handle:
 
     Source: the question of "Checkpoint with BatchNorm running averages", discuss.pytorch.org/t/17738 (2018).
     """
-    added: list[Covering] = []
+    check_recomputation()
+    added = []
     for layer, (name, *_) in (layers := tracked_layers(model)).items():
         if is_corrected(layer):
             raise ValueError(
-                f"{the(name)} has a corrected momentum ({_for_plain(layer)}), which is wrong for statistics that move "
-                "once per batch: call restore(model) first, or, if it was corrected by hand, set the layer's momentum "
-                f"to {number(uncorrected(layer))}"
+                f"{describe_layer(name)} has a corrected momentum ({_for_plain(layer)}), which is wrong for statistics "
+                "that move once per batch: call restore(model) first, or, if it was corrected by hand, set the layer's "
+                f"momentum to {number(uncorrected(layer))}"
             )
         refuse_foreign_forward(layer, name)
-        refuse_calibrated(layer, name)
-        if covering(layer) is None:
-            added.append(Once(layer, name))
-    cover(added)
+        refuse_wrapped(layer, name, "calibrate")
+        if wrapper_of(layer) is None:
+            added.append(UpdateOnceForward(layer, name))
+    wrap(added)
     warn_of_none(layers, "to update once")
-    own = [once.name for once in added if not only_writes(once.layer)]
+    warn_of_hidden(model)
+    own = [each.name for each in added if not only_writes(each.layer)]
     if own:
         warnings.warn(
-            f"{named(own)}: the class has a forward of its own. Its statistics will move once per batch. But if its "
-            "output reads them in training (the output of torch's layers does not), every recomputation computes "
+            f"{join_names(own)}: the class has a forward of its own. Its statistics will move once per batch. But if "
+            "its output reads them in training (the output of torch's layers does not), every recomputation computes "
             "something different from the forward pass, and gradients are wrong. diagnose(model) tells you whether it "
             "does, and momentum_fix.checkpoint is exact there",
             stacklevel=2,
         )
-    return Handle(added)
-
-
-def refuse_covered(layer: nn.Module, name: str) -> None:
-    """Raise if something covers the layer: `update_once`, with which a corrected momentum is wrong, or `calibrate`."""
-    if isinstance(covering(layer), Once):
-        raise ValueError(
-            f"{the(name)} moves its statistics once per batch, by update_once, so there is nothing to correct: "
-            "first call restore(model), or remove() on the handle from update_once"
-        )
-    refuse_calibrated(layer, name)
-
-
-def refuse_calibrated(layer: nn.Module, name: str) -> None:
-    """Raise if something else than `update_once` covers the layer: a block of `calibrate`, which has to end first."""
-    if covering(layer) is not None and not isinstance(covering(layer), Once):
-        raise ValueError(f"{the(name)} is being calibrated: leave the `with calibrate(...)` block first")
+    return Handle(model, added)
 
 
 def _for_plain(layer: nn.Module) -> str:

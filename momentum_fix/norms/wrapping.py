@@ -1,100 +1,109 @@
-"""The forward of a covered layer: a pass moves the layer's buffers, a replay moves copies of them."""
+"""The forward that a tool puts on a layer: a forward pass updates the layer's buffers, a recomputation others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
-from momentum_fix.norms.layers import Buffers, NormLayer, the, tracks
-from momentum_fix.recomputation import replaying, selective, unseen
+from momentum_fix._torch import hidden_from_modes, is_watched_by_mode
+from momentum_fix.norms.layers import NormLayer, describe_layer, norm_of, tracks
+from momentum_fix.recomputation import is_recomputation
 
-_NEED_NO_COUNTER = (_BatchNorm.forward, _InstanceNorm.forward)  # SyncBatchNorm insists on num_batches_tracked
-_COVERING = "_momentum_fix_covering"  # on a layer: what covers it, to be found though something has wrapped its forward
-_ONLY_WRITE = (*_NEED_NO_COUNTER, nn.SyncBatchNorm.forward)
-_TIMMS = ("BatchNormAct2d.forward", "SyncBatchNormAct.forward")  # torch's, with an activation; in timm.layers.norm_act
+_WRAPPER = "_momentum_fix_wrapper"  # on a layer: its wrapper, to be found though something has wrapped its forward
+_REFUSALS = {
+    "update_once": "moves its statistics once per batch, by update_once, so there is nothing to correct: "
+    "first call restore(model), or remove() on the handle from update_once",
+    "calibrate": "is being calibrated: leave the `with calibrate(...)` block first",
+}
 
 
-class Covering:
-    """Covers one layer. Bound methods of one class let Dynamo compile equal layers once.
+class ForwardWrapper:
+    """Wraps one layer's forward. Bound methods of one class let Dynamo compile equal layers once.
 
     The layer itself runs, so that whatever its forward leaves on it is found there. Only its buffers, and those of the
-    modules below it, are others during a replay.
+    modules below it, are others during a recomputation.
     """
+
+    tool = ""  # which has put it on the layer
 
     def __init__(self, layer: NormLayer, name: str) -> None:
         self.layer, self.name = layer, name
         self.inner = layer.forward if has_foreign_forward(layer) else None
-        # Whether a training-mode pass since the last replay has moved the statistics; None before there was one.
-        # Something may switch tracking off in the forward pass, and count on the replay to move them.
-        self.moves: bool | None = None
-        self.replays_began = False
+        # Whether a forward pass in training mode has updated the statistics since the last recomputation began; None
+        # before the first one. Something may switch tracking off in it, and rely on the recomputation to update them.
+        self.updated: bool | None = None
+        self.recomputed = False  # whether a recomputation has begun since the last forward pass
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer; in a replay, on other buffers than its own."""
+        """Run the layer; in a recomputation, on other buffers than its own."""
         if torch.compiler.is_dynamo_compiling():  # torch.export by itself does not: it is given a forward pass
             return self._compiled(*args, **kwargs)
-        if not replaying():
-            if self.layer.training and (self.replays_began or not self.moves):
-                if self.moves is None:
-                    self.begin()
-                self.moves, self.replays_began = tracks(self.layer), False
-            return self.passed(*args, **kwargs)
-        if self.moves is False and tracks(self.layer):
-            return self.left_alone(*args, **kwargs)
-        self.replays_began = vars(self.layer).get("track_running_stats", True)
-        if not self.replays_began:  # whoever switches tracking off keeps it off: nobody counts on the replay
-            self.moves = True
-        return self.replayed(*args, **kwargs)
+        layer = self.layer
+        if not is_recomputation():
+            if layer.training:
+                if self.updated is None:
+                    self.before_first_pass()
+                self.updated, self.recomputed = (self.updated and not self.recomputed) or tracks(layer), False
+            return self.in_forward(*args, **kwargs)
+        if self.updated is False and tracks(layer):
+            return self.in_recomputation_alone(*args, **kwargs)
+        self.recomputed = vars(layer).get("track_running_stats", True)
+        if not self.recomputed:  # whoever has switched tracking off keeps it off, and does not rely on this
+            self.updated = True
+        return self.in_recomputation(*args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Run what the layer would run if it were not covered; a lazy layer changes its class at its first batch."""
+        """Run what the layer would run without the wrapper; a lazy layer changes its class at its first batch."""
         if self.inner is not None:
             return self.inner(*args, **kwargs)
         return type(self.layer).forward(self.layer, *args, **kwargs)
 
-    passed = left_alone = run
+    def before_first_pass(self) -> None:
+        """Do what is to be done before the first forward pass in training mode."""
 
-    def begin(self) -> None:
-        """Be told of the first pass in training mode."""
+    def log_compiled(self, answer: torch.Tensor) -> None:
+        """Note, in compiled code, that the layer runs, and whether that is a recomputation."""
 
-    def replayed(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on copies, or, where the buffers are only written, on scratch; of the same shapes either way.
+    in_forward = run
+    in_recomputation_alone = run  # the update of a layer that the forward pass has not updated
 
-        A checkpoint compares the tensors that are saved for backward; and it can stop a replay by an exception.
+    def in_recomputation(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on copies of the buffers, or, where they are only written, on others without values, which is cheaper.
+
+        Their shapes are the same: a checkpoint compares what is saved for backward, and may stop this by an exception.
         """
-        layer, own = self.layer, self.layer._buffers
-        scratch_will_do = self.inner is None and type(layer).forward in _NEED_NO_COUNTER and not selective()
-        if not scratch_will_do or own.get("running_mean") is None or own.get("running_var") is None:
+        layer, own, norm = self.layer, self.layer._buffers, norm_of(self.layer)
+        unread = layer.training and self.inner is None and not (norm.reads_them or norm.needs_counter)
+        if not unread or is_watched_by_mode():
             with on_copies(layer):
                 return self.run(*args, **kwargs)
-        if not layer.training:
-            return self.run(*args, **kwargs)
-        layer.__dict__["_buffers"] = _scratch(own)
+        layer.__dict__["_buffers"] = {
+            name: torch.empty_like(b) if b is not None and name in norm.statistics else None for name, b in own.items()
+        }
         try:
             return self.run(*args, **kwargs)
         finally:
             layer.__dict__["_buffers"] = own
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on the buffers, and take back what has changed in them if that turns out to be a replay."""
+        """Run on the buffers, and undo what has changed in them if that turns out to be a recomputation."""
         if not self.layer.training:
             return self.run(*args, **kwargs)
         if self.layer.momentum is None:
             return self._in_eager(*args, **kwargs)
         own = [module._buffers for module in self.layer.modules()]
         before = [(buffers, name, b, b.clone()) for buffers in own for name, b in buffers.items() if b is not None]
-        undo = torch.ops.momentum_fix.replaying(before[0][2])
-        self.compiled(undo)
+        answer = torch.ops.momentum_fix.recomputing(before[0][2])
+        undo = answer > 0
+        self.log_compiled(answer)
         output = self.run(*args, **kwargs)
         for buffers, name, buffer, value in before:
             if buffers[name] is buffer:
-                # Unseen by autograd, which may have saved the buffer: the gradient does not use its value.
+                # Hidden from autograd, which may have saved the buffer: the gradient does not use its value.
                 buffer.data.copy_(torch.where(undo, value, buffer))
             else:  # the class assigns new buffers
                 buffers[name] = torch.where(undo, value, buffers[name])
@@ -105,64 +114,59 @@ class Covering:
         """Run between two graphs what torch does not compile: a cumulative average, which reads its counter."""
         return self.forward(*args, **kwargs)
 
-    def compiled(self, replay: torch.Tensor) -> None:
-        """Hear, in compiled code, of a pass and whether it is a replay; `calibrate` counts it."""
-
-    def take_off(self) -> None:
+    def remove(self) -> None:
         """Give the layer back the forward that it had."""
-        if self.layer.__dict__.pop(_COVERING, None) is not None:
-            if self.inner is None:
-                del self.layer.forward
-            else:
-                self.layer.forward = self.inner
+        del self.layer.__dict__[_WRAPPER]
+        if self.inner is None:
+            del self.layer.forward
+        else:
+            self.layer.forward = self.inner
 
 
-def cover(coverings: Sequence[Covering]) -> None:
+def wrap(wrappers: Sequence[ForwardWrapper]) -> None:
     """Put each on its layer: all, or, if a class refuses the attribute, none."""
-    try:
-        for each in coverings:
+    with ExitStack() as undo:
+        for each in wrappers:
             each.layer.forward = each.forward
-            each.layer.__dict__[_COVERING] = each
-    except Exception:
-        for each in coverings:
-            each.take_off()
-        raise
+            each.layer.__dict__[_WRAPPER] = each
+            undo.callback(each.remove)
+        undo.pop_all()
 
 
-def uncover(coverings: Iterable[Covering]) -> None:
+def unwrap(wrappers: Iterable[ForwardWrapper]) -> None:
     """Take each off its layer, or, if something else has wrapped a layer's forward since, none."""
-    coverings = [each for each in coverings if covering(each.layer) is each]
-    for each in coverings:
+    wrappers = [each for each in wrappers if wrapper_of(each.layer) is each]
+    for each in wrappers:
         refuse_foreign_forward(each.layer, each.name)
-    for each in coverings:
-        each.take_off()
+    for each in wrappers:
+        each.remove()
 
 
-def covering(layer: nn.Module) -> Covering | None:
-    """Give what covers the layer. A `copy.copy` shares the attribute of the original, but is not covered."""
-    each: Covering | None = vars(layer).get(_COVERING)
-    return each if each is not None and each.layer is layer and "forward" in vars(layer) else None
+def wrapper_of(layer: nn.Module) -> ForwardWrapper | None:
+    """Give a layer's wrapper. A `copy.copy` shares the attribute of the original, but is not wrapped."""
+    wrapper: ForwardWrapper | None = vars(layer).get(_WRAPPER)
+    return wrapper if wrapper is not None and wrapper.layer is layer and "forward" in vars(layer) else None
 
 
-def only_writes(layer: nn.Module) -> bool:
-    """Tell whether a layer's class is known, torch's own or timm's: its output in training reads no statistics."""
-    forward: Any = type(layer).forward
-    timms = getattr(forward, "__module__", "") == "timm.layers.norm_act" and forward.__qualname__ in _TIMMS
-    return timms or forward in _ONLY_WRITE
+def refuse_wrapped(layer: nn.Module, name: str, *tools: str) -> None:
+    """Raise if one of these tools is on the layer."""
+    wrapper = wrapper_of(layer)
+    if wrapper is not None and wrapper.tool in tools:
+        raise ValueError(f"{describe_layer(name)} {_REFUSALS[wrapper.tool]}")
 
 
 def has_foreign_forward(layer: nn.Module) -> bool:
     """Tell whether something else has given the layer a forward of its own."""
     forward = vars(layer).get("forward")
-    return forward is not None and not isinstance(getattr(forward, "__self__", None), Covering)
+    return forward is not None and not isinstance(getattr(forward, "__self__", None), ForwardWrapper)
 
 
 def refuse_foreign_forward(layer: nn.Module, name: str) -> None:
     """Raise if something else has given the layer a forward of its own."""
     if has_foreign_forward(layer):
         raise ValueError(
-            f"{the(name)} has a forward of its own, {layer.forward!r}, put there by something else: remove that "
-            "first, and put it back afterwards"
+            f"{describe_layer(name)} has a forward of its own, {layer.forward!r}, put there by something else: remove "
+            "that first, and put it back afterwards"
         )
 
 
@@ -170,18 +174,12 @@ def refuse_foreign_forward(layer: nn.Module, name: str) -> None:
 def on_copies(layer: nn.Module) -> Iterator[None]:
     """Let the layer, and the modules below it, work on copies of their buffers, written to or replaced."""
     own = [(module, module._buffers) for module in layer.modules()]
-    with unseen():
+    with hidden_from_modes():
         copies = [{name: b if b is None else b.clone() for name, b in buffers.items()} for _, buffers in own]
-    for (module, _), copied in zip(own, copies, strict=True):
-        module.__dict__["_buffers"] = copied
+    for (module, _), buffers in zip(own, copies, strict=True):
+        module.__dict__["_buffers"] = buffers
     try:
         yield
     finally:
         for module, buffers in own:
             module.__dict__["_buffers"] = buffers
-
-
-def _scratch(own: dict[str, Any]) -> Buffers:
-    """Give what a forward that only writes needs, which is cheaper than copies: statistics unset, nothing to count."""
-    mean, var = torch.empty_like(own["running_mean"]), torch.empty_like(own["running_var"])
-    return {**own, "running_mean": mean, "running_var": var, "num_batches_tracked": None}

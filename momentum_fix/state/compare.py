@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from momentum_fix._torch import version
 from momentum_fix.state.fingerprint import fingerprint
 
 FIXED: frozenset[type] = frozenset(
@@ -70,11 +71,6 @@ def is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Tell whether two tensors of one type and device are equal to the bit. torch does not compare all types."""
     bits = _BITS.get(one.itemsize, one.dtype)
     return torch.equal(one.view(bits), other.view(bits))
-
-
-def version(tensor: torch.Tensor) -> int:
-    """Give how often a tensor was written to, as far as autograd has seen."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def is_odd(tensor: torch.Tensor) -> bool:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from momentum_fix.recomputation import unseen
+from momentum_fix._torch import hidden_from_modes
 
 _COLUMNS, _ROWS, _PROJECTIONS = 4096, 256, 8  # values in a row, rows in a slice
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # by the bytes of a value
@@ -38,7 +38,7 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor | None:
         >>> difference(one, one), difference(one, three) > 0.1
         (None, True)
     """
-    with torch.no_grad(), unseen():
+    with torch.no_grad(), hidden_from_modes():
         parts = [_of_memory(part) for part in _parts(tensor)]
         known = [each for each in parts if each is not None]
         if not known or len(known) < len(parts):

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from momentum_fix._torch import is_compiled
+
 
 def modules_of(
     value: Any, whole: bool = False, *, seen: set[int] | None = None, names: set[str] | None = None
@@ -56,11 +58,3 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names_in(constant)
-
-
-def is_compiled(value: Any) -> bool:
-    """Tell whether a module or a function is compiled by itself."""
-    own = getattr(value, "__dict__", {})
-    if isinstance(value, nn.Module):
-        return "_compiled_call_impl" in own or "_orig_mod" in own["_modules"]
-    return "_torchdynamo_orig_callable" in own and not own.get("_torchdynamo_disable")

@@ -5,18 +5,18 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from momentum_fix import _torch
-from momentum_fix.recomputation import preserved, selective, unseen
-from momentum_fix.state.compare import is_equal, is_odd, mark, version
-from momentum_fix.state.reach import is_compiled, modules_of
+from momentum_fix._torch import is_compiled, version
+from momentum_fix.recomputation import this_thread
+from momentum_fix.state.compare import is_equal, is_odd, mark
+from momentum_fix.state.reach import modules_of
 from momentum_fix.state.snapshot import LARGE, Copier, keep, pieces, put, reads_no_buffer, scratch
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # what a function names of them is what it calls
@@ -81,8 +81,8 @@ class RegionOfTorchs(_torch.Listener):
         """Let the modules write to memory of which nobody reads the values."""
         _warn_of_writes(self.parameters, self.versions)
         self.present = [vars(each).copy() for each in self.modules]  # no checkpoint recomputes while it recomputes
-        preserved.begin(self)
-        with _own_operations():
+        this_thread.begin_preserving(self)
+        with _torch.hidden_from_modes():
             for module, everything in zip(self.modules, self.everything, strict=True):
                 vars(module).update(everything)
                 if everything["_buffers"]:
@@ -90,7 +90,7 @@ class RegionOfTorchs(_torch.Listener):
 
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
-        preserved.end()
+        this_thread.end_preserving()
         for module, own in zip(self.modules, self.present, strict=True):
             vars(module).update(own)
         del self.present
@@ -146,7 +146,7 @@ class Region(_torch.Listener):
         if not whole and id(module) in self.states:
             return
         below, moves = [module], module.training
-        with _own_operations():
+        with _torch.hidden_from_modes():
             while below:
                 each = below.pop()
                 if id(each) in self.entered or _is_uninitialized(each):
@@ -185,14 +185,13 @@ class Region(_torch.Listener):
 
     def __enter__(self) -> None:
         """Let the modules work on copies of what they had."""
-        with _own_operations():
+        with _torch.hidden_from_modes():
             copier = Copier(share=False, detach=self.detach)
             parameters = [_copied(kept, copier) for kept in self.parameters]  # first, as lists may have them too
             copies = [
                 {name: copier.copy(value) for name, value in copied.items()} for *_, copied in self.states.values()
             ]
-            has_values = not is_in_torch_dispatch_mode(include_infra_modes=True)
-            guarded = parameters if self.changes and has_values else []
+            guarded = parameters if self.changes and _torch.has_values() else []
             trained = {id(each): each for each in guarded if each.requires_grad and not is_odd(each)}
             values = [(each, each.detach().clone()) for each in trained.values()]
         present = [
@@ -200,7 +199,7 @@ class Region(_torch.Listener):
             for each, *_ in self.states.values()
         ]
         self.running.append((present, values))
-        preserved.begin(self)
+        this_thread.begin_preserving(self)
         if self.hears:
             _torch.hear_entering(_entered, 1)
         for (module, everything, _), copied in zip(self.states.values(), copies, strict=True):
@@ -211,7 +210,7 @@ class Region(_torch.Listener):
 
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
-        preserved.end()
+        this_thread.end_preserving()
         present, values = self.running.pop()
         for module, everything, children, parameters in present:
             put(module, everything)
@@ -223,7 +222,7 @@ class Region(_torch.Listener):
                 _put_parameter(module, name, parameter)
         if self.hears:
             _torch.hear_entering(_entered, -1)
-        with _own_operations():
+        with _torch.hidden_from_modes():
             _refuse_writes(values)
 
 
@@ -298,10 +297,6 @@ def _is_plain(parameter: Any) -> bool:
 
 def _is_uninitialized(module: Any) -> bool:
     return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()  # type: ignore[misc]
-
-
-def _own_operations() -> AbstractContextManager[None]:
-    return unseen() if selective() else nullcontext()
 
 
 class _Running(threading.local):

@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
+from momentum_fix import _torch
 from momentum_fix.state.compare import FIXED, is_equal, is_odd
 
 LARGE = 1 << 16  # bytes; larger tensors and arrays are compared with an earlier copy before they are copied again
 _SKELETON = frozenset(vars(nn.Module()))  # buffers, parameters, submodules, hooks, and whether it is in training
 _FRAMEWORKS = frozenset(["_current_fx_name"])  # what a trainer (Lightning) sets on a module to know what is running
 _WHOLE = (torch.Generator, np.random.Generator, np.random.RandomState, Random, bytearray, array)
-_LEAVES_A_CHECKPOINT = CheckpointFunction._backward_cls  # the reentrant engine's
+_STATISTICS = frozenset(("running_mean", "running_var", "num_batches_tracked"))
 
 
 def pieces(module: nn.Module) -> dict[str, Any]:
@@ -60,9 +59,7 @@ def reads_no_buffer(module: nn.Module) -> bool:
     own = vars(module)
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or not module.training or "forward" in own:
         return False
-    return type(module).__module__.startswith("torch.nn.modules.") and (
-        not own["_buffers"] or isinstance(module, _NormBase)
-    )
+    return type(module).__module__.startswith("torch.nn.modules.") and own["_buffers"].keys() <= _STATISTICS
 
 
 def scratch(module: Any) -> dict[str, Any]:
@@ -164,7 +161,7 @@ class Copier:
             if self.detach:
                 with torch.enable_grad():
                     return tensor.detach().requires_grad_().clone()  # no leaf, which could not be written to
-            if not isinstance(tensor.grad_fn, _LEAVES_A_CHECKPOINT):
+            if not _torch.leaves_a_checkpoint(tensor):
                 return tensor
             tensor = tensor.detach()  # lest every checkpoint holds the one before it
         if type(tensor) is not torch.Tensor or is_odd(tensor):
@@ -195,7 +192,7 @@ class Copier:
         copied = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         copied.set_(whole, tensor.storage_offset(), tensor.size(), tensor.stride())
         copied = copied.conj() if tensor.is_conj() else copied
-        return torch._neg_view(copied) if tensor.is_neg() else copied
+        return _torch.negated(copied) if tensor.is_neg() else copied
 
     def _remember(self, place: Any, storage: torch.UntypedStorage, copied: torch.Tensor) -> None:
         self._storages[place] = copied

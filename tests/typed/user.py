@@ -25,6 +25,7 @@ from momentum_fix import (
     plots,
     preserve_everywhere,
     preserve_state,
+    recomputing,
     restore,
     symbolic,
     update_once,
@@ -69,6 +70,7 @@ mean: int | Fraction = report["body.1"]
 text: str = json.dumps(passes) + str(report)
 for row in report.rows:
     line: tuple[str, str, str] = row.name, row.layer_class, row.note
+    texts: list[str] = [note.text + note.remedy for note in row.notes if note.warns]
 
 restore(model)
 forward, recomputation = preserve_state()
@@ -85,6 +87,12 @@ handle: Handle = update_once(model)
 handle.remove()
 with update_once(model):
     model(torch.rand(8, 3)).sum().backward()
+
+with recomputing():
+    model(torch.rand(8, 3))
+with recomputing(False):
+    model(torch.rand(8, 3))
+covered: int = len(handle)
 
 result: Audit = audit(model)
 verdict: str = result.verdict
