@@ -7,13 +7,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
-from momentum_fix.plots import BY_PASSES
+from momentum_fix.plots import BY_PASSES, LINES
 from study import AFTER, CHANGES, SCHEDULES, Condition
 from study_results import BATCHES, ERROR, FIVE, ONE, TWO, Study, logs, percent, values
 from study_statistics import Estimate, bootstrap_t
 from study_tasks import TASKS
 
-LINES = {1: "-", 2: "--", 5: ":"}
 MARKERS = {1: "o", 2: "s", 5: "^"}
 
 
@@ -32,7 +31,7 @@ def bars(ax: Axes, at: list[float], found: list[Estimate], k: int, label: str) -
     means = [one.mean for one in found]
     errors = [[one.mean - one.low for one in found], [one.high - one.mean for one in found]]
     ax.errorbar(
-        at, means, errors, fmt=LINES[k] + MARKERS[k], color=BY_PASSES[k - 1], lw=1, capsize=2, ms=4, label=label
+        at, means, errors, fmt=f"{LINES[k - 1]}{MARKERS[k]}", color=BY_PASSES[k - 1], lw=1, capsize=2, ms=4, label=label
     )
 
 

@@ -21,7 +21,7 @@ from momentum_fix.diagnosis.tracing import Operation, Tracing, Value, compared, 
 from momentum_fix.recomputation import is_recomputation, this_thread
 from momentum_fix.state.compare import mark
 from momentum_fix.state.fingerprint import difference, rounding
-from momentum_fix.state.reach import modules_of
+from momentum_fix.state.reachable import modules_of
 from momentum_fix.state.snapshot import pieces
 
 _UNWATCHED = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)  # DDP only refers to what others have

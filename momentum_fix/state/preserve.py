@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint as torchs_checkpoint
 
 from momentum_fix import _torch
-from momentum_fix.state.region import Region, RegionOfTorchs, begin
+from momentum_fix.state.checkpoint_call import Region, RegionOfTorchs, begin
 
 
 def preserve_state(*mistaken: Any) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

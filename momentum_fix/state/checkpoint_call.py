@@ -16,7 +16,7 @@ from momentum_fix import _torch
 from momentum_fix._torch import is_compiled, version
 from momentum_fix.recomputation import this_thread
 from momentum_fix.state.compare import is_equal, is_odd, mark
-from momentum_fix.state.reach import modules_of
+from momentum_fix.state.reachable import modules_of
 from momentum_fix.state.snapshot import LARGE, Copier, keep, pieces, put, reads_no_buffer, scratch
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # what a function names of them is what it calls
