@@ -1,4 +1,5 @@
 import logging
+import os
 import sys
 from importlib.util import find_spec
 
@@ -8,6 +9,7 @@ from hypothesis import settings
 
 collect_ignore = ["typed"]  # a user's own script: tests/test_typed.py runs it in a folder of its own
 torch.set_num_threads(1)  # the suite runs one process a core
+os.environ.setdefault("TORCH_DISABLE_ADDR2LINE", "1")  # which looks for minutes for the lines of errors in C++
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 

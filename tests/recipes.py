@@ -46,7 +46,7 @@ MIDWAY = 3  # batches after which some runs change something
 
 
 class Kink(nn.Module):
-    """Something that backward needs, so that a replay does not stop early before it."""
+    """Something that backward needs, so that a recomputation does not stop early before it."""
 
     def forward(self, x):
         return x.tanh() + x / 2
@@ -368,7 +368,7 @@ def failing_forward(net, x, ckpt):
 def failing_recomputation(net, x, ckpt):
     runs = []
 
-    def fails_in_the_replay(y):
+    def fails_in_the_recomputation(y):
         runs.append(y)
         y = net.a(y)
         if len(runs) > 1:
@@ -376,7 +376,7 @@ def failing_recomputation(net, x, ckpt):
         return net.c(net.b(y))
 
     with contextlib.suppress(StoppedError):
-        loss = ckpt(fails_in_the_replay, 2 * x.detach().requires_grad_()).sum()
+        loss = ckpt(fails_in_the_recomputation, 2 * x.detach().requires_grad_()).sum()
         if ckpt is not plainly:
             loss.backward()
     net.zero_grad()

@@ -515,7 +515,7 @@ def asserted():
 def asserted_of_compiled():
     """Give the second table that the tests assert: an outcome by kind of state, how it is compiled, and tool."""
     both, columns = "state and gradients", [f"{how}: {tool}" for how in COMPILED for tool in COMPILED_TOOLS]
-    plainly_wrong = {  # where a replay of compiled code stops early, what it did to plain attributes is dropped
+    plainly_wrong = {  # where a recomputation of compiled code stops early, what it did to plain attributes is dropped
         "Batch Renormalization": (both, both, both),
         "a buffer that is replaced": ("gradients", both, both),
         "step counter": ("gradients", both, both),

@@ -541,7 +541,7 @@ def test_what_early_stop_leaves_out_is_not_moved_again():
     assert net.steps == 1
 
 
-class OnlyInReplays(nn.BatchNorm2d):
+class OnlyInRecomputations(nn.BatchNorm2d):
     """Does what fairscale's checkpoint_wrapper does under the reentrant engine."""
 
     def __init__(self):
@@ -555,7 +555,7 @@ class OnlyInReplays(nn.BatchNorm2d):
 
 
 def test_what_moves_in_recomputations_only_is_said_to_be_moved_by_them():
-    report = diagnosed(net_of(OnlyInReplays), ckpt=ENGINES["reentrant"])
+    report = diagnosed(net_of(OnlyInRecomputations), ckpt=ENGINES["reentrant"])
     assert not report.ok
     assert {each.remedy for each in report.values()} == {"update_once"}
 
@@ -587,7 +587,7 @@ class OwnChild(nn.BatchNorm2d):
 
 
 @pytest.mark.filterwarnings("ignore:.*forward of its own")
-def test_what_is_moved_and_put_back_within_a_replay_has_not_moved():
+def test_what_is_moved_and_put_back_within_a_recomputation_has_not_moved():
     covered, plain = Net(OwnChild), Net(OwnChild)
     update_once(covered)
     assert diagnosed(covered).ok
@@ -653,7 +653,7 @@ def test_a_cumulative_average_is_ok_if_the_number_does_not_vary():
 
 
 class Restores:
-    """A context for a checkpoint's replay: the state is what it was at the forward, and is put back."""
+    """A context for a checkpoint's recomputation: the state is what it was at the forward, and is put back."""
 
     def __init__(self, net):
         self.net, self.before = net, copy.deepcopy(net.state_dict())
@@ -680,7 +680,7 @@ class PastItsChild(nn.Module):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("kind", [Unseen, PastItsChild])
 @pytest.mark.parametrize("step", [by.one, by.siamese, by.accumulating(by.one)])
-def test_a_replay_that_starts_where_its_forward_did_and_is_put_back_is_ok(step, kind, frozen):
+def test_a_recomputation_that_starts_where_its_forward_did_and_is_put_back_is_ok(step, kind, frozen):
     net = net_of(kind).requires_grad_(not frozen)
 
     def restoring(function, x):
@@ -985,7 +985,7 @@ def test_early_stop_within_the_module_that_reads_does_not_hide_it():
     class Last(Steps):
         def forward(self, x):
             self.steps += 1
-            return (x * self.steps).tanh()  # the replay is left here, by an exception
+            return (x * self.steps).tanh()  # the recomputation is left here, by an exception
 
     net = nn.Sequential(Last(), Load())
     with diagnose(net) as report:

@@ -392,7 +392,7 @@ SINGLE = ("snntorch", "quantization-aware training, fused")  # float32
 # inputs and outputs alone, and not by way of the state.
 CUT = [client for client in CLIENTS if client.endswith("through time")]
 
-# Where torch's checkpoint notices that the replay is not the forward again.
+# Where torch's checkpoint notices that the recomputation is not the forward again.
 OTHER_TENSORS = "A different number of tensors was saved|have different metadata than during the forward pass"
 REFUSED = {
     ("vector-quantize-pytorch, k-means first", non_reentrant): OTHER_TENSORS,
