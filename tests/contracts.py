@@ -1,14 +1,18 @@
-"""Stand-ins for libraries that the test set-up cannot install: what each does with a norm layer, and no more.
+"""Stand-ins for libraries that the test set-up cannot install: what each does with a norm layer or a checkpoint.
 
-Written from what their sources say (torchvision 0.28, timm 1.0.31, segmentation-models-pytorch 0.6, and detectron2's
-main branch, which is in no package index).
+Written from what their sources say (torchvision 0.28, timm 1.0.31, segmentation-models-pytorch 0.6, detectron2's main
+branch, which is in no package index, nnU-Net 2 and DeepSpeed).
 """
 
 import functools
+import itertools
 import types
 from collections import OrderedDict
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from recipes import hand_written
 
 
 def named(**parts):
@@ -50,10 +54,24 @@ def timm():
         assert function.__name__.lower() in ("batchnorm", "batchnorm2d"), "no equivalent with an activation"
         return functools.partial(BatchNormAct2d, act_layer=nn.ReLU, **keywords)
 
+    class ResNet(nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.conv1, self.bn1, self.act1 = nn.Conv2d(3, 8, 3), norm(8), nn.ReLU()
+            self.layer1 = nn.Sequential(nn.Conv2d(8, 8, 3), norm(8), nn.ReLU())
+            self.grad_checkpointing = False
+
+        def set_grad_checkpointing(self, enable=True):
+            self.grad_checkpointing = enable
+
+        def forward(self, x):
+            x = self.act1(self.bn1(self.conv1(x)))
+            return checkpoint(self.layer1, x, use_reentrant=False) if self.grad_checkpointing else self.layer1(x)
+
     def create_model(name, norm_layer=nn.BatchNorm2d):
         if name == "resnet18":
             function, keywords = unbound(norm_layer)
-            return named(conv1=nn.Conv2d(3, 8, 3), bn1=function(8, **keywords), act1=nn.ReLU())
+            return ResNet(functools.partial(function, **keywords))
         return named(stem=named(conv=nn.Conv2d(3, 8, 3), bn=norm_act_layer(norm_layer)(8)))
 
     return {"timm": {"create_model": create_model}}
@@ -103,6 +121,23 @@ def segmentation_models_pytorch():
         return named(encoder=encoder, decoder=decoder)
 
     return {"segmentation_models_pytorch": {"Unet": unet}}
+
+
+def nnunetv2():
+    class TrainerBN:
+        def initialize(self):
+            """Build the network, and convert it as on several GPUs."""
+            network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+            self.network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+
+    folder = "nnunetv2.training.nnUNetTrainer.variants.network_architecture"
+    packages = itertools.accumulate(folder.split("."), "{}.{}".format)
+    return {name: {} for name in packages} | {f"{folder}.nnUNetTrainerBN": {"nnUNetTrainerBN": TrainerBN}}
+
+
+def deepspeed():
+    """Its checkpoint is an autograd function of its own, which runs the function again in its backward pass."""
+    return {"deepspeed": {"checkpointing": types.SimpleNamespace(checkpoint=hand_written)}}
 
 
 def modules(library):

@@ -12,7 +12,12 @@ import momentum_fix
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NEEDS = {"configs.md": "hydra", "trainers.md": "accelerate"}  # what the core's tests do without
+NEEDS = {
+    "configs.md": "hydra",
+    "preserving.md": "snntorch",
+    "remat.md": "torch_remat",
+    "trainers.md": "accelerate",
+}  # what the core's tests do without
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:^```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
 

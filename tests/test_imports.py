@@ -10,7 +10,7 @@ import pytest
 import momentum_fix
 
 PACKAGE = Path(momentum_fix.__file__).parent
-HEAVY = ("torch", "sympy", "matplotlib", "numpy", "z3")
+HEAVY = ("torch", "sympy", "matplotlib", "numpy", "z3", "lightning", "pytorch_lightning", "transformers")
 
 
 def loaded_after(statement):
@@ -38,6 +38,14 @@ def test_the_theorems_load_sympy_and_neither_torch_nor_the_solver_of_the_tests()
 
 def test_this_check_can_fail():
     assert "torch" in loaded_after("from momentum_fix import calibrate")
+
+
+def test_a_trainers_library_is_loaded_by_its_own_callback_alone():
+    pytest.importorskip("lightning", reason="the core's tests do without it")
+    trainers = {"lightning", "pytorch_lightning", "transformers"}
+    assert not trainers & {*loaded_after("import momentum_fix.integrations; from momentum_fix import update_once")}
+    assert "lightning" in loaded_after("import momentum_fix.integrations.lightning")
+    assert "transformers" in loaded_after("import momentum_fix.integrations.transformers")
 
 
 def imported_by(*files):

@@ -14,8 +14,8 @@ from twins import ROUNDING, batches, counters, non_reentrant, plainly, statistic
 
 remat = pytest.importorskip("torch_remat", reason="it needs torch 2.10")
 PAGE = {}
-for _, code, _ in blocks("trainers.md", "torch_remat"):
-    definitions(code, "trainers.md", PAGE)
+for _, code, _ in blocks("remat.md"):
+    definitions(code, "remat.md", PAGE)
 Buffers = PAGE["Buffers"]  # the hook that the page gives
 
 

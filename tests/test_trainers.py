@@ -1,4 +1,4 @@
-"""Trainers: with calibrate, as docs/trainers.md has it, and others, each ends with the uncheckpointed statistics."""
+"""Trainers: with calibrate, as docs/calibrate.md has it, and others, each ends with the uncheckpointed statistics."""
 
 import copy
 import logging
@@ -27,14 +27,14 @@ from momentum_fix import (
     preserve_state,
     update_once,
 )
-from pages import blocks, definitions, run
+from pages import blocks, definitions
 from recipes import TINY_CONFORMER
 from twins import ROUNDING, by_context, counters, deviation, drop_in, momenta, non_reentrant, plainly
 
 PAGE = {}
 for section in ("Hugging Face Trainer", "Lightning"):
-    for _, code, _ in blocks("trainers.md", section):
-        definitions(code, "trainers.md", PAGE)
+    for _, code, _ in blocks("calibrate.md", section):
+        definitions(code, "calibrate.md", PAGE)
 Calibrate, CalibrateFirstStep = PAGE["Calibrate"], PAGE["CalibrateFirstStep"]
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -305,19 +305,7 @@ def test_the_older_name_of_the_option_does_the_same(tmp_path):
     assert deviation(model, truth) < ROUNDING
 
 
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")
-@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
-@pytest.mark.parametrize("section", ["Hugging Face Trainer", "Lightning"])
-def test_what_the_page_trains_is_corrected(section, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.set_default_dtype(torch.float32)
-    ((_, code, _),) = blocks("trainers.md", section)
-    names = {}
-    run(code, "trainers.md", names)
-    assert set(momenta(names["trainer"].model).values()) == {corrected_momentum(0.1, 2)}
-
-
-# State of other kinds, by the model's own switch: docs/trainers.md says why not by the arguments.
+# State of other kinds, by the model's own switch: docs/preserving.md says why not by the arguments.
 
 
 def test_hugging_face_trainer_leaves_a_model_that_was_switched_on_with_preserve_state_as_it_is(tmp_path):

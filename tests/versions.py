@@ -72,7 +72,7 @@ def core() -> list[str]:
 
 
 def recipes() -> list[str]:
-    """Give the tests of what docs/configs.md and docs/trainers.md say about other libraries."""
+    """Give the tests of what docs/configs.md and docs/calibrate.md say about other libraries."""
     return ["tests/test_configs.py", "tests/test_clients.py", "tests/test_trainers.py"]
 
 
@@ -185,7 +185,7 @@ def page(runs: list[Run]) -> str:
         "\n".join(table(suites["core"])),
         failures(suites["core"]),
         "## The recipes for other libraries",
-        """`make test` runs the recipes of [configs](configs.md) and [trainers](trainers.md) beside the pinned torch,
+        """`make test` runs the recipes of [configs](configs.md) and [trainers](calibrate.md) beside the pinned torch,
         where torchvision, timm and segmentation-models-pytorch do not load and have stand-ins. `make zoo` runs them
         with these libraries themselves. detectron2 is skipped: it is in no package index.""",
         "\n".join(table(suites["recipes"])),
