@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import momentum_fix
 from momentum_fix import preserve_state
+from momentum_fix.norms.notes import Note
 from pages import DOCS
 from twins import non_reentrant, reentrant
 
@@ -61,8 +62,9 @@ def messages():
     calls = [node.exc for node in nodes() if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
     calls += [node for node in nodes() if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn"]
     found = {text_of(call.args[0]) for call in calls if call.args} - {None}
-    notes = {text for text in STRINGS if re.match(r"only the decay is right: |not corrected: ", text)}
-    return notes | {message for message in found if len(message.replace("…", "")) > 20}
+    return {note.text for note in Note if note.warns} | {
+        message for message in found if len(message.replace("…", "")) > 20
+    }
 
 
 @pytest.mark.parametrize("quote", OURS)
