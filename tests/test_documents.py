@@ -37,6 +37,16 @@ def test_the_readme_has_an_example_that_prints_and_none_that_no_test_runs():
     assert len(blocks) == readme.count("```py")
 
 
+def test_the_bibtex_entry_says_what_the_citation_file_and_the_license_say():
+    (entry,) = re.findall(r"^```bibtex\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.DOTALL)
+    found = {name: re.sub(r"[{}\\]", "", value) for name, value in re.findall(r"(\w+) += (\{.*\}),?$", entry, re.M)}
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f'title: "{found["title"]}"' in citation
+    assert f'name: "{found["author"]}"' in citation
+    assert f"version: {found['version']}\nlicense: {found['license']}\n" in citation
+    assert f"(c) {found['year']} {found['author']}" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
 def test_the_versions_agree():
     assert f"version: {momentum_fix.__version__}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"## {momentum_fix.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
