@@ -275,7 +275,7 @@ METHODS = {
 OUTCOMES = {
     "exact": "running_mean, running_var and num_batches_tracked are those of the uncheckpointed run, bit for bit",
     "equal": "running_mean and running_var are equal to rounding (float64, 1e-12); num_batches_tracked counts passes",
-    "decay": "the old value keeps the right weight, the batches share the rest differently",
+    "decay": "old batches fade at the right speed, the newest ones are weighted wrongly",
     "wrong": "neither",
     "refused": "an exception, of torch or of this package",
     "(said)": "and a warning of momentum_fix says so",

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from fontTools.ttLib import TTFont
 
 import momentum_fix
 
@@ -129,12 +130,39 @@ def test_the_notebook_has_its_pictures_and_formulas(site):
 
 
 def test_the_reference_has_every_public_name_and_its_docstring_as_written(site):
-    page = Page(site / "docs" / "site" / "api.html")
-    assert {f"momentum_fix.{name}" for name in momentum_fix.__all__} <= page.names
-    assert {"momentum_fix.symbolic.theorems", "momentum_fix.plots.figure"} <= page.names
-    assert "\nm' = 1 - (1 - m)**(1 / passes)\n" in page.text  # as code: straight quotes, stars
-    assert "Exact for: a constant number of passes" in page.text
-    assert "Return type" not in page.text  # what becomes of a colon in the first line below "Returns:"
+    pages = [Page(path) for path in (site / "docs" / "site").glob("reference*.html")]
+    names, text = {name for page in pages for name in page.names}, "".join(page.text for page in pages)
+    assert {f"momentum_fix.{name}" for name in momentum_fix.__all__} <= names
+    assert {"momentum_fix.symbolic.theorems", "momentum_fix.plots.figure"} <= names
+    assert "\nm' = 1 - (1 - m)**(1 / passes)\n" in text  # as code: straight quotes, stars
+    assert "Exact for: a constant number of passes" in text
+    assert "Return type" not in text  # what becomes of a colon in the first line below "Returns:"
+
+
+def test_the_contents_stand_in_groups_each_page_once(site):
+    page = (site / "README.html").read_text(encoding="utf-8")
+    groups = re.findall(r'<span class="caption-text">(\w+)</span>.*?<ul>(.*?)</ul>', page, re.DOTALL)
+    assert [caption for caption, _ in groups] == ["Start", "Use", "Understand", "Reference"]
+    listed = [link for _, group in groups for link in re.findall(r'href="([^"#]+)"', group)]
+    assert sorted(listed) == sorted({str(path.relative_to(site)) for path in site.rglob("*.html")} - LEFT_OUT)
+
+
+LEFT_OUT = {"README.html", "search.html"}
+
+
+def test_a_sentence_that_a_program_prints_is_folded_on_a_phone_and_a_row_of_a_table_is_not(site):
+    page = (site / "README.html").read_text(encoding="utf-8")
+    folded = re.findall(r'<span class="sentence">(.*?)</span>', page)
+    assert any(line.startswith("Clean: ") for line in folded)
+    assert not any("  " in line or "<" in line for line in folded)
+    assert "running_mean, running_var" in page
+
+
+def test_the_font_of_the_formulas_says_where_scripts_stand(site):
+    (mathfont,) = (site / "_static").glob("formulas.*")
+    heights = TTFont(mathfont)["MATH"].table.MathConstants
+    assert 0 < heights.SubscriptShiftDown.Value < heights.SuperscriptShiftUp.Value
+    assert mathfont.name in (site / "_static" / "site.css").read_text(encoding="utf-8")
 
 
 SMALL = {
