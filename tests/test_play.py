@@ -53,7 +53,9 @@ def test_the_page_computes_the_librarys_numbers():
 
 
 @needs_node
-@pytest.mark.parametrize("right", ["/ passes)", "* passes)", "* passes * batches", "* left(momentum, passes, ago)", "Math.log(0.1)"])
+@pytest.mark.parametrize(
+    "right", ["/ passes)", "* passes)", "* passes * batches", "* left(momentum, passes, ago)", "Math.log(0.1)"]
+)
 def test_a_wrong_formula_in_the_page_would_be_seen(right, tmp_path):
     text = SCRIPT.read_text(encoding="utf-8")
     assert right in text
