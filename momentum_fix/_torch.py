@@ -454,6 +454,19 @@ def leaves_a_checkpoint(tensor: torch.Tensor) -> bool:
     return isinstance(tensor.grad_fn, torchs.CheckpointFunction._backward_cls)
 
 
+def runs_own_function(outputs: Iterable[torch.Tensor]) -> bool:
+    """Tell whether a class of a user's that derives from autograd.Function has part in these outputs."""
+    waiting, seen = [each.grad_fn for each in outputs], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if not getattr(type(node), "_forward_cls", nn.Module).__module__.startswith("torch."):
+                return True
+            waiting += [each for each, _ in node.next_functions]
+    return False
+
+
 def negated(tensor: torch.Tensor) -> torch.Tensor:
     """Give a view of a tensor that stands for its negative, as the imaginary part of a conjugate does."""
     return torch._neg_view(tensor)

@@ -1004,3 +1004,84 @@ def test_many_modules_and_checkpoints_take_seconds():
             x = part(x)
         non_reentrant(net, torch.rand(8, 4)).sum().backward()
     assert len(report) == 750
+
+
+# What could be hidden from it.
+
+
+class Moves(nn.Module):
+    """Computes with a number that it then moves."""
+
+    def __init__(self, compute):
+        super().__init__()
+        self.linear, self.compute, self.step = nn.Linear(6, 6), compute, 1.0
+
+    def forward(self, x):
+        y = self.compute(self.linear(x), self.step)
+        self.step += 1
+        return y
+
+
+def masked(value):
+    def compute(h, step):
+        mask = torch.ones(6, 6, dtype=torch.bool).triu(1)
+        shifted = h - step * torch.linspace(0, 3, 6, dtype=h.dtype)  # of which autograd saves nothing
+        return shifted.masked_fill(mask, value).log_softmax(-1).masked_fill(mask, 0)
+
+    return compute
+
+
+def mixed(h, step):
+    return (h.to(torch.bfloat16).sin().to(h.dtype) + h * (1 + 0.003 * step)).square()
+
+
+HIDING = {
+    "a mask of -1e9": masked(-1e9),
+    "a mask of -inf": masked(-torch.inf),
+    "bfloat16 before float32": mixed,
+    "alpha": lambda h, step: torch.add(h, h.detach(), alpha=1) if step < 0 else torch.sub(h, h.sin(), alpha=step),
+}
+
+
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize("compute", HIDING.values(), ids=HIDING)
+def test_a_difference_is_seen_beside_large_values_and_coarse_ones(compute, ckpt):
+    wrong = ckpt is ENGINES["reentrant"] or compute is not HIDING["alpha"]  # which the graph of the forward pass holds
+    for tool, right in ((ckpt, not wrong), (by_context, True)):
+        torch.manual_seed(0)
+        model, x = Moves(compute).float(), torch.rand(6, 6, dtype=torch.float32).requires_grad_()
+        with diagnose(model) as report:
+            tool(model, x).sum().backward()
+        assert report.gradients_right is right
+
+
+@pytest.mark.parametrize("value", [-1e9, -torch.inf])
+def test_rounding_beside_a_mask_is_rounding(value):
+    noise = iter([0.0, 1e-14])
+    mask = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    model = Moves(lambda h, _: (h * (1 + next(noise))).masked_fill(mask, value).logsumexp(-1))
+    model.step = torch.zeros(())
+    with diagnose(model) as report:
+        non_reentrant(model, torch.rand(6, 6).requires_grad_()).sum().backward()
+    assert report.gradients_right is True
+    assert 0 < report.rounding < 1e-12
+
+
+class Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, by):
+        ctx.by = by
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient * ctx.by, None
+
+
+def test_what_a_function_of_a_users_hides_from_a_reentrant_checkpoint_is_not_called_right():
+    for ckpt, right in ((ENGINES["reentrant"], None), (non_reentrant, True)):
+        model = Moves(lambda h, step: Reversal.apply(h, step).tanh())
+        with diagnose(model) as report:
+            ckpt(model, torch.rand(6, 6).requires_grad_()).sum().backward()
+        assert report.gradients_right is right
+        assert ("Run a step with use_reentrant=False" in report.verdict) is (right is None)

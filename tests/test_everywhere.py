@@ -185,6 +185,39 @@ CALLERS = {
 
 @pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl.NO_REENTRANT")
 @pytest.mark.parametrize("caller", CALLERS.values(), ids=CALLERS)
+class ReadsTheNew(nn.Module):
+    """Reads the statistics that its layer has just updated."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        y = self.norm(self.linear(x))
+        return (y * self.norm.running_var.clone()).tanh()
+
+
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
+@pytest.mark.parametrize("prepare", [lambda model: contextlib.nullcontext(), update_once, calibrate])
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_a_parent_that_reads_what_a_layer_has_updated_is_exact(compiled, prepare, engine):
+    found = []
+    for ckpt, preserving in ((plainly, False), (engine, True), (engine, False)):
+        torch.manual_seed(0)
+        model, x = ReadsTheNew(), torch.rand(8, 3).requires_grad_()
+        with contextlib.ExitStack() as on:
+            if preserving:
+                on.enter_context(prepare(model))
+                on.enter_context(preserve_everywhere())
+            if compiled:
+                model.compile(backend="aot_eager")
+            ckpt(model, x).square().sum().backward()
+        found.append((x.grad, model.linear.weight.grad, model.norm.running_var.clone()))
+    true, mine, wrong = found
+    assert all(torch.allclose(one, other, rtol=1e-12, atol=0) for one, other in zip(mine, true, strict=True))
+    assert not torch.allclose(wrong[1], true[1])
+
+
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("kind", ["running normalizer", "step counter", "BatchNorm"])
 def test_it_does_not_matter_how_the_checkpoint_was_imported(kind, engine, caller):

@@ -689,3 +689,30 @@ def _synchronized(rank, file):
 )
 def test_sync_batch_norm_on_two_ranks_is_right(tmp_path):
     mp.spawn(_synchronized, args=(tmp_path / "rendezvous",), nprocs=2)
+
+
+class CountsInputs(nn.BatchNorm1d):
+    """Inherits a forward that is known, and has a buffer of its own, which is written to there."""
+
+    def __init__(self, features):
+        super().__init__(features)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def _check_input_dim(self, x):
+        super()._check_input_dim(x)
+        self.seen += 1
+
+
+@pytest.mark.parametrize("engine", [non_reentrant, reentrant])
+def test_a_class_that_inherits_a_forward_keeps_its_other_buffers_in_recomputations(engine):
+    found = []
+    for ckpt, prepare in ((plainly, lambda _: None), (engine, update_once), (engine, lambda _: None)):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(4, 4), CountsInputs(4), nn.Tanh()), torch.rand(8, 4).requires_grad_()
+        prepare(model)
+        ckpt(model, x).square().sum().backward()
+        found.append((x.grad, model[1].seen, model[1].running_var))
+    true, mine, wrong = found
+    assert all(map(torch.equal, mine, true))
+    assert not torch.equal(wrong[1], true[1])
+    assert not torch.equal(wrong[2], true[2])

@@ -27,7 +27,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules import module as torchs_module
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint_sequential, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointError,
+    CheckpointPolicy,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
 
 import momentum_fix
 import recipes
@@ -1500,3 +1505,80 @@ def test_torchscript_with_buffers_is_refused_in_training_and_left_alone_otherwis
     scripted.eval()
     drop_in_reentrant(lambda y: scripted(module[0].stepped(y)), x).sum().backward()  # torch stops no script early
     assert module[0].steps == 1
+
+
+# What is changed by hand between the forward and its recomputation, and modules that are found by names.
+
+
+def another_weight(block):
+    block[0].weight = nn.Parameter(block[0].weight.detach() * 2)
+
+
+def another_forward(block):
+    block[2].forward = lambda x: x.sin().sin()
+
+
+class OfAUsers(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("kind", [nn.Sequential, OfAUsers])
+@pytest.mark.parametrize("change", [another_weight, another_forward])
+def test_what_is_put_on_a_block_after_its_forward_is_not_recomputed(change, kind, ckpt):
+    found = []
+    for by in (plainly, ckpt, non_reentrant):
+        torch.manual_seed(0)
+        block, x = kind(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh()), torch.rand(8, 3).requires_grad_()
+        loss, weight = by(block, x).square().sum(), block[0].weight
+        change(block)
+        present = block[0].weight, vars(block[2]).get("forward")
+        try:
+            loss.backward()
+        except CheckpointError:
+            found.append(None)
+            continue
+        assert (block[0].weight, vars(block[2]).get("forward")) == present
+        found.append((x.grad, weight.grad))
+    true, mine, wrong = found
+    assert all(map(torch.equal, mine, true))
+    assert wrong is None or wrong[1] is None or not all(map(torch.equal, wrong, true))
+
+
+class EncodesByMethods(nn.Module):
+    """A layer that calls methods of its parts, and not the parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.steps = nn.Linear(3, 3), Steps()
+
+    def encode(self, x):
+        return self.linear(self.quantized(self.linear(x)))
+
+    def quantized(self, x):
+        return Steps.forward(self.steps, x)
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("kind", ["a method in a lambda", "an activation"])
+def test_modules_that_only_names_and_attributes_lead_to_are_preserved(kind, ckpt):
+    found = []
+    for by in (plainly, ckpt, non_reentrant):
+        torch.manual_seed(0)
+        if kind == "an activation":
+            steps = Steps()
+            block = nn.TransformerEncoderLayer(4, 2, 4, dropout=0.0, activation=lambda x, steps=steps: steps(x).relu())
+            function, x = block, torch.rand(2, 3, 4).requires_grad_()
+        else:
+            block = EncodesByMethods()
+            steps, x = block.steps, torch.rand(2, 3).requires_grad_()
+
+            def function(x, block=block):
+                return block.encode(x)
+
+        by(function, x).square().sum().backward()
+        found.append((x.grad, picture(steps)))
+    true, mine, wrong = found
+    assert torch.equal(mine[0], true[0])
+    assert mine[1] == true[1] != wrong[1]

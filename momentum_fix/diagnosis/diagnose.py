@@ -25,7 +25,7 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
 
     Put one ordinary training step inside the block, backward pass included. Gradients are those of the run without
     checkpointing if what each recomputation gives autograd is, to the bit, what the forward pass gave it. These are
-    the tensors that torch's checkpoint compares by their shapes; `diagnose` keeps a fingerprint of each (88 bytes)
+    the tensors that torch's checkpoint compares by their shapes; `diagnose` keeps a fingerprint of each (160 bytes)
     and compares values. It also compares the state of the model before and after each recomputation. Nothing runs
     again, and the model and the results of the step are the same as without this, bit for bit.
 
@@ -138,7 +138,7 @@ def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
     """Say why it is not known whether gradients are right, and what to do; "" if it is known."""
     seen = {key for region in watch.regions for key in region.parts}
     compiled = [name for key, (part, name, _) in watch.parts.items() if is_compiled(part) and key not in seen]
-    not_compared = [region.function for region, each in judged if not each.is_known]
+    not_compared = [region for region, each in judged if not each.is_known]
     if watch.elsewhere:
         return (
             f"{join_names([*watch.elsewhere])} ran in the backward pass, but not in a checkpoint of torch's that began "
@@ -149,7 +149,8 @@ def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
         what = f"nobody sees what compiled code recomputes ({join_names(compiled or ['a checkpoint inside'])})"
         return f"{what}: run a step without torch.compile."
     if not_compared:
-        return f"what the checkpoint of {not_compared[0]} handed to autograd could not be compared."
+        instead = " Run a step with use_reentrant=False." if not_compared[0].reentrant else ""
+        return f"what the checkpoint of {not_compared[0].function} handed to autograd could not be compared.{instead}"
     if judged:
         return ""
     if not watch.backward:

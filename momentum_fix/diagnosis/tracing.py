@@ -79,7 +79,7 @@ class Tracing(TorchFunctionMode):
             graph = [type(each.grad_fn).__name__ for each in outputs if each.requires_grad]
             where, pairs = self.where(), zip(values, places, strict=True)
             kept_of_it = [value_of(each, where, all_matter or place in kept) for each, place in pairs]
-            reads_options = any(not name.startswith(_ADDITIONS) for name in graph)
+            reads_options = "alpha" in kwargs or any(not name.startswith(_ADDITIONS) for name in graph)
             name = where, getattr(func, "__name__", str(func))
             trains = [isinstance(each, nn.Parameter) and each.requires_grad for each in values]
             self.operations.append(Operation(name, kept_of_it, _options(given), reads_options, trains))

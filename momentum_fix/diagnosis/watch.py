@@ -139,6 +139,7 @@ class Recomputation:
         self.pairs: list[tuple[Value, Value | None]] = []  # None: other code ran
         self.found_moved: list[Piece] = []  # what was another state than in the forward pass
         self.preserved = False  # whether preserve_state had put state back
+        self.hides = False  # whether something ran that nobody sees: an autograd.Function of a user's, reentrant
 
 
 class Region(_torch.Listener):
@@ -238,6 +239,7 @@ class Region(_torch.Listener):
                 for each in tensors_in(output)
             ]
         if self.recomputations:
+            self.recomputations[-1].hides = _torch.runs_own_function(tensors_in(output))
             self.recomputations[-1].pairs = [*compared(self.forward_trace.operations, self.trace.operations)]
             self.trace.operations = []
         else:
@@ -263,18 +265,20 @@ def judge(regions: Iterable[Region]) -> list[tuple[Region, Judgement]]:
 
 def _judge(recomputation: Recomputation, numbers: dict[int, list[float]]) -> Judgement:
     tolerance = largest = 0.0
-    known = bool(recomputation.pairs)
+    known = bool(recomputation.pairs) and not recomputation.hides
     for forward, recomputed in recomputation.pairs:
         if recomputed is None or recomputed.dtype != forward.dtype:
             return Judgement(recomputation, forward.where, math.inf, True)
-        tolerance = max(tolerance, rounding(forward.dtype))  # what is computed from coarse numbers is coarse
         if forward.numbers is None or recomputed.numbers is None:
             known = False
             continue
         size = difference(numbers[id(forward.numbers)], numbers[id(recomputed.numbers)])
-        if size is not None and (size > tolerance or not rounding(forward.dtype)):
+        if size is None:
+            continue
+        tolerance = max(tolerance, rounding(forward.dtype))  # what is computed from rounded numbers is rounded too
+        if size > tolerance or not rounding(forward.dtype):
             return Judgement(recomputation, forward.where, size, True)
-        largest = max(largest, size or 0.0)
+        largest = max(largest, size)
     return Judgement(recomputation, "", largest, known)
 
 

@@ -15,7 +15,6 @@ from momentum_fix.norms.layers import Buffers, NormLayer, norm_of, only_writes, 
 from momentum_fix.norms.momenta import uncorrected
 from momentum_fix.norms.notes import Note
 from momentum_fix.norms.wrapping import ForwardWrapper, on_copies, refuse_wrapped
-from momentum_fix.recomputation import is_preserved
 
 Finding: TypeAlias = tuple[int | Fraction | None, tuple[Note, ...]]  # passes, and what there is to say about them
 _SLOTS = 4096
@@ -142,7 +141,7 @@ class CountingForward(ForwardWrapper):
 
     def _counted(self, recomputed: bool, *args: Any, **kwargs: Any) -> Any:
         layer, count = self.layer, self.count
-        if not (layer.training and tracks(layer)) or (recomputed and is_preserved(layer)):
+        if not (layer.training and tracks(layer)):
             return self.run(*args, **kwargs)
         with hidden_from_modes():
             before, updates, finished = values_of(layer), count.updates, False

@@ -11,7 +11,7 @@ from torch import nn
 
 from momentum_fix._torch import hidden_from_modes, is_watched_by_mode
 from momentum_fix.norms.layers import NormLayer, describe_layer, norm_of, tracks
-from momentum_fix.recomputation import is_recomputation
+from momentum_fix.recomputation import is_preserved, is_recomputation
 
 _WRAPPER = "_momentum_fix_wrapper"  # on a layer: its wrapper, to be found though something has wrapped its forward
 _REFUSALS = {
@@ -43,6 +43,8 @@ class ForwardWrapper:
         if torch.compiler.is_dynamo_compiling():  # torch.export by itself does not: it is given a forward pass
             return self._compiled(*args, **kwargs)
         layer = self.layer
+        if is_preserved(layer):  # its buffers are copies already, which something else may read
+            return self.run(*args, **kwargs)
         if not is_recomputation():
             if layer.training:
                 if self.updated is None:
@@ -77,7 +79,8 @@ class ForwardWrapper:
         Their shapes are the same: a checkpoint compares what is saved for backward, and may stop this by an exception.
         """
         layer, own, norm = self.layer, self.layer._buffers, norm_of(self.layer)
-        unread = layer.training and self.inner is None and not (norm.reads_them or norm.needs_counter)
+        is_torchs = type(layer).__module__.startswith("torch.nn.modules.") and self.inner is None
+        unread = is_torchs and layer.training and not (norm.reads_them or norm.needs_counter)
         if not unread or is_watched_by_mode():
             with on_copies(layer):
                 return self.run(*args, **kwargs)
@@ -98,7 +101,7 @@ class ForwardWrapper:
         own = [module._buffers for module in self.layer.modules()]
         before = [(buffers, name, b, b.clone()) for buffers in own for name, b in buffers.items() if b is not None]
         answer = torch.ops.momentum_fix.recomputing(before[0][2])
-        undo = answer > 0
+        undo = answer == 1  # what preserves state has put copies here already
         self.log_compiled(answer)
         output = self.run(*args, **kwargs)
         for buffers, name, buffer, value in before:

@@ -65,8 +65,9 @@ class RegionOfTorchs(_torch.Listener):
     def __init__(self, modules: list[nn.Module], parameters: list[nn.Parameter]) -> None:
         self.modules, self.everything = modules, [vars(each).copy() for each in modules]
         for own in self.everything:
-            if own["_buffers"]:
-                own["_buffers"] = own["_buffers"].copy()  # one may be replaced, or removed
+            for name in ("_buffers", "_parameters"):
+                if own[name]:
+                    own[name] = own[name].copy()  # one may be replaced, or removed
         self.parameters, self.versions = parameters, tuple(map(version, parameters))
 
     def holds(self, module: nn.Module) -> bool:
@@ -84,7 +85,7 @@ class RegionOfTorchs(_torch.Listener):
         this_thread.begin_preserving(self)
         with _torch.hidden_from_modes():
             for module, everything in zip(self.modules, self.everything, strict=True):
-                vars(module).update(everything)
+                put(module, everything)
                 if everything["_buffers"]:
                     vars(module)["_buffers"] = scratch(module)
 
@@ -92,7 +93,7 @@ class RegionOfTorchs(_torch.Listener):
         """Put back what they have now."""
         this_thread.end_preserving()
         for module, own in zip(self.modules, self.present, strict=True):
-            vars(module).update(own)
+            put(module, own)
         del self.present
 
 

@@ -1,12 +1,13 @@
-"""A tensor's values in 88 bytes: enough to tell whether another tensor is equal to the bit and, if not, how far it is.
+"""A tensor's values in 160 bytes: enough to tell whether another tensor is equal to the bit and, if not, how far it is.
 
     hash(x) = sum_r u_r sum_c v_c x_rc  modulo 2**64, of the bits of x in words of at most 32 bits
     |x - y|**2 is the mean of (p_j(x) - p_j(y))**2, where p_j(x) = sum_i s_ij x_i for eight fixed vectors s_j of signs
 
 The weights u and v are fixed and look random, so tensors that differ have one hash with a probability of about
-2**-32. (An exclusive or of all words would not see values that change places.) The distance is right to some 40 %. A
-tensor is read on its own device, in slices: nothing as large as it is copied, unless it has gaps or another order in
-memory.
+2**-32. (An exclusive or of all words would not see values that change places.) The distance is right to some 40 %. Of
+values from 8192 on, the projections have the logarithms, apart from all others: beside a mask of -1e9 or -inf, nothing
+else would be seen. A tensor is read on its own device, in slices: nothing as large as it is copied, unless it has gaps
+or another order in memory.
 
 Source: multilinear hashing, Lemire and Kaser 2014, "Strongly universal string hashing is fast"; random projections,
 Johnson and Lindenstrauss 1984, with the signs of Achlioptas 2003.
@@ -23,13 +24,16 @@ import torch
 from momentum_fix._torch import hidden_from_modes
 
 _COLUMNS, _ROWS, _PROJECTIONS = 4096, 256, 8  # values in a row, rows in a slice
+_LARGE = 8192.0
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # by the bytes of a value
 _HALF = 0xFFFFFFFF
 _OPERATIONS = 64  # the roundings of so many may add up within a block
 
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Give 11 numbers of float64 on the tensor's device: the hash in two halves, the squared norm, the projections.
+    """Give 20 numbers of float64 on the tensor's device.
+
+    The hash in two halves; the squared norm and the projections; the number of large values, and theirs.
 
     None if there are no values to read: a tensor on the meta device, a fake or a sparse one.
 
@@ -49,16 +53,15 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def difference(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Give how far two tensors are from each other, relative to the larger norm; None if they are equal to the bit.
-
-    Infinite if one of them has values that are not finite.
-    """
+    """Give how far two tensors are from each other, relative to the larger norm; None if they are equal to the bit."""
     if one[:2] == other[:2]:
         return None
-    squares = sum((p - q) ** 2 for p, q in zip(one[3:], other[3:], strict=True)) / _PROJECTIONS
-    norm = max(one[2], other[2])
-    relative = math.sqrt(squares / norm) if norm and math.isfinite(norm) else squares
-    return relative if math.isfinite(relative) else math.inf
+    return max(_distance(one[2:11], other[2:11]), _distance(one[11:], other[11:]))
+
+
+def _distance(one: Sequence[float], other: Sequence[float]) -> float:
+    squares = sum((p - q) ** 2 for p, q in zip(one[1:], other[1:], strict=True)) / _PROJECTIONS
+    return math.sqrt(squares / (max(one[0], other[0]) or 1.0))
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -90,15 +93,19 @@ def _of_memory(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None
     flat = tensor.resolve_conj().resolve_neg()[once]
     flat = (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(-1).contiguous()
     hashed = torch.zeros((), dtype=torch.int64, device=flat.device)
-    numbers = torch.zeros(1 + _PROJECTIONS, dtype=torch.float64, device=flat.device)
+    numbers = torch.zeros(2, 1 + _PROJECTIONS, dtype=torch.float64, device=flat.device)
     weights, signs = _of_columns(flat.device)
     for block, (factors, _) in _blocks(flat.view(_WORDS[flat.itemsize])):
         hashed += ((block * weights[: block.shape[1]]).sum(1) * factors[: len(block)]).sum()
     for block, (_, flips) in _blocks(flat):
         values = block.double()
-        numbers[0] += values.square().sum()
-        numbers[1:] += (values @ signs[: block.shape[1]] * flips[: len(block)]).sum(0)
-    return hashed, numbers
+        is_large = ~(values.abs() < _LARGE)  # NaN too
+        logs = torch.where(is_large, values.nan_to_num(nan=math.e**700).abs().log().copysign(values), 0.0)
+        small = torch.where(is_large, 0.0, values)
+        for row, part, size in ((numbers[0], small, small.square()), (numbers[1], logs, is_large)):
+            row[0] += size.sum()
+            row[1:] += (part @ signs[: block.shape[1]] * flips[: len(block)]).sum(0)
+    return hashed, numbers.reshape(-1)
 
 
 def _blocks(flat: torch.Tensor) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:

@@ -28,6 +28,8 @@ def modules_of(
     whole = whole or is_compiled(value)
     parts: list[Any] = []
     if isinstance(value, nn.Module):
+        if names is not None:
+            names.update(_names_in_methods(type(value), names))
         yield value, whole
         yield from ((module, True) for module in value.modules() if is_compiled(module))
     elif isinstance(value, types.MethodType):
@@ -50,6 +52,19 @@ def modules_of(
         parts = [vars(value)]  # an object of a class of one's own, with what its `__call__` may use
     for part in parts:
         yield from modules_of(part, whole, seen=seen, names=names)
+
+
+def _names_in_methods(kind: type, names: set[str]) -> set[str]:
+    """Give the names in those methods of a class that are named, and in those that these name."""
+    found = set(names)
+    waiting = [*names]
+    while waiting:
+        method = getattr(kind, waiting.pop(), None)
+        if isinstance(method, types.FunctionType) and not method.__module__.startswith("torch."):
+            more = set(_names_in(method.__code__)) - found
+            found |= more
+            waiting += more
+    return found
 
 
 def _names_in(code: types.CodeType) -> Iterator[str]:

@@ -22,6 +22,7 @@ LARGE = 1 << 16  # bytes; larger tensors and arrays are compared with an earlier
 _SKELETON = frozenset(vars(nn.Module()))  # buffers, parameters, submodules, hooks, and whether it is in training
 _FRAMEWORKS = frozenset(["_current_fx_name"])  # what a trainer (Lightning) sets on a module to know what is running
 _WHOLE = (torch.Generator, np.random.Generator, np.random.RandomState, Random, bytearray, array)
+_OPTIONS = FIXED | {tuple, list} | set(map(type, vars(nn.Module()).values()))  # of what torch sets on its modules
 _STATISTICS = frozenset(("running_mean", "running_var", "num_batches_tracked"))
 
 
@@ -57,7 +58,9 @@ def put(module: nn.Module, everything: dict[str, Any]) -> None:
 def reads_no_buffer(module: nn.Module) -> bool:
     """Tell whether a module runs torch's code alone, in training mode, and its output reads none of its buffers."""
     own = vars(module)
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or not module.training or "forward" in own:
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or not module.training:
+        return False
+    if not _OPTIONS.issuperset(map(type, own.values())):  # a function may do anything
         return False
     return type(module).__module__.startswith("torch.nn.modules.") and own["_buffers"].keys() <= _STATISTICS
 
