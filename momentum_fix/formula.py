@@ -22,8 +22,8 @@ def corrected_momentum(momentum: SupportsFloat | None, passes: SupportsIndex = 2
         m' = 1 - (1 - m)**(1 / passes)
 
     Exact for: a constant number of passes that follow one another (the forward pass and the recomputations
-    of one batch, before the next batch arrives). Not for: alternating passes of several batches; there the old
-    value still decays as it should, but the new batches share the rest differently.
+    of one batch, before the next batch arrives). Not for: alternating passes of several batches; there old batches
+    fade at the right speed, but the newest ones are weighted wrongly.
 
     The result is the double nearest to the true value, on every platform, even where the expression above
     loses all its digits (small m). It is nondecreasing in `momentum`; 0 and 1 are exact.
