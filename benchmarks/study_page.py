@@ -178,12 +178,12 @@ def brief(study: Study) -> str:
     """Give the answer as README's first screen has it."""
     h, few, many = headline(study, lambda found: f"{found.mean:+.1f} %"), BATCHES[0], BATCHES[-1]
     return (
-        f"In four small tasks with an annealed learning rate, uncorrected updates changed the test loss by "
-        f"{h['annealed', few, 2]} (two per batch) and {h['annealed', few, 5]} (five) at batch size {few}, and by "
-        f"{h['annealed', many, 2]} and {h['annealed', many, 5]} at batch size {many}. With a constant rate it was "
+        f"In four small tasks with an annealed (cosine) learning rate, uncorrected updates changed the test loss by "
+        f"{h['annealed', few, 2]} (two updates per batch) and {h['annealed', few, 5]} (five) at batch size {few}, and "
+        f"by {h['annealed', many, 2]} and {h['annealed', many, 5]} at batch size {many}. With a constant rate it was "
         f"{h['constant', few, 2]} and {h['constant', few, 5]} at batch size {few}, but {h['constant', many, 2]} and "
-        f"{h['constant', many, 5]} at batch size {many}: there a momentum of {ONE.momentum} is too small, and more "
-        "updates make up for it."
+        f"{h['constant', many, 5]} at batch size {many}: there a momentum of {ONE.momentum} is too small. Set a "
+        "larger one, and correct it."
     )
 
 

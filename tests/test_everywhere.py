@@ -183,8 +183,6 @@ CALLERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl.NO_REENTRANT")
-@pytest.mark.parametrize("caller", CALLERS.values(), ids=CALLERS)
 class ReadsTheNew(nn.Module):
     """Reads the statistics that its layer has just updated."""
 
@@ -218,6 +216,8 @@ def test_a_parent_that_reads_what_a_layer_has_updated_is_exact(compiled, prepare
     assert not torch.allclose(wrong[1], true[1])
 
 
+@pytest.mark.filterwarnings("ignore:Please specify CheckpointImpl.NO_REENTRANT")
+@pytest.mark.parametrize("caller", CALLERS.values(), ids=CALLERS)
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("kind", ["running normalizer", "step counter", "BatchNorm"])
 def test_it_does_not_matter_how_the_checkpoint_was_imported(kind, engine, caller):

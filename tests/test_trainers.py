@@ -27,7 +27,7 @@ from momentum_fix import (
     preserve_state,
     update_once,
 )
-from pages import blocks, definitions
+from pages import blocks, definitions, run
 from recipes import TINY_CONFORMER
 from twins import ROUNDING, by_context, counters, deviation, drop_in, momenta, non_reentrant, plainly
 
@@ -181,6 +181,16 @@ def test_diagnose_is_ok_in_lightning_if_statistics_move_once_and_only_then():
         assert watching.report.gradients_right
         assert watching.report.ok is (fix is update_once)
         assert {each.remedy for each in watching.report.values()} <= {"update_once"}
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_diagnose_around_one_step_of_a_trainer_names_update_once():
+    ((_, code, _),) = blocks("diagnose.md", "In a Trainer")
+    names = {"lightning": lightning, "module": Module(Net()), "loader": loader(), "diagnose": diagnose}
+    names["module"].net.ckpt = non_reentrant
+    run(code, "diagnose.md", names)
+    assert names["report"].gradients_right is True
+    assert names["report"].fixes == ("update_once(model)",)
 
 
 class Logs(Module):
