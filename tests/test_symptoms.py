@@ -160,6 +160,6 @@ def test_the_page_quotes_what_torch_says_and_what_it_advises_ends_it(group):
         ready_twice(find_unused_parameters=True)
     ready_twice(non_reentrant, find_unused_parameters=True)
     ready_twice(static_graph=True)
-    with pytest.raises(ValueError, match=f"^{re.escape(engine)}"):
+    with pytest.raises(ValueError, match=f"^{re.escape(engine.partition(' or ')[0])}"):  # torch 2.14 names a third
         reentrant(nn.Linear(4, 4), torch.randn(2, 4, requires_grad=True), context_fn=preserve_state)
     momentum_fix.checkpoint(nn.Linear(4, 4), torch.randn(2, 4, requires_grad=True), use_reentrant=True).sum().backward()
