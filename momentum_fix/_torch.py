@@ -244,8 +244,7 @@ def _check() -> None:
         raise RuntimeError(
             f"torch {torch.__version__} does not tell of its checkpoints as torch 2.9 to 2.15 do "
             f"({', '.join(seen)}), so diagnose and preserve_everywhere cannot work with it: install a newer "
-            "momentum_fix. update_once, "
-            "calibrate, correct and momentum_fix.checkpoint do not need this"
+            "momentum_fix. update_once, calibrate, correct and momentum_fix.checkpoint do not need this"
         )
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from momentum_fix import _torch
 from momentum_fix._torch import is_compiled
 from momentum_fix.diagnosis.tracing import Operation, Tracing, Value, compared, tensors_in, value_of
+from momentum_fix.norms.layers import in_plain_lists
 from momentum_fix.recomputation import is_recomputation, this_thread
 from momentum_fix.state.compare import mark
 from momentum_fix.state.fingerprint import difference, rounding
@@ -320,11 +321,10 @@ def parts_of(model: nn.Module) -> dict[int, Part]:
     }
     waiting = list(parts.values())
     for part in waiting:
-        for attribute, value in vars(part.module).items():
-            for place, each in enumerate(value if isinstance(value, (list, tuple)) else ()):
-                if isinstance(each, nn.Module) and id(each) not in parts and not isinstance(each, _UNWATCHED):
-                    parts[id(each)] = Part(each, f"{part.name}.{attribute}[{place}]".strip("."), True)
-                    waiting.append(parts[id(each)])
+        for place, each in in_plain_lists(part.module):
+            if id(each) not in parts and not isinstance(each, _UNWATCHED):
+                parts[id(each)] = Part(each, f"{part.name}.{place}".lstrip("."), True)
+                waiting.append(parts[id(each)])
     return parts
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -88,15 +88,22 @@ def warn_of_none(layers: Collection[NormLayer], what: str, stacklevel: int = 3) 
         warnings.warn(said, stacklevel=stacklevel)
 
 
+def in_plain_lists(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Give the modules in a module's plain lists and tuples, where torch does not find them, each with its place."""
+    for attribute, value in vars(module).items():
+        for place, each in enumerate(value if isinstance(value, (list, tuple)) else ()):
+            if isinstance(each, nn.Module):
+                yield f"{attribute}[{place}]", each
+
+
 def warn_of_hidden(model: nn.Module) -> None:
-    """Warn of layers that are in plain lists of the model's modules alone, where torch does not find them."""
+    """Warn of layers that are in plain lists of the model's modules alone."""
     registered = {id(module) for module in model.modules()}
     hidden = [
-        f"{name}.{attribute}[{place}]".lstrip(".")
+        f"{name}.{place}".lstrip(".")
         for name, module in model.named_modules()
-        for attribute, value in vars(module).items()
-        for place, each in enumerate(value if isinstance(value, (list, tuple)) else ())
-        if isinstance(each, nn.Module) and id(each) not in registered and any(map(tracks, each.modules()))
+        for place, each in in_plain_lists(module)
+        if id(each) not in registered and any(map(tracks, each.modules()))
     ]
     if hidden:
         said = f"{join_names(hidden)}: in a plain list, so update_once does not reach it: use an nn.ModuleList"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -80,7 +80,8 @@ class RegionOfTorchs(_torch.Listener):
 
     def __enter__(self) -> None:
         """Let the modules write to memory of which nobody reads the values."""
-        _warn_of_writes(self.parameters, self.versions)
+        for parameter, then in zip(self.parameters, self.versions, strict=True):
+            _warn_of_write(parameter, then)
         self.present = [vars(each).copy() for each in self.modules]  # no checkpoint recomputes while it recomputes
         this_thread.begin_preserving(self)
         with _torch.hidden_from_modes():
@@ -231,19 +232,18 @@ def _copied(kept: _Parameter, copier: Copier) -> nn.Parameter:
     """Give a parameter with the value that it had; it itself if that is not kept, with a warning if it has changed."""
     if kept.value is not None:
         return copier.parameter(kept.parameter, kept.value)
-    if version(kept.parameter) != kept.version:
-        _warn_of_writes([kept.parameter], [kept.version])
+    _warn_of_write(kept.parameter, kept.version)
     return kept.parameter
 
 
-def _warn_of_writes(parameters: Iterable[nn.Parameter], versions: Iterable[int]) -> None:
-    for parameter, then in zip(parameters, versions, strict=True):
-        if version(parameter) != then:
-            warnings.warn(
-                f"a parameter of shape {tuple(parameter.shape)} was written to after the forward pass of its "
-                "checkpoint had begun, and is not preserved, so gradients may be wrong: keep such state in a buffer",
-                stacklevel=2,
-            )
+def _warn_of_write(parameter: nn.Parameter, then: int) -> None:
+    """Warn if a parameter, which is not preserved, has another version than then."""
+    if version(parameter) != then:
+        warnings.warn(
+            f"a parameter of shape {tuple(parameter.shape)} was written to after the forward pass of its "
+            "checkpoint had begun, and is not preserved, so gradients may be wrong: keep such state in a buffer",
+            stacklevel=2,
+        )
 
 
 def _guards(module: nn.Module) -> dict[str, Any]:

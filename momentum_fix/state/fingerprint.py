@@ -24,8 +24,6 @@ import torch
 from momentum_fix._torch import hidden_from_modes
 
 _COLUMNS, _PROJECTIONS = 4096, 8  # values in a row
-_ROWS = {"cpu": 16}  # in a slice, small enough for a cache; elsewhere it is the number of slices that takes time
-_MANY_ROWS = 256
 _LARGE = 8192.0
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # by the bytes of a value
 _HALF = 0xFFFFFFFF
@@ -113,7 +111,7 @@ def _of_memory(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None
 def _blocks(flat: torch.Tensor) -> Iterator[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
     """Give a vector in blocks of rows, what is left in a shorter row of its own; each block with what its rows have."""
     whole = len(flat) - len(flat) % _COLUMNS
-    size = _COLUMNS * _ROWS.get(flat.device.type, _MANY_ROWS)
+    size = _COLUMNS * _rows_of(flat.device)
     starts = range(0, whole, size)
     for number, start in enumerate(starts):
         block = flat[start : min(start + size, whole)]
@@ -131,7 +129,12 @@ def _of_columns(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 @functools.cache
 def _of_rows(device: torch.device, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Give what each row of a block has: a factor, and a sign for each projection."""
-    return _random(_ROWS.get(device.type, _MANY_ROWS), 2 + block, device)
+    return _random(_rows_of(device), 2 + block, device)
+
+
+def _rows_of(device: torch.device) -> int:
+    """Give how many rows a slice has: few enough for a CPU's cache; elsewhere the number of slices takes the time."""
+    return 16 if device.type == "cpu" else 256
 
 
 def _random(count: int, seed: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
