@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import enum
+import functools
 import random
 import types
 import weakref
@@ -337,6 +338,40 @@ class Power(nn.Module):
         return self.operation(x, self.steps)
 
 
+def concatenated(x, n):
+    return torch.cat([x.sin(), x.cos()][:: 1 if n % 2 else -1], 1)[:, :WIDTH]
+
+
+def subtracted(x, n):
+    one, other = x.sin(), x.cos()
+    return one - other if n % 2 else other - one
+
+
+def negated_once(x, n):
+    return -x.sin() if n == 1 else x.sin()
+
+
+def written_in_another_row(x, n):
+    y = x.sin()
+    y[n % 2] = x.cos()[0]
+    return y
+
+
+WIRINGS = {each.__name__: each for each in (concatenated, subtracted, negated_once, written_in_another_row)}
+
+
+class Either(nn.Module):
+    """Adds two parameters in turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.biases, self.steps = nn.ParameterList([torch.zeros(WIDTH), torch.zeros(WIDTH)]), 0
+
+    def forward(self, x):
+        self.steps += 1
+        return x.sin() + self.biases[self.steps % 2]
+
+
 class Images(nn.Module):
     """Runs a layer on two channels."""
 
@@ -620,6 +655,17 @@ SCENES = {
     "a power that changes": Scene(lambda: Power(lambda x, n: torch.special.expit(x) ** n), False, False),
     "a slope that changes": Scene(lambda: Power(lambda x, n: nn.functional.leaky_relu(x, 0.1 * n)), False, False),
     "a slice that moves": Scene(lambda: Power(lambda x, n: x.roll(n, 1) + x[:, n : n + 1]), False, False),
+    # What is saved is the same. Under the reentrant engine, the graph is that of the recomputation, wiring included.
+    **{
+        f"another wiring: {name}, {engine}": Scene(
+            made, engine == "non-reentrant", False, step=linearly, engines=(engine,)
+        )
+        for engine in ENGINES
+        for name, made in {
+            **{each: functools.partial(Power, f) for each, f in WIRINGS.items()},
+            "either": Either,
+        }.items()
+    },
     "cumulative BatchNorm": Scene(lambda: nn.BatchNorm1d(WIDTH, momentum=None), True, False, fine=True),
     "InstanceNorm": Scene(lambda: Images(nn.InstanceNorm1d(2, track_running_stats=True)), True, False),
     "a copy of what changes as the argument": Scene(nn.Tanh, True, step=cache_returned),

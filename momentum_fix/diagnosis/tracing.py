@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from momentum_fix.state.compare import mark
 from momentum_fix.state.fingerprint import fingerprint
@@ -32,14 +33,22 @@ class Value(NamedTuple):
     matters: bool  # whether gradients depend on it
 
 
+class Origin(NamedTuple):
+    """Where a tensor comes from."""
+
+    operation: int | None  # the number of the operation that gave it; None if it is from outside
+    parameter: int | None  # its id, if it is a parameter that gets a gradient
+    requires_grad: bool
+
+
 class Operation(NamedTuple):
-    """What is kept of an operation."""
+    """What is kept of an operation, or of what the function returns in the end."""
 
     name: tuple[str, str]  # the module that it ran in, and its own
     values: list[Value]  # what it was given and what it gave
-    options: Any  # what else it was given
-    options_matter: bool
-    trains: list[bool]  # of each of the values: whether it is a parameter that gets a gradient
+    origins: list[Origin]  # of each of the values
+    options: Any = None  # what else it was given
+    options_matter: bool = False
 
 
 class Tracing(TorchFunctionMode):
@@ -53,6 +62,7 @@ class Tracing(TorchFunctionMode):
         super().__init__()
         self.where = where
         self.operations: list[Operation] = []
+        self.made_by: Any = WeakIdKeyDictionary()  # tensors, each with the number of the operation that gave it
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and keep what gradients may depend on."""
@@ -71,19 +81,32 @@ class Tracing(TorchFunctionMode):
         if func in _NORMS:
             bound = inspect.signature(func).bind(*args, **kwargs).arguments
             given = [value for name, value in bound.items() if name not in _UNREAD]
-        outputs = [*tensors_in(output)]
+        outputs = [*tensors_in(args[0] if func is torch.Tensor.__setitem__ else output)]
         if any(each.is_floating_point() or each.is_complex() for each in outputs):
-            values = [*tensors_in(given), *outputs]
-            places = [(each.data_ptr(), each.shape) for each in values]
+            tensors = [*tensors_in(given), *outputs]
+            places = [(each.data_ptr(), each.shape) for each in tensors]
             all_matter = bool(kept.difference(places))  # autograd keeps something else, computed from all of them
             graph = [type(each.grad_fn).__name__ for each in outputs if each.requires_grad]
-            where, pairs = self.where(), zip(values, places, strict=True)
-            kept_of_it = [value_of(each, where, all_matter or place in kept) for each, place in pairs]
             reads_options = "alpha" in kwargs or any(not name.startswith(_ADDITIONS) for name in graph)
-            name = where, getattr(func, "__name__", str(func))
-            trains = [isinstance(each, nn.Parameter) and each.requires_grad for each in values]
-            self.operations.append(Operation(name, kept_of_it, _options(given), reads_options, trains))
+            matter = [all_matter or place in kept for place in places]
+            self._keep(getattr(func, "__name__", str(func)), tensors, matter, _options(given), reads_options)
+            self.made_by.update((each, len(self.operations) - 1) for each in outputs)
         return output
+
+    def returned(self, output: Any, *, is_all: bool) -> None:
+        """Keep what the function returns; `is_all` if nothing else is seen of it."""
+        tensors = [*tensors_in(output)]
+        self._keep("return", tensors, [is_all and each.requires_grad for each in tensors])
+
+    def _keep(self, name: str, tensors: list[torch.Tensor], matter: list[bool], *options: Any) -> None:
+        where, values, origins = self.where(), [], []
+        for tensor, matters in zip(tensors, matter, strict=True):
+            made_by, trains = self.made_by.get(tensor), tensor.requires_grad
+            parameter = id(tensor) if trains and isinstance(tensor, nn.Parameter) else None
+            origins.append(Origin(made_by, parameter, trains))
+            is_input = trains and tensor.is_leaf and parameter is None and made_by is None
+            values.append(value_of(tensor, where, matters or is_input))
+        self.operations.append(Operation((where, name), values, origins, *options))
 
 
 def compared(forward: list[Operation], recomputed: list[Operation]) -> Iterator[tuple[Value, Value | None]]:
@@ -92,23 +115,32 @@ def compared(forward: list[Operation], recomputed: list[Operation]) -> Iterator[
     What only the forward pass has computed, as the first one of a lazy module does, is passed over.
     """
     names = [[each.name for each in trace] for trace in (forward, recomputed)]
+    partner: dict[int | None, int | None] = {None: None}  # what is from outside is from outside
     if names[0] == names[1]:
-        partner = {place: place for place in range(len(forward))}
+        partner.update((place, place) for place in range(len(forward)))
     else:
         blocks = SequenceMatcher(None, names[0], names[1], False).get_matching_blocks()
-        partner = {there + i: here + i for here, there, length in blocks for i in range(length)}
+        partner.update((there + i, here + i) for here, there, length in blocks for i in range(length))
     for place, now in enumerate(recomputed):
-        then = forward[partner[place]] if place in partner else None
-        if then is None or (now.options_matter and now.options != then.options) or _trains_more(then, now):
-            if now.options_matter or any(each.matters for each in now.values):
-                yield now.values[-1], None
+        here = partner.get(place)
+        then = None if here is None else forward[here]
+        if then is None:
+            is_other = now.options_matter or any(each.matters for each in now.values)
         else:
+            is_other = (now.options_matter and now.options != then.options) or _rewired(then, now, partner)
+        if is_other:
+            yield now.values[-1], None
+        elif then is not None:
             yield from (pair for pair in zip(then.values, now.values, strict=False) if pair[1].matters)
 
 
-def _trains_more(then: Operation, now: Operation) -> bool:
-    """Tell whether a parameter gets a gradient that got none when the forward pass ran."""
-    return any(new and not old for old, new in zip(then.trains, now.trains, strict=False))
+def _rewired(then: Operation, now: Operation, partner: dict[int | None, int | None]) -> bool:
+    """Tell whether gradients flow to something else than where the values of the forward pass came from."""
+    return any(
+        new.parameter != old.parameter or (new.parameter is None and partner.get(new.operation, -1) != old.operation)
+        for old, new in zip(then.origins, now.origins, strict=False)
+        if new.requires_grad
+    )
 
 
 def value_of(tensor: torch.Tensor, where: str, matters: bool) -> Value:

@@ -17,7 +17,7 @@ from torch import nn
 
 from momentum_fix import _torch
 from momentum_fix._torch import is_compiled
-from momentum_fix.diagnosis.tracing import Operation, Tracing, Value, compared, tensors_in, value_of
+from momentum_fix.diagnosis.tracing import Tracing, Value, compared, tensors_in, value_of
 from momentum_fix.norms.layers import in_plain_lists
 from momentum_fix.recomputation import is_recomputation, this_thread
 from momentum_fix.state.compare import mark
@@ -234,11 +234,7 @@ class Region(_torch.Listener):
 
     def returned(self, output: Any) -> None:
         """Compare the operations that led to a result; where compiled code hides them, compare the result."""
-        if self.is_compiled:
-            self.trace.operations = [
-                Operation(("", ""), [value_of(each, ITSELF, each.requires_grad)], None, False, [])
-                for each in tensors_in(output)
-            ]
+        self.trace.returned(output, is_all=self.is_compiled)
         if self.recomputations:
             self.recomputations[-1].hides = _torch.runs_own_function(tensors_in(output))
             self.recomputations[-1].pairs = [*compared(self.forward_trace.operations, self.trace.operations)]
