@@ -3,13 +3,14 @@
 import copy
 import threading
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 import recipes as by
-from momentum_fix import applied, calibrate, correct, corrected_momentum, restore, update_once
+from momentum_fix import applied, calibrate, correct, corrected_momentum, diagnose, restore, update_once
 from recipes import Net, StoppedError, Stubborn, data, instance_norm, nested, one, same
 from twins import ROUNDING, deviation, momenta, non_reentrant, plainly, reentrant, train
 
@@ -236,11 +237,12 @@ def test_a_layer_that_loses_its_statistics_in_the_block_is_left_alone():
     assert model.a[1].momentum == 0.1
 
 
-def test_a_block_runs_once():
-    block = calibrate(nn.Sequential(nn.BatchNorm2d(3)))
-    with nothing_ran(), block:
+@pytest.mark.parametrize("tool", [calibrate, diagnose])
+def test_a_block_runs_once(tool):
+    block = tool(nn.Sequential(nn.BatchNorm2d(3)))
+    with nothing_ran() if tool is calibrate else nullcontext(), block:
         pass
-    with pytest.raises(RuntimeError, match=r"has run already: call calibrate\(model\) again"), block:
+    with pytest.raises(RuntimeError, match=rf"has run already: call {tool.__name__}\(model\) again"), block:
         pytest.fail("it must not be entered")
 
 
@@ -292,11 +294,11 @@ def test_a_backward_pass_in_another_thread_does_not_undo_this_threads_forward():
     assert deviation(model, truth) == 0
 
 
-def test_a_block_that_is_never_entered_says_so():
-    with pytest.warns(
-        UserWarning, match=r"never entered, so it did nothing: write `with calibrate\(model\) as report:`"
-    ):
-        calibrate(Net())
+@pytest.mark.parametrize("tool", [calibrate, diagnose])
+def test_a_block_that_is_never_entered_says_so(tool):
+    usage = rf"never entered, so it did nothing: write `with {tool.__name__}\(model\) as report:`"
+    with pytest.warns(UserWarning, match=usage):
+        tool(Net())
 
 
 def test_a_block_around_a_step_in_evaluation_mode_or_of_another_model_says_so():

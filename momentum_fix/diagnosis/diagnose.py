@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from math import inf
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
 from momentum_fix import _torch
+from momentum_fix._block import Block
 from momentum_fix._torch import is_compiled
 from momentum_fix.diagnosis.advice import RESTORE, differences_of, findings_of, fixes_of
 from momentum_fix.diagnosis.report import Diagnosis
@@ -53,6 +54,9 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
         TypeError: model is not a module, or is TorchScript.
         RuntimeError: this version of torch does not tell of its checkpoints.
 
+    Warns:
+        UserWarning: the block was never entered.
+
     Example:
         >>> from torch.utils.checkpoint import checkpoint
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
@@ -70,10 +74,9 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
 
     Source: the question of pytorch/pytorch#96136 (2023): which modules does checkpointing break?
     """
-    return _diagnosing(model)
+    return Block("diagnose", _diagnosing, model)
 
 
-@contextmanager
 def _diagnosing(model: nn.Module) -> Iterator[Diagnosis]:
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model is of type {type(model).__name__}, but must be an nn.Module, and not TorchScript")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from momentum_fix._block import Block
 from momentum_fix._tables import aligned, html, number
 from momentum_fix._torch import check_recomputation
 from momentum_fix.norms.correct import correct, corrected_for
@@ -130,30 +131,7 @@ def calibrate(model: nn.Module) -> AbstractContextManager[Report]:
 
     Source: the closed form for two passes, discuss.pytorch.org/t/17738 (2018).
     """
-    return _Block(model)
-
-
-class _Block(AbstractContextManager[Report]):
-    """The block of `calibrate`; one that was entered and abandoned ends when it is collected, as a generator does."""
-
-    entered = False
-
-    def __init__(self, model: nn.Module) -> None:
-        self.steps = contextmanager(_calibrating)(model)
-
-    def __enter__(self) -> Report:
-        if self.entered:
-            raise RuntimeError("this block of calibrate has run already: call calibrate(model) again for another one")
-        self.entered = True
-        return self.steps.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        self.steps.__exit__(*exception)
-
-    def __del__(self) -> None:
-        if not self.entered:
-            usage = "write `with calibrate(model) as report:` around one training step"
-            warnings.warn(f"calibrate(model) was never entered, so it did nothing: {usage}", stacklevel=2)
+    return Block("calibrate", _calibrating, model)
 
 
 def _calibrating(model: nn.Module) -> Iterator[Report]:
