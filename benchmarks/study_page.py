@@ -182,8 +182,8 @@ def brief(study: Study) -> str:
         f"{h['annealed', few, 2]} (two updates per batch) and {h['annealed', few, 5]} (five) at batch size {few}, and "
         f"by {h['annealed', many, 2]} and {h['annealed', many, 5]} at batch size {many}. With a constant rate it was "
         f"{h['constant', few, 2]} and {h['constant', few, 5]} at batch size {few}, but {h['constant', many, 2]} and "
-        f"{h['constant', many, 5]} at batch size {many}: there a momentum of {ONE.momentum} is too small. Set a "
-        "larger one, and correct it."
+        f"{h['constant', many, 5]} at batch size {many}: there a momentum of {ONE.momentum} is too small. Raise "
+        "it, and use `update_once`."
     )
 
 
@@ -229,9 +229,9 @@ def page(study: Study) -> str:
 
 **{" ".join(sentences(study))}**
 
-So with an annealed rate, or at batch 2, correct it. With a constant rate and larger batches an uncorrected run
-evaluates better, because its statistics are fresher. What is wrong there is the momentum, which is too small: set a
-larger one, and correct it.
+So with an annealed rate, or at batch 2, use `update_once` or a corrected momentum. With a constant rate and larger
+batches an uncorrected run evaluates better, because its statistics are fresher. What is wrong there is the momentum,
+which is too small: raise it, and use `update_once`.
 
 Made by `make study` from [its data file](../benchmarks/study.jsonl): {networks:,} training runs, {len(study.seeds)}
 seeds, {hours:.1f} hours of one core, torch {study.torch}. The tests make this page anew and compare. k is how often a

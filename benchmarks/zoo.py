@@ -123,7 +123,7 @@ def with_update_once(model: nn.Module) -> nn.Module:
 
 METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "nothing": with_nothing,
-    "the root": with_the_root,
+    "two passes everywhere": with_the_root,
     "`calibrate`": calibrated,
     "`update_once`": with_update_once,
 }
@@ -168,8 +168,9 @@ def sentence(data: dict[str, Any]) -> str:
     """Say what came of it."""
     return (
         f"Of {len(data['models'])} torchvision and timm models with their built-in checkpointing turned on, "
-        f"{right(data, 'nothing')} keep the right running statistics on their own, {right(data, 'the root')} with the "
-        f"textbook momentum in every layer (`passes=2`), {right(data, '`calibrate`')} with `calibrate` and "
+        f"{right(data, 'nothing')} keep the right running statistics on their own, "
+        f"{right(data, 'two passes everywhere')} with the momentum for two passes in every layer (`passes=2`), "
+        f"{right(data, '`calibrate`')} with `calibrate` and "
         f"{right(data, '`update_once`')} with `update_once`."
     )
 
@@ -214,11 +215,11 @@ def page(data: dict[str, Any]) -> str:
         {height} by {width} pixels, with timm's `set_grad_checkpointing()` or torchvision's
         `memory_efficient=True`, and compared with the same model without it. k is how often a layer updates its
         running statistics for one batch, by its own counter.""",
-        f"""*Right* means that each running_mean and running_var is the twin's, to {RIGHT:.0e} of its largest value
-        (the largest deviation among those is {worst:.0e}), and *to the bit* that there is no deviation. A
+        f"""*Right* means that each running_mean and running_var is that of the model without checkpointing, to
+        {RIGHT:.0e} of its largest value (the largest deviation among those is {worst:.0e}), and *to the bit* that there is no deviation. A
         number is the largest deviation of a layer, relative to the largest value in its buffer. {mixed} of the
         {len(data["models"])} models have layers that differ in k (stems and heads are not recomputed, for one):
-        no single momentum is right for such a model.""",
+        no single momentum is right for such a model. *Two passes everywhere* is `correct(model, passes=2)`.""",
         "\n".join(table(data)),
     ]
     return "\n\n".join(part if part.startswith(("#", "|")) else wrapped(part) for part in parts) + "\n"

@@ -56,7 +56,7 @@ def value(momentum: float, passes: int) -> None:
 @_momentum
 @_passes
 def effective(momentum: float, passes: int) -> None:
-    """Print what several updates amount to.
+    """Print the momentum that several updates act as.
 
     This is the inverse of `value`. MOMENTUM is PyTorch's, the weight of the new value: 0 to 1.
     """

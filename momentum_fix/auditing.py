@@ -36,8 +36,9 @@ def audit(
     Args:
         source: a model; a state dict, or a checkpoint that holds state dicts or models at any depth; a file (.pt,
             .pth, .bin, .ckpt, .safetensors), a sharded index (.index.json), or a directory of these.
-        steps: batches trained on. With None, the layer with the lowest count in each state dict is assumed to
-            have been updated once per step; this is an inference, and marked as one.
+        steps: batches trained on, which with gradient accumulation are more than optimizer steps. With None, the
+            layer with the lowest count in each state dict is assumed to have been updated once per step; this is
+            an inference, and marked as one.
         momentum: the momentum that the model was built with; 0 to 1, or None. For a model, its layers' own
             momentum is used instead, and the result says whether it is corrected for these passes.
 

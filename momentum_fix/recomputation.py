@@ -18,12 +18,12 @@ from momentum_fix._torch import is_in_backward
 
 @contextmanager
 def recomputing(yes: bool = True) -> Iterator[None]:
-    """Declare whether what runs inside, in this thread, is a recomputation, where nobody could tell.
+    """Declare whether what runs inside, in this thread, is a recomputation, where that cannot be detected.
 
     Without it, a forward that runs during a backward pass is a recomputation, and any other is not. That is right for
     torch's checkpoint. Use this around a recomputation outside of a backward pass, or by an engine in a thread of its
     own, and `recomputing(False)` around a new batch that you run inside a backward hook. `update_once`, `calibrate` and
-    `diagnose` ask for it, also in code that was compiled before. Blocks can be nested; the innermost counts.
+    `diagnose` follow it, also in code that was compiled before. Blocks can be nested; the innermost counts.
 
     Args:
         yes: whether it is a recomputation.

@@ -399,7 +399,7 @@ def document(table: Mapping[str, Mapping[str, str]]) -> str:
         "",
         "Made by `python tests/conformance.py`; the tests assert every cell. Each cell compares six training steps in",
         "float64 with the same steps without checkpointing. `correct` is given the right passes, and `calibrate` sees",
-        "only the first step. If no engine is named, it is the non-reentrant one, torch's default.",
+        "only the first step. If no engine is named, it is the non-reentrant one (`use_reentrant=False`).",
         "",
         *(f"- **{word}**: {meaning}" for word, meaning in OUTCOMES.items()),
         "",

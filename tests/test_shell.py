@@ -34,7 +34,7 @@ def test_effective_is_the_inverse_of_value(capsys, shell):
 
 
 HELP = {
-    "": "BatchNorm's running statistics as if|value Print the|effective Print what|prove Check every|plot Draw all the|"
+    "": "BatchNorm's running statistics as if|value Print the|effective Print the|prove Check every|plot Draw all the|"
     "audit Find layers that|demo Show the|momentum-fix value 0.1 --passes 2",
     "value": "MOMENTUM is PyTorch's, the weight of the new value|--passes INTEGER Updates per batch. [default: 2]",
     "effective": "the inverse of `value`|--passes INTEGER Updates per batch. [default: 2]",

@@ -119,7 +119,7 @@ def _of_statistics(layer: Any, times: int | Fraction) -> tuple[str, str]:
     else:
         makes_up = times == int(times) and isclose(corrected_momentum(plain, int(times)), momentum)
     if makes_up:
-        return "", "its momentum makes up for it"
+        return "", "its momentum makes up for it" if plain is not None else "equal passes do not change its plain mean"
     if times == 1:
         return RESTORE, "its momentum is corrected, but it moves once"
     return _ONCE, "" if plain is momentum else "its momentum is corrected for another number of passes"

@@ -25,15 +25,15 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
     """Observe whether the recomputations of a training step repeat their forward pass, and which state they move again.
 
     Put one ordinary training step inside the block, backward pass included. Gradients are those of the run without
-    checkpointing if what each recomputation gives autograd is, to the bit, what the forward pass gave it. These are
-    the tensors that torch's checkpoint compares by their shapes; `diagnose` keeps a fingerprint of each (160 bytes)
+    checkpointing if the tensors that each recomputation gives autograd are, to the bit, those that the forward pass
+    gave it. torch's checkpoint compares the shapes of these tensors; `diagnose` keeps a fingerprint of each (160 bytes)
     and compares values. It also compares the state of the model before and after each recomputation. Nothing runs
     again, and the model and the results of the step are the same as without this, bit for bit.
 
     `report.gradients_right` is True, False, or None where not all could be observed: another engine than torch's
-    checkpoint, or compiled code. A difference of rounding, which kernels make that are not deterministic, is told
-    from a real one, and is not called wrong. If gradients are wrong, the report says in which module the difference
-    starts, how large it is, which state was another one there than in the forward pass, and what to use.
+    checkpoint, or compiled code. Some kernels are not deterministic: a difference of rounding is recognized, and does
+    not count as wrong. If gradients are wrong, the report says in which module the difference starts, how large it is,
+    which state had changed there since the forward pass, and what to use.
 
     Exact for: torch's non-reentrant engine. With the reentrant engine, where autograd saves nothing in the forward
     pass, what modules and the function give is compared; what is computed between them is seen as far as it changes
@@ -63,7 +63,7 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
         >>> with diagnose(model) as report:
         ...     checkpoint(model, torch.rand(8, 3), use_reentrant=False).sum().backward()
         >>> print(report)
-        Gradients are right, but recomputation moves state again (3 pieces).
+        Gradients are right, but recomputation moves state again (in 1 module).
         <BLANKLINE>
         module  class        state                                           times  use          note
         1       BatchNorm1d  running_mean, running_var, num_batches_tracked  2      update_once
@@ -121,10 +121,10 @@ def _fill(report: Diagnosis, model: nn.Module, watch: Watch, raised: BaseExcepti
 
 def _verdict(report: Diagnosis, unknown: str, wrong: int, recomputations: str) -> str:
     """Say in a sentence what was observed."""
-    bad = [each.remedy for each in report.values() if each.remedy]
+    bad = [each for each in report.values() if each.remedy]
     moved = "a momentum is corrected for passes that this step did not make"
-    moved = moved if set(bad) == {RESTORE} else "recomputation moves state again"
-    moved += f" ({_count(len(bad), 'piece')})"
+    moved = moved if {each.remedy for each in bad} == {RESTORE} else "recomputation moves state again"
+    moved += f" (in {_count(len({each.module for each in bad}), 'module')})"
     exactly = f"up to rounding ({report.rounding:.1g})" if report.rounding else "to the bit"
     if wrong:
         return f"Gradients are wrong: {wrong} of {recomputations} gave autograd something else than the forward pass."

@@ -53,7 +53,7 @@ class Difference:
         module: the module whose values are the first to differ; "the function itself" where it is none.
         checkpoint: the name of the checkpointed function.
         size: of the first difference, relative to the values; infinite where other code ran.
-        moved: the state that was another than in the forward pass.
+        moved: the state that had changed since the forward pass.
         remedy: what to use, or to change.
     """
 
@@ -111,7 +111,7 @@ class Diagnosis(dict[str, Finding]):
         states = [(name, *row) for row, names in alike.items() for name in _together(names)]
         differences = [each.cells() for each in self.differences]
         tables: list[list[tuple[str, ...]]] = [
-            [("differs from", "in the checkpoint of", "by", "state that was another"), *differences],
+            [("differs from", "in the checkpoint of", "by", "state that had changed"), *differences],
             [("module", "class", "state", "times", "use", "note"), *states],
         ]
         return [table for table in tables if len(table) > 1]

@@ -93,9 +93,9 @@ def calibrate(model: nn.Module) -> AbstractContextManager[Report]:
     running_mean and running_var stay those of the uncheckpointed run, up to rounding. Not for: alternating passes of
     several batches (two forwards before one backward, a layer called twice), k that differs from batch to batch, or
     recomputations that see different data than the forward pass did. There the old value decays as it should (k is the
-    mean), but the shares of the batches differ, and a warning names the layers. Not for a step that sets the momentum
-    itself (a schedule, SAM); you get a warning there too. Not for a class whose output reads its statistics: its
-    gradients are wrong, and need `checkpoint` or `preserve_state`.
+    mean), but the newest batches are weighted wrongly, and a warning names the layers. Not for a step that sets the
+    momentum itself (a schedule, SAM); you get a warning there too. Not for a class whose output reads its statistics:
+    its gradients are wrong, and need `checkpoint` or `preserve_state`.
 
     Layers with one pass per batch, without running statistics, in evaluation mode or with `momentum=None` are left
     alone; a layer that did not run is reported and left alone. Calibrate again when the model, its checkpointing or its
@@ -111,9 +111,10 @@ def calibrate(model: nn.Module) -> AbstractContextManager[Report]:
 
     Raises:
         ValueError: a layer's momentum is outside 0 to 1, `update_once` is on the layer, or another block is
-            calibrating it (on entry; the model is left as it was).
-        TypeError: model is not a module, or a part of it with running statistics is TorchScript (likewise).
-        RuntimeError: this torch does not tell a recomputation from a forward pass (likewise).
+            calibrating it.
+        TypeError: model is not a module, or a part of it with running statistics is TorchScript.
+        RuntimeError: this torch does not tell a recomputation from a forward pass.
+            Each of these is raised on entry, and the model is left as it was.
 
     Warns:
         UserWarning: only the decay could be corrected, or passes could not be counted; no layer tracks running

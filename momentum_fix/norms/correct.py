@@ -25,13 +25,14 @@ def correct(model: Model, passes: Passes | Mapping[str, Passes] = 2) -> Model:
         layer.momentum = 1 - (1 - layer.momentum)**(1 / passes)
 
     Exact for: layers updated `passes` times in a row for each batch. Not for: alternating passes of several
-    batches; there only the decay is right. `calibrate` counts the passes, layer by layer.
+    batches; there only the decay is right. Layers outside of checkpoints have one pass: a number alone would make them
+    wrong, a mapping does not. `calibrate` counts the passes, layer by layer.
 
     Correcting twice changes nothing. Different `passes` start again from the uncorrected momentum. A momentum
     that you have set since then counts as the new uncorrected one. A layer still counts as corrected after
     `copy.deepcopy` and pickling. One without a mark of this package (built by `norm_layer`, rebuilt by
     `convert_sync_batchnorm`, or with a root written by hand, `1 - 0.9 ** 0.5` for 0.1) counts as corrected if
-    its number tells: the uncorrected momentum has at most four digits, this one has more, and passes are 2 to 8.
+    it has more than four digits, and is the corrected one of a number of at most four digits for 2 to 8 passes.
     A shared layer is corrected once. The layers stay plain torch layers with the same state dict. Momentum is
     not in a state dict: correct a rebuilt model again.
 

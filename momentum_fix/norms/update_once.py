@@ -87,7 +87,7 @@ class Handle:
 def update_once(model: nn.Module) -> Handle:
     """Let the forward pass move a norm layer's running statistics, and never a recomputation.
 
-    A forward that runs during a backward pass is a recomputation, and so is what `recomputing` declares one: it works
+    A forward that runs during a backward pass is a recomputation, and so is one inside `with recomputing():`. It works
     on copies of the layer's buffers, which are dropped afterwards. The running statistics and `num_batches_tracked` are
     then the same as without checkpointing, bit for bit, with any checkpoint, in any order, no matter how often a
     batch is recomputed, and in compiled code too. You don't have to know the number of passes or calibrate anything.

@@ -32,7 +32,7 @@ def preserve_state(*mistaken: Any) -> tuple[AbstractContextManager[None], Abstra
     `checkpoint`). docs/limits.md has the whole list.
 
     Memory: a copy of the state for each checkpoint whose backward pass is still to come; none for blocks of torch's own
-    modules without hooks; one for all of what is larger than 64 KiB and does not change.
+    modules without hooks. What is larger than 64 KiB and does not change is copied once for all checkpoints.
 
     Returns:
         The contexts of the forward pass and of its recomputations, as torch's checkpoint wants them.
@@ -104,7 +104,7 @@ def checkpoint(function: Callable[..., Any] | None = None, *args: Any, **kwargs:
     run without checkpointing, with or without this package.
 
     Args:
-        function: anything that can be called. Without it, what torch 2.14 and newer give too: a decorator.
+        function: anything that can be called. If left out, the result is a decorator, as with torch 2.14 and newer.
         args: passed on to it.
         kwargs: passed on, along with all the keywords of torch's function.
 
@@ -191,7 +191,7 @@ def preserve_everywhere() -> Everywhere:
     together with a `context_fn` of the caller's, and with `update_once` and `calibrate` on the same model.
 
     Exact for: what `preserve_state` is exact for. Not for: a checkpoint that torch compiles together with its model,
-    where nothing of this runs: BatchNorm is right there by itself, and for modules whose output reads their state
+    where it has no effect: BatchNorm is right there by itself, and for modules whose output reads their state
     keep the checkpoint out of the compiled code (`momentum_fix.checkpoint` does). Not for engines other than torch's.
 
     Returns:
