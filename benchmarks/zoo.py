@@ -216,10 +216,11 @@ def page(data: dict[str, Any]) -> str:
         `memory_efficient=True`, and compared with the same model without it. k is how often a layer updates its
         running statistics for one batch, by its own counter.""",
         f"""*Right* means that each running_mean and running_var is that of the model without checkpointing, to
-        {RIGHT:.0e} of its largest value (the largest deviation among those is {worst:.0e}), and *to the bit* that there is no deviation. A
-        number is the largest deviation of a layer, relative to the largest value in its buffer. {mixed} of the
-        {len(data["models"])} models have layers that differ in k (stems and heads are not recomputed, for one):
-        no single momentum is right for such a model. *Two passes everywhere* is `correct(model, passes=2)`.""",
+        {RIGHT:.0e} of its largest value (the largest deviation among those is {worst:.0e}), and *to the bit* that
+        there is no deviation. A number is the largest deviation of a layer, relative to the largest value in its
+        buffer. {mixed} of the {len(data["models"])} models have layers that differ in k (stems and heads are not
+        recomputed, for one): no single momentum is right for such a model. *Two passes everywhere* is
+        `correct(model, passes=2)`.""",
         "\n".join(table(data)),
     ]
     return "\n\n".join(part if part.startswith(("#", "|")) else wrapped(part) for part in parts) + "\n"
