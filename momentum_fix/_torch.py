@@ -279,20 +279,36 @@ def is_unread_statistic(tensor: torch.Tensor) -> bool:
 
     torch's batch norm and instance norm do so. The saved tensor is in the memory of the statistics, or repeats them.
     """
-    frame: types.FrameType | None = sys._getframe(1)
-    passed = ("momentum_fix.", "torch._dynamo.", torchs.__name__)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(passed):
-        frame = frame.f_back
-    if frame is None or frame.f_code not in (functional.batch_norm.__code__, functional.instance_norm.__code__):
+    function, given = _function_that_saves()
+    if function not in (functional.batch_norm.__code__, functional.instance_norm.__code__):
         return False
-    given = frame.f_locals
     statistics = [given[name] for name in ("running_mean", "running_var") if given[name] is not None]
-    if frame.f_code is functional.batch_norm.__code__:
+    if function is functional.batch_norm.__code__:
         return given["training"] and any(tensor.data_ptr() == each.data_ptr() for each in statistics)
     batch = len(given["input"])
     return given["use_input_stats"] and any(
         tensor.shape == (batch * len(each),) and torch.equal(tensor, each.repeat(batch)) for each in statistics
     )
+
+
+def is_saved_unfilled(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor is being saved before its values are there, as the slopes that RReLU draws."""
+    function, given = _function_that_saves()
+    return function is functional.rrelu.__code__ and tensor.data_ptr() != given["input"].data_ptr()
+
+
+def _function_that_saves() -> tuple[types.CodeType | None, dict[str, Any]]:
+    """Give the function of Python's in which autograd is saving a tensor, and its variables."""
+    frame: types.FrameType | None = sys._getframe(1)
+    passed = ("momentum_fix.", "torch._dynamo.", torchs.__name__)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(passed):
+        frame = frame.f_back
+    return (None, {}) if frame is None else (frame.f_code, frame.f_locals)
+
+
+def is_in_transform() -> bool:
+    """Tell whether a transform of torch.func is running, whose tensors have no memory of their own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 # Modules.

@@ -655,6 +655,13 @@ SCENES = {
     "a power that changes": Scene(lambda: Power(lambda x, n: torch.special.expit(x) ** n), False, False),
     "a slope that changes": Scene(lambda: Power(lambda x, n: nn.functional.leaky_relu(x, 0.1 * n)), False, False),
     "a slice that moves": Scene(lambda: Power(lambda x, n: x.roll(n, 1) + x[:, n : n + 1]), False, False),
+    "a lazy module and a dropout": Scene(
+        lambda: nn.Sequential(nn.LazyLinear(WIDTH), nn.Dropout(0.4)),
+        False,
+        preserved=False,
+        use="one batch under torch.no_grad() before training",
+    ),
+    "RReLU, whose slopes are saved before they are drawn": Scene(nn.RReLU, True),
     # What is saved is the same. Under the reentrant engine, the graph is that of the recomputation, wiring included.
     **{
         f"another wiring: {name}, {engine}": Scene(

@@ -20,7 +20,7 @@ from momentum_fix import correct, diagnose, update_once
 from momentum_fix.diagnosis.report import Diagnosis, Finding
 from recipes import ENGINES, Net, data
 from states import CountsInAnArray, OwnNoise, ReadsItsChild, Steps
-from twins import EXACT, by_context, non_reentrant, on_two_ranks, plainly, train
+from twins import EXACT, by_context, non_reentrant, on_two_ranks, plainly, reentrant, train
 
 # Kinds of state. Each is a layer of three channels that changes itself.
 
@@ -302,6 +302,14 @@ def test_what_it_recommends_makes_it_clean(kind, keep):
     report = diagnosed(net_of(kind), ckpt=keep)
     assert report.ok
     assert report.verdict.startswith("Clean: 2 recomputations gave autograd the same as the forward pass, to the bit")
+
+
+def test_what_torch_func_transforms_is_not_observed_with_the_reentrant_engine():
+    model = nn.Linear(3, 3)
+    for ckpt, known in ((non_reentrant, True), (reentrant, None)):
+        with diagnose(model) as report:
+            ckpt(lambda x: torch.vmap(torch.sin)(model(x)), torch.rand(4, 3, requires_grad=True)).sum().backward()
+        assert report.gradients_right is known
 
 
 @pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)

@@ -33,6 +33,7 @@ _RANDOM = {
 _WEIGHTS = (
     "the same weights in backward: call functional_call inside of the checkpoint; let the optimizer step after backward"
 )
+_LAZY = "one batch under torch.no_grad() before training, as lazy modules draw their weights in their first call"
 _MODE = "the same mode in backward: call train() or eval() before the forward pass, or after the backward pass"
 _ELSEWHERE = (
     "make what the function reads from elsewhere (a global, an object of your own, a closure) a buffer or a plain "
@@ -55,11 +56,12 @@ def _difference(region: Region, judgement: Judgement, watch: Watch) -> Differenc
     """Say where a difference starts, and what to do about it."""
     recomputation, where = judgement.recomputation, judgement.starts_in
     moved = [(region.parts[key], name) for key, name in recomputation.found_moved]
-    weights = [(part, name) for part, name in moved if _is_unpreserved(part.module, name)]
+    lazy = {part.name for part, name in moved if name == "_initialize_hook"}  # which is gone after the first call
+    weights = [(part, name) for part, name in moved if _is_unpreserved(part.module, name) and part.name not in lazy]
     statistics = [(part, name) for part, name in moved if tracks(part.module) and only_writes(part.module)]
     others = [each for each in moved if each not in weights and each not in statistics]
     drawn = region.drew - ({"torch"} if region.keeps_random_numbers else set())
-    remedies = [remedy for name, remedy in _RANDOM.items() if name in drawn]
+    remedies = [remedy for name, remedy in _RANDOM.items() if name in drawn] + [_LAZY] * bool(lazy)
     if weights:
         by_itself = any((id(part.module), name) in watch.moved for part, name in weights)
         trained = any(part.module._parameters[name].requires_grad for part, name in weights) and not by_itself

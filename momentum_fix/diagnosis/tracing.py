@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from momentum_fix import _torch
 from momentum_fix.state.compare import mark
 from momentum_fix.state.fingerprint import fingerprint
 
@@ -62,12 +63,16 @@ class Tracing(TorchFunctionMode):
         super().__init__()
         self.where = where
         self.operations: list[Operation] = []
+        self.hides = False  # whether something ran that cannot be kept: a transform of torch.func
         self.made_by: Any = WeakIdKeyDictionary()  # tensors, each with the number of the operation that gave it
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and keep what gradients may depend on."""
         kwargs = kwargs or {}
         if sys._getframe(1).f_globals.get("__name__", "").startswith("momentum_fix."):
+            return func(*args, **kwargs)
+        if _torch.is_in_transform():
+            self.hides = True
             return func(*args, **kwargs)
         kept = set[Any]()
 

@@ -21,7 +21,7 @@ from momentum_fix.diagnosis.tracing import Tracing, Value, compared, tensors_in,
 from momentum_fix.norms.layers import in_plain_lists
 from momentum_fix.recomputation import is_recomputation, this_thread
 from momentum_fix.state.compare import mark
-from momentum_fix.state.fingerprint import difference, rounding
+from momentum_fix.state.fingerprint import difference, fingerprint, rounding
 from momentum_fix.state.reachable import modules_of
 from momentum_fix.state.snapshot import pieces
 
@@ -140,7 +140,7 @@ class Recomputation:
         self.pairs: list[tuple[Value, Value | None]] = []  # None: other code ran
         self.found_moved: list[Piece] = []  # what was another state than in the forward pass
         self.preserved = False  # whether preserve_state had put state back
-        self.hides = False  # whether something ran that nobody sees: an autograd.Function of a user's, reentrant
+        self.hides = False  # whether something ran that nobody sees: torch.func, or an autograd.Function of a user's
 
 
 class Region(_torch.Listener):
@@ -159,6 +159,7 @@ class Region(_torch.Listener):
         self.recomputations: list[Recomputation] = []
         self.trace = self.forward_trace = Tracing(self.where)  # of the reentrant engine
         self.untouched = False  # no module has run yet in the pass that is running
+        self.unfilled: list[Any] = []  # saved tensors whose values come later, and what is kept of each
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -166,6 +167,9 @@ class Region(_torch.Listener):
         before = _random_numbers()
         with self._running():
             yield
+        for value, tensor in self.unfilled:
+            value.numbers.copy_(fingerprint(tensor))
+        self.unfilled.clear()
         self.drew = {name for name, state in _random_numbers().items() if state != before[name]}
 
     @contextmanager
@@ -225,7 +229,10 @@ class Region(_torch.Listener):
 
     def saved(self, tensor: torch.Tensor) -> Value:
         """Keep what is needed to compare a saved tensor."""
-        return value_of(tensor, self.where(), not _torch.is_unread_statistic(tensor))
+        value = value_of(tensor, self.where(), not _torch.is_unread_statistic(tensor))
+        if _torch.is_saved_unfilled(tensor):
+            self.unfilled.append((value, tensor))
+        return value
 
     def compare(self, forward: Value, recomputed: Value) -> None:
         """Keep two saved tensors that belong together."""
@@ -236,7 +243,7 @@ class Region(_torch.Listener):
         """Compare the operations that led to a result; where compiled code hides them, compare the result."""
         self.trace.returned(output, is_all=self.is_compiled)
         if self.recomputations:
-            self.recomputations[-1].hides = _torch.runs_own_function(tensors_in(output))
+            self.recomputations[-1].hides = self.trace.hides or _torch.runs_own_function(tensors_in(output))
             self.recomputations[-1].pairs = [*compared(self.forward_trace.operations, self.trace.operations)]
             self.trace.operations = []
         else:
