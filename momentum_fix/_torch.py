@@ -26,13 +26,14 @@ from torch.utils import checkpoint as torchs
 
 @dataclass
 class Call:
-    """A call of torch's checkpoint in which gradients are on."""
+    """A call of torch's checkpoint."""
 
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     reentrant: bool
     keeps_random_numbers: bool  # `preserve_rng_state`
+    gradients: bool = True  # whether they are on
     in_compilation: bool = (
         False  # torch is compiling it with its model, and runs it once for that; it will not be seen again
     )
@@ -66,6 +67,13 @@ _lock = threading.RLock()
 _beginnings: list[Begin] = []  # the outermost first
 
 
+class _ThisThread(threading.local):
+    gradients = True  # whether they were on when the reentrant engine was called
+
+
+_this_thread = _ThisThread()
+
+
 def listen(begin: Begin, *, outermost: bool = False) -> Callable[[], None]:
     """Have `begin` give a listener for each call of torch's checkpoint, in any thread; return what ends that.
 
@@ -87,7 +95,7 @@ def _begin(begin: Begin, outermost: bool) -> Callable[[], None]:
             _beginnings.remove(begin)
             if not _beginnings:
                 for (owner, name), (theirs, _) in _places().items():
-                    setattr(owner, name, theirs)
+                    delattr(owner, name) if theirs is None else setattr(owner, name, theirs)
 
     return stop
 
@@ -103,7 +111,7 @@ def _listeners(call: Call) -> list[Listener]:
 def _places() -> dict[tuple[Any, str], tuple[Any, Any]]:
     """Give where torch is changed while somebody listens: what stands there, and what is put there instead."""
     torchs_frame, torchs_hook, function = torchs._CheckpointFrame, torchs._checkpoint_hook, torchs.CheckpointFunction
-    torchs_forward = function.forward
+    torchs_forward, torchs_apply = function.forward, function.apply
 
     class Frame(torchs_frame):  # type: ignore[misc, valid-type]
         """A call of the non-reentrant engine."""
@@ -142,8 +150,12 @@ def _places() -> dict[tuple[Any, str], tuple[Any, Any]]:
             super().__exit__(*error)
             self.contexts.__exit__(*error)
 
+    def apply(*args: Any) -> Any:
+        _this_thread.gradients = torch.is_grad_enabled()  # in `forward` they are always off
+        return torchs_apply(*args)  # type: ignore[no-untyped-call]
+
     def forward(ctx: Any, run_function: Any, preserve_rng_state: bool, *args: Any) -> Any:
-        listeners = _listeners(Call(run_function, args, {}, True, preserve_rng_state))
+        listeners = _listeners(Call(run_function, args, {}, True, preserve_rng_state, _this_thread.gradients))
         forwards: Iterator[Any] = iter([[each.forward() for each in listeners]])  # what runs again is a recomputation
 
         def run(*args: Any) -> Any:
@@ -158,6 +170,7 @@ def _places() -> dict[tuple[Any, str], tuple[Any, Any]]:
     return {
         (torchs, "_CheckpointFrame"): (torchs_frame, Frame),
         (torchs, "_checkpoint_hook"): (torchs_hook, ForwardHook),
+        (function, "apply"): (vars(function).get("apply"), staticmethod(apply)),  # None: it inherits its own
         (function, "forward"): (staticmethod(torchs_forward), staticmethod(forward)),
     }
 
@@ -230,7 +243,7 @@ def _check() -> None:
     from torch.utils._python_dispatch import _disable_current_modes
 
     try:
-        stop = _begin(lambda call: Probe() if call.function is probe else None, outermost=True)
+        stop = _begin(lambda call: Probe() if call.function is probe and call.gradients else None, outermost=True)
         try:
             with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
                 for reentrant in (False, True):
@@ -274,16 +287,22 @@ def is_called_by_library() -> bool:
     return False
 
 
-def is_unread_statistic(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor that is being saved is running statistics, saved in training though backward reads none.
+def is_unread(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor that is being saved has values on which no gradient depends.
 
-    torch's batch norm and instance norm do so. The saved tensor is in the memory of the statistics, or repeats them.
+    torch's batch norm and instance norm save running statistics, in their own memory or repeated, and do not read them
+    in training. An LSTM saves its memory to work in, of which some parts are never written.
     """
-    function, given = _function_that_saves()
-    if function not in (functional.batch_norm.__code__, functional.instance_norm.__code__):
+    frame = _frame_that_saves()
+    if frame is None:
         return False
+    if frame.f_globals.get("__name__") == "torch.nn.modules.rnn":
+        return tensor.dtype == torch.uint8
+    if frame.f_code not in (functional.batch_norm.__code__, functional.instance_norm.__code__):
+        return False
+    given = frame.f_locals
     statistics = [given[name] for name in ("running_mean", "running_var") if given[name] is not None]
-    if function is functional.batch_norm.__code__:
+    if frame.f_code is functional.batch_norm.__code__:
         return given["training"] and any(tensor.data_ptr() == each.data_ptr() for each in statistics)
     batch = len(given["input"])
     return given["use_input_stats"] and any(
@@ -293,22 +312,41 @@ def is_unread_statistic(tensor: torch.Tensor) -> bool:
 
 def is_saved_unfilled(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor is being saved before its values are there, as the slopes that RReLU draws."""
-    function, given = _function_that_saves()
-    return function is functional.rrelu.__code__ and tensor.data_ptr() != given["input"].data_ptr()
+    frame = _frame_that_saves()
+    if frame is None or frame.f_code is not functional.rrelu.__code__:
+        return False
+    return bool(tensor.data_ptr() != frame.f_locals["input"].data_ptr())
 
 
-def _function_that_saves() -> tuple[types.CodeType | None, dict[str, Any]]:
-    """Give the function of Python's in which autograd is saving a tensor, and its variables."""
+def _frame_that_saves() -> types.FrameType | None:
+    """Give the frame of the function of Python's in which autograd is saving a tensor."""
     frame: types.FrameType | None = sys._getframe(1)
     passed = ("momentum_fix.", "torch._dynamo.", torchs.__name__)
     while frame is not None and frame.f_globals.get("__name__", "").startswith(passed):
         frame = frame.f_back
-    return (None, {}) if frame is None else (frame.f_code, frame.f_locals)
+    return frame
 
 
 def is_in_transform() -> bool:
     """Tell whether a transform of torch.func is running, whose tensors have no memory of their own."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@contextmanager
+def noting_saved(note: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+    """Have `note` called with each tensor that autograd saves, besides the hooks that are on."""
+    pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(False) or (_itself, _itself)
+
+    def noted(tensor: torch.Tensor) -> Any:
+        note(tensor)
+        return pack(tensor)
+
+    with torch.autograd.graph.saved_tensors_hooks(noted, unpack):
+        yield
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 # Modules.

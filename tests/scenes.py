@@ -357,7 +357,16 @@ def written_in_another_row(x, n):
     return y
 
 
-WIRINGS = {each.__name__: each for each in (concatenated, subtracted, negated_once, written_in_another_row)}
+def taken_apart(x, n):
+    return torch.stack(x.sin().unbind(1)[:: 1 if n % 2 else -1], 1)
+
+
+def detached(x, n):
+    return (x.sin() if n % 2 else x.sin().detach()) + x
+
+
+WIRED = (concatenated, subtracted, negated_once, written_in_another_row, taken_apart, detached)
+WIRINGS = {each.__name__: each for each in WIRED}
 
 
 class Either(nn.Module):
@@ -370,6 +379,32 @@ class Either(nn.Module):
     def forward(self, x):
         self.steps += 1
         return x.sin() + self.biases[self.steps % 2]
+
+
+class Frozen(nn.Module):
+    """Trains a parameter in every second call."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias, self.steps = nn.Parameter(torch.zeros(WIDTH)), 0
+
+    def forward(self, x):
+        self.steps += 1
+        self.bias.requires_grad_(self.steps % 2 == 1)
+        return x.sin() + self.bias
+
+
+class OwnLoss(nn.Module):
+    """Has a loss of its own, with a backward pass of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            self.head(x.detach()).square().mean().backward()
+        return x.sin()
 
 
 class Images(nn.Module):
@@ -540,6 +575,10 @@ def linearly(net, ckpt):
     net.body[2:](ckpt(lambda y: net.body[1](net.body[0](y)), net.stem(data()[0]))).square().mean().backward()
 
 
+def from_data(net, ckpt):
+    net.body(ckpt(net.stem, data()[0])).square().mean().backward()
+
+
 def nested(net, ckpt):
     def inner(y):
         return ckpt(net.body[1], net.body[0](y))
@@ -644,9 +683,7 @@ SCENES = {
     "an input that changes": Scene(
         nn.Tanh, False, preserved=False, step=input_changed, use="make what the function reads from elsewhere"
     ),
-    "a hook of the forward alone": Scene(
-        nn.Tanh, False, preserved=False, step=hooked_in_the_forward, use="make what the function reads from elsewhere"
-    ),
+    "a hook of the forward alone": Scene(nn.Tanh, False, step=hooked_in_the_forward),
     "a difference that hides in the output": Scene(Hidden, False, False),
     "a shift that no gradient depends on": Scene(Shift, True, True, step=linearly, engines=("non-reentrant",)),
     "a shift that no gradient depends on, moved again": Scene(
@@ -662,6 +699,16 @@ SCENES = {
         use="one batch under torch.no_grad() before training",
     ),
     "RReLU, whose slopes are saved before they are drawn": Scene(nn.RReLU, True),
+    "a backward pass of its own": Scene(
+        OwnLoss, False, preserved=False, use="a backward pass outside of the checkpoint", engines=("non-reentrant",)
+    ),
+    "a backward pass of its own, last": Scene(
+        OwnLoss, False, preserved=False, step=linearly, use="a backward pass outside of the checkpoint"
+    ),
+    "an input without gradients": Scene(
+        nn.Tanh, False, preserved=False, step=from_data, engines=("reentrant",), use="use_reentrant=False, or an input"
+    ),
+    "an input without gradients, non-reentrant": Scene(nn.Tanh, True, step=from_data, engines=("non-reentrant",)),
     # What is saved is the same. Under the reentrant engine, the graph is that of the recomputation, wiring included.
     **{
         f"another wiring: {name}, {engine}": Scene(
@@ -671,6 +718,7 @@ SCENES = {
         for name, made in {
             **{each: functools.partial(Power, f) for each, f in WIRINGS.items()},
             "either": Either,
+            "frozen": Frozen,
         }.items()
     },
     "cumulative BatchNorm": Scene(lambda: nn.BatchNorm1d(WIDTH, momentum=None), True, False, fine=True),

@@ -316,9 +316,13 @@ def test_what_torch_func_transforms_is_not_observed_with_the_reentrant_engine():
 @pytest.mark.parametrize(("kind", "moved"), NOT_READ.items())
 def test_it_names_what_moves_twice_and_is_not_read(kind, moved, ckpt):
     report = diagnosed(net_of(kind), ckpt=ckpt)
-    assert report.gradients_right is True
+    # What it keeps for the loss has no graph if the reentrant engine has run it; whether the loss has it, nobody sees.
+    is_known = kind is not Gathers or ckpt is not reentrant
+    assert report.gradients_right is (True if is_known else None)
     assert not report.ok
-    assert report.verdict == "Gradients are right, but recomputation moves state again (in 3 modules)."
+    begins = "Gradients are right, but" if is_known else "Not observed: "
+    assert report.verdict.startswith(begins)
+    assert report.verdict.endswith("recomputation moves state again (in 3 modules).")
     assert list(report) == [f"{block}.1.{each}" for block in "abc" for each in moved]
     remedy = "update_once" if "running_mean" in moved else "preserve_state"
     assert {(each.times, each.remedy) for each in report.values()} == {(2, remedy)}

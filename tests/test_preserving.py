@@ -1339,12 +1339,12 @@ def test_norms_in_a_plain_list_are_preserved_and_diagnose_says_that_update_once_
         return counters, {name.rpartition(".")[0]: each for name, each in report.items()}
 
     assert counted(ckpt, lambda block: None) == ([1, 1], {})
-    with pytest.warns(UserWarning, match=r"2\.norms\[0\].*in a plain list, so update_once does not reach it"):
+    with pytest.warns(UserWarning, match=r"2\.norms\[0\].*in a plain list or dict, so update_once does not reach it"):
         counters, found = counted(non_reentrant, update_once)
     assert counters == [1, 2]
     assert [*found] == ["2.norms[0]"]
     assert found["2.norms[0]"].remedy == "preserve_state"
-    assert "in a plain list, where update_once does not reach it" in found["2.norms[0]"].note
+    assert "not registered (in a plain list or dict?), so update_once does not reach it" in found["2.norms[0]"].note
 
 
 # Trained parameters that the forward writes to.

@@ -40,6 +40,10 @@ _ELSEWHERE = (
     "attribute of a module in the checkpoint; keep contexts and hooks on in backward; pass a copy of an argument that "
     "changes"
 )
+_BACKWARD = (
+    "a backward pass outside of the checkpoint: each recomputation runs this one again, which adds gradients again"
+)
+_NO_INPUT = "use_reentrant=False, or an input that requires gradients: no tensor that the function was given does"
 _OFF = mark(False)
 
 
@@ -52,6 +56,11 @@ def differences_of(wrong: Iterable[tuple[Region, Judgement]], watch: Watch) -> t
     return tuple(largest.values())
 
 
+def no_gradient(region: Region) -> Difference:
+    """Say what to do about a call of the reentrant checkpoint that will not be recomputed."""
+    return Difference(ITSELF, region.function, 1.0, (), _NO_INPUT)
+
+
 def _difference(region: Region, judgement: Judgement, watch: Watch) -> Difference:
     """Say where a difference starts, and what to do about it."""
     recomputation, where = judgement.recomputation, judgement.starts_in
@@ -61,6 +70,8 @@ def _difference(region: Region, judgement: Judgement, watch: Watch) -> Differenc
     statistics = [(part, name) for part, name in moved if tracks(part.module) and only_writes(part.module)]
     others = [each for each in moved if each not in weights and each not in statistics]
     drawn = region.drew - ({"torch"} if region.keeps_random_numbers else set())
+    if recomputation.adds_gradients:
+        return Difference(where, region.function, judgement.size, (), _BACKWARD)
     remedies = [remedy for name, remedy in _RANDOM.items() if name in drawn] + [_LAZY] * bool(lazy)
     if weights:
         by_itself = any((id(part.module), name) in watch.moved for part, name in weights)
@@ -109,7 +120,7 @@ def findings_of(model: nn.Module, watch: Watch, wrong: set[int]) -> Iterator[Fin
                 remedy = _REACH if preserved else _PRESERVE
             if part.in_a_list and remedy == _ONCE:
                 remedy = _PRESERVE
-                note = "in a plain list, where update_once does not reach it: an nn.ModuleList would do"
+                note = "not registered (in a plain list or dict?), so update_once does not reach it"
             yield Finding(part.name, name, type(layer).__name__, times[name], remedy, note)
 
 

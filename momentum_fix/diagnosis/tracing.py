@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -22,6 +21,7 @@ from momentum_fix.state.fingerprint import fingerprint
 
 _NORMS = (functional.batch_norm, functional.instance_norm)
 _UNREAD = ("running_mean", "running_var", "momentum")  # what backward does not read of what these were given
+_DETACHING = (torch.Tensor.detach, torch.Tensor.detach_, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
 _ADDITIONS = ("AddBackward", "SubBackward", "RsubBackward")  # where it does not read numbers
 
 
@@ -37,7 +37,7 @@ class Value(NamedTuple):
 class Origin(NamedTuple):
     """Where a tensor comes from."""
 
-    operation: int | None  # the number of the operation that gave it; None if it is from outside
+    made_by: tuple[int, int] | None  # the number of the operation, and which of its results; None if it is from outside
     parameter: int | None  # its id, if it is a parameter that gets a gradient
     requires_grad: bool
 
@@ -50,6 +50,7 @@ class Operation(NamedTuple):
     origins: list[Origin]  # of each of the values
     options: Any = None  # what else it was given
     options_matter: bool = False
+    detaches: bool = False  # whether no gradient flows through it
 
 
 class Tracing(TorchFunctionMode):
@@ -63,24 +64,26 @@ class Tracing(TorchFunctionMode):
         super().__init__()
         self.where = where
         self.operations: list[Operation] = []
-        self.hides = False  # whether something ran that cannot be kept: a transform of torch.func
-        self.made_by: Any = WeakIdKeyDictionary()  # tensors, each with the number of the operation that gave it
+        self.hides = False  # whether there is something whose gradients nobody sees
+        self.kept = set[Any]()  # the origins of what modules keep with a graph
+        self.made_by: Any = WeakIdKeyDictionary()  # tensors, each with the operation that gave it
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and keep what gradients may depend on."""
         kwargs = kwargs or {}
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("momentum_fix."):
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("momentum_fix."):
             return func(*args, **kwargs)
+        if func is torch.Tensor.view_as and caller == "torch.autograd.function":  # for a full backward hook, for one
+            output = func(*args, **kwargs)
+            if args[0] in self.made_by:
+                self.made_by[output] = self.made_by[args[0]]
+            return output
         if _torch.is_in_transform():
             self.hides = True
             return func(*args, **kwargs)
         kept = set[Any]()
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            kept.add((tensor.data_ptr(), tensor.shape))
-            return tensor
-
-        with saved_tensors_hooks(keep, lambda tensor: tensor) if torch.is_grad_enabled() else nullcontext():
+        with _torch.noting_saved(lambda tensor: kept.add(_place(tensor))) if torch.is_grad_enabled() else nullcontext():
             output = func(*args, **kwargs)
         given = [args, kwargs]
         if func in _NORMS:
@@ -89,19 +92,33 @@ class Tracing(TorchFunctionMode):
         outputs = [*tensors_in(args[0] if func is torch.Tensor.__setitem__ else output)]
         if any(each.is_floating_point() or each.is_complex() for each in outputs):
             tensors = [*tensors_in(given), *outputs]
-            places = [(each.data_ptr(), each.shape) for each in tensors]
+            places = [*map(_place, tensors)]
             all_matter = bool(kept.difference(places))  # autograd keeps something else, computed from all of them
             graph = [type(each.grad_fn).__name__ for each in outputs if each.requires_grad]
             reads_options = "alpha" in kwargs or any(not name.startswith(_ADDITIONS) for name in graph)
             matter = [all_matter or place in kept for place in places]
-            self._keep(getattr(func, "__name__", str(func)), tensors, matter, _options(given), reads_options)
-            self.made_by.update((each, len(self.operations) - 1) for each in outputs)
+            name = getattr(func, "__name__", str(func))
+            self._keep(name, tensors, matter, _options(given), reads_options, func in _DETACHING)
+            number = len(self.operations) - 1
+            self.made_by.update((each, (number, place)) for place, each in enumerate(outputs))
         return output
 
     def returned(self, output: Any, *, is_all: bool) -> None:
         """Keep what the function returns; `is_all` if nothing else is seen of it."""
         tensors = [*tensors_in(output)]
         self._keep("return", tensors, [is_all and each.requires_grad for each in tensors])
+        # The reentrant engine gives back a graph for these alone.
+        passed_on = {id(each) for each in (output if isinstance(output, tuple) else [output])}
+        self.hides |= any(each.requires_grad and id(each) not in passed_on for each in tensors)
+        used = {origin.made_by for each in self.operations for origin in each.origins}
+        self.hides |= not self.kept <= used  # that is probably for the loss
+
+    def left(self, state: Iterable[Any]) -> None:
+        """Look at the state of a module that is left: what it keeps with a graph has none in the forward pass."""
+        made = (
+            self.made_by[each] for each in tensors_in([*state]) if each.grad_fn is not None and each in self.made_by
+        )
+        self.kept.update(made)
 
     def _keep(self, name: str, tensors: list[torch.Tensor], matter: list[bool], *options: Any) -> None:
         where, values, origins = self.where(), [], []
@@ -120,32 +137,54 @@ def compared(forward: list[Operation], recomputed: list[Operation]) -> Iterator[
     What only the forward pass has computed, as the first one of a lazy module does, is passed over.
     """
     names = [[each.name for each in trace] for trace in (forward, recomputed)]
-    partner: dict[int | None, int | None] = {None: None}  # what is from outside is from outside
     if names[0] == names[1]:
-        partner.update((place, place) for place in range(len(forward)))
+        partner = {place: place for place in range(len(forward))}
     else:
         blocks = SequenceMatcher(None, names[0], names[1], False).get_matching_blocks()
-        partner.update((there + i, here + i) for here, there, length in blocks for i in range(length))
+        partner = {there + i: here + i for here, there, length in blocks for i in range(length)}
+    flows = _flows(forward)
     for place, now in enumerate(recomputed):
-        here = partner.get(place)
-        then = None if here is None else forward[here]
-        if then is None:
-            is_other = now.options_matter or any(each.matters for each in now.values)
-        else:
-            is_other = (now.options_matter and now.options != then.options) or _rewired(then, now, partner)
-        if is_other:
+        if place not in partner:
+            if now.options_matter or any(each.matters for each in now.values):
+                yield now.values[-1], None
+            continue
+        then = forward[partner[place]]
+        rewired = [_is_rewired(*pair, partner, flows) for pair in zip(then.origins, now.origins, strict=False)]
+        if True in rewired or (now.options_matter and now.options != then.options):
             yield now.values[-1], None
-        elif then is not None:
-            yield from (pair for pair in zip(then.values, now.values, strict=False) if pair[1].matters)
+            continue
+        if None in rewired:
+            yield now.values[-1]._replace(numbers=None), now.values[-1]  # which cannot be compared
+        yield from (pair for pair in zip(then.values, now.values, strict=False) if pair[1].matters)
 
 
-def _rewired(then: Operation, now: Operation, partner: dict[int | None, int | None]) -> bool:
-    """Tell whether gradients flow to something else than where the values of the forward pass came from."""
-    return any(
-        new.parameter != old.parameter or (new.parameter is None and partner.get(new.operation, -1) != old.operation)
-        for old, new in zip(then.origins, now.origins, strict=False)
-        if new.requires_grad
-    )
+def _flows(operations: list[Operation]) -> list[bool]:
+    """Tell of each operation of a forward pass whether gradients flow through it, as far as that can be seen."""
+    flows: list[bool] = []
+    for each in operations:
+        sources = (flows[o.made_by[0]] if o.made_by else o.requires_grad for o in each.origins)
+        flows.append(not each.detaches and any(sources))
+    return flows
+
+
+def _is_rewired(old: Origin, new: Origin, partner: dict[int, int], flows: list[bool]) -> bool | None:
+    """Tell whether gradients flow to something else than where the value of the forward pass came from.
+
+    None where that is not known: what the forward pass has computed may have been computed without gradients there.
+    """
+    if new.parameter is not None or old.parameter is not None:
+        return new.parameter != old.parameter
+    made_by = new.made_by and (partner.get(new.made_by[0], -1), new.made_by[1])
+    if made_by == old.made_by:
+        return False
+    if not new.requires_grad and old.made_by and flows[old.made_by[0]]:
+        return True if new.made_by else None
+    return new.requires_grad
+
+
+def _place(tensor: torch.Tensor) -> Any:
+    """Give what is the same for a tensor and a view of all of it."""
+    return (tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)), tensor.shape
 
 
 def value_of(tensor: torch.Tensor, where: str, matters: bool) -> Value:

@@ -71,6 +71,7 @@ class Watch:
         self.regions: list[Region] = []  # the calls of torch's checkpoint that were recomputed
         self.latest: Region | None = None  # the last one of them
         self.passes = Counter[Piece]()  # how often calls of its module have moved a piece of state in forward passes
+        self.lost: list[Region] = []  # the calls that pass no gradient on to their parameters
         self.moved: dict[Piece, Moved] = {}
         self.ran: list[bool] = []  # of each call of a module: whether that is in training mode
         self.elsewhere: dict[str, None] = {}  # what has run in a backward pass, but not in a checkpoint that was seen
@@ -92,6 +93,10 @@ class Watch:
         with _torch.hidden_from_modes():
             for region in running.regions:
                 region.first_module()
+                if not isinstance(module, _UNWATCHED):  # it may have been found where nobody looks, as in a dictionary
+                    region.parts.setdefault(
+                        id(module), self.parts.get(id(module), Part(module, self.name(module), True))
+                    )
             if is_recomputation() and is_part and not running.recomputing:
                 self.elsewhere[self.name(module)] = None
                 running.before, running.recomputing = self.look({}), [Counter()]
@@ -106,6 +111,8 @@ class Watch:
         with _torch.hidden_from_modes():
             while (last := running.modules.pop())[0] is not module:  # those that an exception has left
                 pass
+            for region in running.regions:
+                region.left(module)
             if id(module) in self.parts:
                 moved = [(id(module), name) for name in differing(last[1], _own_marks(module))]
                 (running.recomputing[-1] if running.recomputing else self.passes).update(moved)
@@ -140,6 +147,7 @@ class Recomputation:
         self.pairs: list[tuple[Value, Value | None]] = []  # None: other code ran
         self.found_moved: list[Piece] = []  # what was another state than in the forward pass
         self.preserved = False  # whether preserve_state had put state back
+        self.adds_gradients = False  # whether a backward pass has run in it
         self.hides = False  # whether something ran that nobody sees: torch.func, or an autograd.Function of a user's
 
 
@@ -150,6 +158,9 @@ class Region(_torch.Listener):
         function = getattr(call.function, "preserves_state", call.function)  # what momentum_fix.checkpoint was given
         self.watch, self.function, self.reentrant = watch, _described(function, watch), call.reentrant
         self.keeps_random_numbers, self.by_library = call.keeps_random_numbers, _torch.is_called_by_library()
+        # The reentrant engine recomputes only if a tensor that it is given requires gradients.
+        inputs = [each for each in call.args if isinstance(each, torch.Tensor)]
+        self.gets_no_gradient = call.reentrant and call.gradients and not any(each.requires_grad for each in inputs)
         self.parts: dict[int, Part] = {}
         for module, _ in modules_of((function, call.args, call.kwargs)):
             self.parts |= {key: watch.parts.get(key, part) for key, part in parts_of(module).items()}
@@ -167,6 +178,8 @@ class Region(_torch.Listener):
         before = _random_numbers()
         with self._running():
             yield
+        if self.gets_no_gradient and any(each.parameter for op in self.trace.operations for each in op.origins):
+            self.watch.lost.append(self)
         for value, tensor in self.unfilled:
             value.numbers.copy_(fingerprint(tensor))
         self.unfilled.clear()
@@ -182,13 +195,15 @@ class Region(_torch.Listener):
         watch.latest = self
         begun = this_thread.begun
         with _torch.hidden_from_modes():
-            before = watch.look(self.parts)
+            before, gradients = watch.look(self.parts), self._gradients()
         running.recomputing.append(Counter())
         try:
             with self._running():
                 yield
         finally:
             self.recomputations[-1].preserved = this_thread.begun > begun
+            now = self._gradients()
+            self.recomputations[-1].adds_gradients = any(now.get(key, each) != each for key, each in gradients.items())
             with _torch.hidden_from_modes():
                 watch.count(before, watch.look(self.parts), running.recomputing.pop(), self)
 
@@ -206,6 +221,12 @@ class Region(_torch.Listener):
         finally:
             running.regions.remove(self)
 
+    def _gradients(self) -> dict[int, Any]:
+        """Give, by parameter, what is another once a backward pass has added to its gradient."""
+        parameters = [each for part in self.parts.values() for each in part.module._parameters.values()]
+        gradients = {id(each): each.grad for each in parameters if each is not None}
+        return {key: each if each is None else (id(each), _torch.version(each)) for key, each in gradients.items()}
+
     def first_module(self) -> None:
         """Look again when the first module is called: now contexts have put state back, and the function has begun."""
         if self.untouched:
@@ -222,6 +243,11 @@ class Region(_torch.Listener):
             (key, name) for key, marks in state.items() for name in differing(self.state.get(key, marks), marks)
         ]
 
+    def left(self, module: nn.Module) -> None:
+        """Hear that a module in this checkpoint is left."""
+        if self.reentrant and self.recomputations:
+            self.trace.left(pieces(module).values())
+
     def where(self) -> str:
         """Name the module of this checkpoint that is running."""
         inside = self.watch.running.modules[self.depth :]
@@ -229,7 +255,7 @@ class Region(_torch.Listener):
 
     def saved(self, tensor: torch.Tensor) -> Value:
         """Keep what is needed to compare a saved tensor."""
-        value = value_of(tensor, self.where(), not _torch.is_unread_statistic(tensor))
+        value = value_of(tensor, self.where(), not _torch.is_unread(tensor))
         if _torch.is_saved_unfilled(tensor):
             self.unfilled.append((value, tensor))
         return value
@@ -268,6 +294,8 @@ def judge(regions: Iterable[Region]) -> list[tuple[Region, Judgement]]:
 
 
 def _judge(recomputation: Recomputation, numbers: dict[int, list[float]]) -> Judgement:
+    if recomputation.adds_gradients:
+        return Judgement(recomputation, ITSELF, 1.0, True)
     tolerance = largest = 0.0
     known = bool(recomputation.pairs) and not recomputation.hides
     for forward, recomputed in recomputation.pairs:

@@ -89,15 +89,16 @@ def warn_of_none(layers: Collection[NormLayer], what: str, stacklevel: int = 3) 
 
 
 def in_plain_lists(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Give the modules in a module's plain lists and tuples, where torch does not find them, each with its place."""
+    """Give the modules in a module's plain lists and dicts, where torch does not find them, each with its place."""
     for attribute, value in vars(module).items():
-        for place, each in enumerate(value if isinstance(value, (list, tuple)) else ()):
-            if isinstance(each, nn.Module):
-                yield f"{attribute}[{place}]", each
+        if attribute != "_modules" and isinstance(value, (list, tuple, dict)):
+            for place, each in value.items() if isinstance(value, dict) else enumerate(value):
+                if isinstance(each, nn.Module):
+                    yield f"{attribute}[{place!r}]", each
 
 
 def warn_of_hidden(model: nn.Module) -> None:
-    """Warn of layers that are in plain lists of the model's modules alone."""
+    """Warn of layers that are in plain lists or dicts of the model's modules alone."""
     registered = {id(module) for module in model.modules()}
     hidden = [
         f"{name}.{place}".lstrip(".")
@@ -106,7 +107,7 @@ def warn_of_hidden(model: nn.Module) -> None:
         if id(each) not in registered and any(map(tracks, each.modules()))
     ]
     if hidden:
-        said = f"{join_names(hidden)}: in a plain list, so update_once does not reach it: use an nn.ModuleList"
+        said = f"{join_names(hidden)}: in a plain list or dict, so update_once does not reach it: use an nn.ModuleList"
         warnings.warn(said, stacklevel=3)
 
 

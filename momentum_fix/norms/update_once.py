@@ -118,9 +118,9 @@ def update_once(model: nn.Module) -> Handle:
         RuntimeError: this torch does not tell a recomputation from a forward pass.
 
     Warns:
-        UserWarning: no layer tracks running statistics; a layer that does is in a plain list, where it is not found; a
-            layer's class has its own forward, whose output may read them (timm's `BatchNormAct2d` is known not to); or,
-            in training, a layer is updated in the backward pass only.
+        UserWarning: no layer tracks running statistics; a layer that does is in a plain list or dict, where it is not
+            found; a layer's class has its own forward, whose output may read them (timm's `BatchNormAct2d` is known not
+            to); or, in training, a layer is updated in the backward pass only.
 
     Example:
         >>> import torch
@@ -152,7 +152,7 @@ def update_once(model: nn.Module) -> Handle:
     own = [each.name for each in added if not only_writes(each.layer)]
     if own:
         warnings.warn(
-            f"{join_names(own)}: the class has a forward of its own. Its statistics will move once per batch. But if "
+            f"{join_names(own)}: the class has a forward of its own. Its buffers will move once per batch. But if "
             "its output reads them in training (the output of torch's layers does not), every recomputation computes "
             "something different from the forward pass, and gradients are wrong. diagnose(model) tells you whether it "
             "does, and momentum_fix.checkpoint is exact there",

@@ -17,7 +17,7 @@ from momentum_fix._torch import is_compiled, version
 from momentum_fix.recomputation import this_thread
 from momentum_fix.state.compare import is_equal, is_odd, mark
 from momentum_fix.state.reachable import modules_of
-from momentum_fix.state.snapshot import LARGE, Copier, keep, pieces, put, reads_no_buffer, scratch
+from momentum_fix.state.snapshot import HOOKS, LARGE, Copier, keep, pieces, put, reads_no_buffer, scratch
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # what a function names of them is what it calls
 
@@ -129,8 +129,11 @@ class Region(_torch.Listener):
             self.hears |= whole
             self.enter(module, whole)
             for name, child in module._modules.items():  # the function may move one that it names before it calls it
-                if name in names and child is not None and type(child) not in _CONTAINERS:
-                    self.enter(child)
+                if name in names and child is not None:
+                    is_list = type(child) in _CONTAINERS  # of which the function may call other methods than `__call__`
+                    for each in child.children() if is_list else [child]:
+                        if not is_list or any(_is_own_method(each, method) for method in names):
+                            self.enter(each)
         outer, hears = _running.regions, not is_compiled(function)  # such code calls no hook
         _running.regions = (*outer, self)
         _torch.hear_entering(_entered, hears)
@@ -147,12 +150,13 @@ class Region(_torch.Listener):
         """Copy the state of a module, and of all below it: a parent may move a child's before it calls it."""
         if not whole and id(module) in self.states:
             return
-        below, moves = [module], module.training
+        below, moves, seen = [module], module.training, set[int]()
         with _torch.hidden_from_modes():
             while below:
                 each = below.pop()
-                if id(each) in self.entered or _is_uninitialized(each):
+                if id(each) in self.entered or id(each) in seen or _is_uninitialized(each):
                     continue
+                seen.add(id(each))
                 if isinstance(each, torch.jit.ScriptModule):
                     _refuse_state(each)
                     continue
@@ -165,7 +169,8 @@ class Region(_torch.Listener):
                     self._keep_parameters(each)
                     if not reads_no_buffer(each):
                         self.marks.append((each, mark(_guards(each), by_value=False)))
-                below += self.copier.modules
+                hooks = [hook for name in HOOKS for hook in vars(each)[name].values()]
+                below += self.copier.modules + [module for module, _ in modules_of(hooks)]
                 self.copier.modules = []
 
     def _keep_parameters(self, module: nn.Module) -> None:
@@ -207,6 +212,9 @@ class Region(_torch.Listener):
         for (module, everything, _), copied in zip(self.states.values(), copies, strict=True):
             put(module, everything)
             vars(module).update(copied)
+            for name in HOOKS:  # those that came since are no part of this, and those that it adds are not kept
+                if name not in copied and everything[name]:
+                    vars(module)[name] = type(everything[name])()
         for kept, parameter in zip(self.parameters, parameters, strict=True):
             _put_parameter(kept.module, kept.name, parameter)
 
@@ -294,6 +302,11 @@ def _drop(registered: dict[str, Any], before: dict[str, Any]) -> None:
 def _is_plain(parameter: Any) -> bool:
     """Tell whether this is a parameter of torch's own class: others, as FSDP's, come and go by themselves."""
     return type(parameter) is nn.Parameter and not parameter.is_meta
+
+
+def _is_own_method(module: nn.Module, name: str) -> bool:
+    """Tell whether this is a method of the module's class, and not one that all modules have."""
+    return name == "forward" or (callable(getattr(type(module), name, None)) and not hasattr(nn.Module, name))
 
 
 def _is_uninitialized(module: Any) -> bool:

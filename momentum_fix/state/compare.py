@@ -6,7 +6,9 @@ import functools
 import hashlib
 from array import array
 from collections import deque
+from dataclasses import fields, is_dataclass
 from enum import Enum
+from numbers import Number
 from random import Random, SystemRandom
 from typing import Any
 
@@ -21,6 +23,7 @@ FIXED: frozenset[type] = frozenset(
     (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 )
 _HASHED = 1 << 16  # bytes; larger tensors have a fingerprint, which is read where they are
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a value
 _STATES: dict[type, Any] = {
     torch.Generator: torch.Generator.get_state,
@@ -58,7 +61,11 @@ def mark(value: Any, *, by_value: bool = True, within: tuple[int, ...] = ()) -> 
         what = bytes(value)
     elif isinstance(value, (float, complex)):
         what = repr(value)  # a NaN is equal to a NaN, and a negative zero is not zero
-    elif isinstance(value, (Enum, *FIXED)):
+    elif isinstance(value, functools.partial):
+        what = down((value.func, value.args, value.keywords))
+    elif is_dataclass(value) and not isinstance(value, type) and getattr(type(value), "__dataclass_params__").frozen:  # noqa: B009
+        what = down([getattr(value, each.name) for each in fields(value)])
+    elif isinstance(value, (Enum, Number, *FIXED)):
         what = value
     elif isinstance(value, tuple(_STATES)) and not isinstance(value, SystemRandom):
         what = down(next(read(value) for kind, read in _STATES.items() if isinstance(value, kind)))
@@ -88,6 +95,9 @@ def _of_tensor(tensor: torch.Tensor) -> Any:
             copied = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
         # NumPy is given a copy, as nobody may resize memory that it has been given, which FSDP does.
         return *seen, _digest(copied.reshape(-1).view(torch.uint8).cpu().numpy())
+    if tensor.layout in _SPARSE:
+        sparse = tensor.detach().to_sparse_coo().coalesce()  # type: ignore[no-untyped-call]
+        return *seen, tensor.layout, _of_tensor(sparse.indices()), _of_tensor(sparse.values())
     values = fingerprint(tensor.detach())
     return *seen, None if values is None else tuple(values.tolist())
 

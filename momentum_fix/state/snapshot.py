@@ -1,4 +1,4 @@
-"""The state of a module itself, which is all that is on it but submodules and hooks: list it, copy it, put it back."""
+"""The state of a module itself, which is all that is on it but submodules: list it, copy it, put it back."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from momentum_fix.state.compare import FIXED, is_equal, is_odd
 
 LARGE = 1 << 16  # bytes; larger tensors and arrays are compared with an earlier copy before they are copied again
 _SKELETON = frozenset(vars(nn.Module()))  # buffers, parameters, submodules, hooks, and whether it is in training
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FRAMEWORKS = frozenset(["_current_fx_name"])  # what a trainer (Lightning) sets on a module to know what is running
 _WHOLE = (torch.Generator, np.random.Generator, np.random.RandomState, Random, bytearray, array)
 _OPTIONS = FIXED | {tuple, list} | set(map(type, vars(nn.Module()).values()))  # of what torch sets on its modules
@@ -27,16 +28,20 @@ _STATISTICS = frozenset(("running_mean", "running_var", "num_batches_tracked"))
 
 
 def pieces(module: nn.Module) -> dict[str, Any]:
-    """List the state of a module by name: buffers, parameters, plain attributes, and whether it is in training mode."""
+    """List the state of a module by name: buffers, parameters, attributes, hooks, whether it is in training mode."""
     own = vars(module)
     plain = {name: value for name, value in own.items() if name not in _SKELETON and name not in _FRAMEWORKS}
-    return {"training": module.training, **plain, **own["_buffers"], **own["_parameters"]}
+    hooks = {name: own[name] for name in HOOKS if own[name]}
+    return {"training": module.training, **plain, **hooks, **own["_buffers"], **own["_parameters"]}
 
 
 def keep(module: nn.Module, copier: Copier) -> tuple[dict[str, Any], dict[str, Any]]:
     """Give all that is on a module, with copies of what can be written to; and these copies alone, by name."""
     own = vars(module)
     copied = {"_buffers": copier.copy(own["_buffers"])} if own["_buffers"] else {"_buffers": {}}
+    for name in HOOKS:
+        if own[name] and "_initialize_hook" not in own:  # a lazy module removes that hook in its first call
+            copied[name] = own[name].copy()
     for name, value in own.items():
         if name not in _SKELETON and type(value) not in FIXED:
             copied[name] = copier.copy(value)
@@ -228,7 +233,8 @@ def _shared_copy(value: Any) -> Any:
     if alike and is_tensor:
         alike = copied.device == value.device and is_equal(copied, value)
     elif alike:
-        alike = np.array_equal(copied, value, equal_nan=value.dtype.kind in "fc")
+        one, other = (np.ascontiguousarray(each).reshape(-1).view(np.uint8) for each in (copied, value))
+        alike = np.array_equal(one, other)
     if not alike:
         copied = shared[value] = value.clone() if is_tensor else value.copy()
     return copied
