@@ -1,10 +1,15 @@
 """diagnose observes whether recomputations repeat their forward pass, names what they move, and changes nothing."""
 
 import copy
+import functools
 import random
 import warnings
 from collections import deque
+from contextlib import nullcontext
+from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
+from itertools import count, repeat
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +25,7 @@ from momentum_fix import correct, diagnose, update_once
 from momentum_fix.diagnosis.report import Diagnosis, Finding
 from recipes import ENGINES, Net, data
 from states import CountsInAnArray, OwnNoise, ReadsItsChild, Steps
-from twins import EXACT, by_context, non_reentrant, on_two_ranks, plainly, reentrant, train
+from twins import EXACT, by_context, drop_in, drop_in_reentrant, non_reentrant, on_two_ranks, plainly, reentrant, train
 
 # Kinds of state. Each is a layer of three channels that changes itself.
 
@@ -1097,3 +1102,212 @@ def test_what_a_function_of_a_users_hides_from_a_reentrant_checkpoint_is_not_cal
             ckpt(model, torch.rand(6, 6).requires_grad_()).sum().backward()
         assert report.gradients_right is right
         assert ("Run a step with use_reentrant=False" in report.verdict) is (right is None)
+
+
+# State of other kinds, and modules in other places.
+
+
+@dataclass(frozen=True)
+class Seen:
+    steps: float
+
+
+REPLACED = {  # by what is equal, or by something else; none can be written to
+    "a sparse tensor": lambda step: torch.eye(3).to_sparse() * step,
+    "a sparse tensor in rows": lambda step: (torch.eye(3) * step).to_sparse_csr(),
+    "a decimal number": lambda step: Decimal(step),
+    "a fraction": lambda step: Fraction(step, 7),
+    "a frozen dataclass": lambda step: Seen(step),
+    "a partial function": lambda step: functools.partial(torch.mul, step),
+}
+
+
+class Replaces(nn.Module):
+    def __init__(self, make, grows):
+        super().__init__()
+        self.make, self.steps, self.value = make, count(1) if grows else repeat(1), make(0)
+
+    def forward(self, x):
+        self.value = self.make(next(self.steps))
+        return x.tanh()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("grows", [True, False])
+@pytest.mark.parametrize("make", REPLACED.values(), ids=REPLACED)
+def test_a_value_that_is_replaced_has_moved_if_it_is_another_one(make, grows):
+    model = Replaces(make, grows)
+    with diagnose(model) as report:
+        non_reentrant(model, torch.rand(3, 3, requires_grad=True)).sum().backward()
+    assert report.gradients_right is True
+    assert ("value" in report) is grows
+
+
+class Domains(nn.Module):
+    """Has a norm in a dictionary, and one in an object."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms, self.other = {"a": nn.BatchNorm1d(3)}, SimpleNamespace(norm=nn.BatchNorm1d(3))
+
+    def forward(self, x):
+        return self.other.norm(self.norms["a"](x)).tanh()
+
+
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+def test_norms_in_dictionaries_and_objects_are_found(ckpt):
+    model = Domains()
+    with pytest.warns(UserWarning, match=r"norms\['a'\]: in a plain list or dict"):
+        update_once(nn.Sequential(model, nn.BatchNorm1d(3)))
+    for engine, moved in ((ckpt, 2), (drop_in if ckpt is non_reentrant else drop_in_reentrant, 0)):
+        model = Domains()
+        with diagnose(model) as report:
+            engine(model, torch.rand(4, 3, requires_grad=True)).sum().backward()
+        assert report.gradients_right is True
+        assert len({each.module for each in report.values()}) == moved
+        assert {(each.times, each.remedy) for each in report.values()} == ({(2, "preserve_state")} if moved else set())
+
+
+def test_a_module_that_the_function_finds_in_a_global_is_compared_by_value():
+    class Ema(nn.Module):
+        def __init__(self, moves):
+            super().__init__()
+            self.moves, self.last = moves, None
+            self.register_buffer("mean", torch.ones(3))
+
+        def forward(self, x):
+            self.last = x.detach().clone()  # the same again in the recomputation
+            if self.moves:
+                self.mean.data.mul_(2)
+            return x.tanh()
+
+    for moves in (True, False):
+        GLOBAL[:] = [Ema(moves)]
+        with diagnose(GLOBAL[0]) as report:
+            non_reentrant(lambda x: GLOBAL[0](x), torch.rand(2, 3, requires_grad=True)).sum().backward()
+        assert [*report] == ["mean"] * moves
+
+
+GLOBAL = []
+
+
+# The reentrant engine.
+
+
+def keeps_a_loss(module, x):
+    module.loss = x.square().mean()
+    return x.tanh()
+
+
+def returns_a_loss_inside(module, x):
+    return x.tanh(), {"loss": x.square().mean()}
+
+
+def keeps_a_weight(module, x):
+    if not hasattr(module, "root"):
+        module.root = module.weight.exp()
+    return (x * module.root).tanh()
+
+
+def keeps_what_it_uses(module, x):
+    module.attention = x.softmax(-1)
+    return module.attention.tanh()
+
+
+def keeps_a_number(module, x):
+    module.loss = x.detach().square().mean()
+    return x.tanh()
+
+
+class Keeps(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.run, self.weight = forward, nn.Parameter(torch.rand(3))
+
+    def forward(self, x):
+        return self.run(self, x * self.weight)
+
+
+@pytest.mark.parametrize(
+    ("forward", "right"),
+    [
+        (keeps_a_loss, None),
+        (returns_a_loss_inside, None),
+        (keeps_a_weight, None),
+        (keeps_what_it_uses, True),
+        (keeps_a_number, True),
+    ],
+)
+def test_what_the_reentrant_engine_gives_no_graph_to_is_not_called_right(forward, right):
+    model = Keeps(forward)
+    with diagnose(model) as report:
+        output = reentrant(model, torch.rand(2, 3, requires_grad=True))
+        (output if isinstance(output, torch.Tensor) else output[0]).sum().backward()
+    assert report.gradients_right is right
+
+
+def test_a_reentrant_checkpoint_without_gradients_loses_none():
+    model = nn.Linear(3, 3)
+    for grad in (True, False):
+        with diagnose(model) as report:
+            with torch.set_grad_enabled(grad), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch says it of both
+                reentrant(model, torch.rand(2, 3))
+            reentrant(model, torch.rand(2, 3, requires_grad=True)).sum().backward()
+        assert report.gradients_right is not grad
+        assert ("passed none on to parameters" in report.verdict) is grad
+
+
+def rounded(tensor):
+    return (tensor * 4).round() / 4
+
+
+def test_hooks_of_others_on_saved_tensors_stay_on():
+    gradients = []
+    for watched, pack in ((True, rounded), (False, rounded), (False, lambda tensor: tensor)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooks, diagnose(model) if watched else nullcontext():
+            reentrant(model, torch.rand(4, 3, requires_grad=True)).sum().backward()
+        gradients.append(model[0].weight.grad)
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[1], gradients[2])
+
+
+def test_a_checkpoint_inside_a_reentrant_one_recomputes_as_often_as_it_does_unwatched():
+    for watched in (True, False):
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh())
+        with diagnose(model) if watched else nullcontext():
+            reentrant(
+                lambda x, model=model: non_reentrant(model, x) * 2, torch.rand(4, 3, requires_grad=True)
+            ).sum().backward()
+        assert model[1].num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+def test_sparse_tensors_in_a_step_do_no_harm(ckpt):
+    model, matrix = nn.Linear(3, 3), torch.eye(4).to_sparse()
+    with diagnose(model) as report:
+        ckpt(lambda x: torch.sparse.mm(matrix, model(x)).sin(), torch.rand(4, 3, requires_grad=True)).sum().backward()
+    assert report.gradients_right in (True, None)
+
+
+@pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
+def test_a_full_backward_hook_makes_nothing_wrong(ckpt):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh())
+    model[2].register_full_backward_hook(lambda *_: None)
+    with diagnose(model) as report:
+        ckpt(model, torch.rand(4, 3, requires_grad=True)).sum().backward()
+    assert report.ok
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_the_memory_that_a_recurrent_layer_works_in_makes_nothing_wrong(kind):
+    for size in range(8):  # parts of it are never written, so they are what was there before
+        scraps = [torch.randn(size * 100 + 7) for _ in range(20)]
+        del scraps
+        model = kind(8, 8)
+        with diagnose(model) as report:
+            non_reentrant(model, torch.rand(3, 4, 8, requires_grad=True))[0].sum().backward()
+        assert report.ok

@@ -1582,3 +1582,114 @@ def test_modules_that_only_names_and_attributes_lead_to_are_preserved(kind, ckpt
     true, mine, wrong = found
     assert torch.equal(mine[0], true[0])
     assert mine[1] == true[1] != wrong[1]
+
+
+# Hooks, and modules that no call leads to.
+
+
+class SetsAHook(nn.Module):
+    """Puts a hook on its layer in the first forward pass, as a flag says."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.done = nn.Linear(3, 3), False
+
+    def forward(self, x):
+        if not self.done:
+            self.layer.register_forward_hook(lambda module, args, output: output * 1.5)
+            self.done = True
+        return self.layer(x).sin()
+
+
+class Keeper(nn.Module):
+    steps = 1
+
+    def scale(self, module, args, output):
+        self.steps += 1
+        return (output * self.steps).sin()
+
+
+def hooked_by_another():
+    layer, keeper = nn.Linear(3, 3), Keeper()
+    layer.register_forward_hook(keeper.scale)
+    return layer
+
+
+class CallsMethods(nn.Module):
+    """Runs methods of its blocks other than `__call__`."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.blocks, self.method = nn.ModuleList([Scales(), Scales()]), method
+
+    def forward(self, x, ckpt):
+        def by_forward(x):
+            for block in self.blocks:
+                x = block.forward(x)
+            return x
+
+        def by_name(x):
+            for block in self.blocks:
+                x = block.scaled(x)
+            return x
+
+        return ckpt(by_forward if self.method == "forward" else by_name, x)
+
+
+class Scales(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.steps = nn.Linear(3, 3), 1
+
+    def scaled(self, x):
+        self.steps += 1
+        return (self.layer(x) * self.steps).sin()
+
+    forward = scaled
+
+
+def run_by(make, ckpt):
+    torch.manual_seed(0)
+    model, x = make(), torch.rand(4, 3, requires_grad=True)
+    for _ in range(2):
+        (model(x, ckpt) if isinstance(model, CallsMethods) else ckpt(model, x)).sum().backward()
+    return [each.grad for each in model.parameters()], [len(each._forward_hooks) for each in model.modules()]
+
+
+OUT_OF_REACH = {
+    "a hook that the forward puts on": SetsAHook,
+    "a hook that is a method of another module": hooked_by_another,
+    "blocks whose forward is called": lambda: CallsMethods("forward"),
+    "blocks of which another method is called": lambda: CallsMethods("scaled"),
+}
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("make", OUT_OF_REACH.values(), ids=OUT_OF_REACH)
+def test_hooks_and_what_they_and_other_methods_move_are_preserved(make, ckpt):
+    mine, true = run_by(make, ckpt), run_by(make, plainly)
+    assert all(map(torch.equal, mine[0], true[0]))
+    assert mine[1] == true[1]
+    wrong = [not all(map(torch.equal, run_by(make, engine)[0], true[0])) for engine in (non_reentrant, reentrant)]
+    assert wrong == [make is not SetsAHook] * 2
+
+
+def test_of_a_large_array_the_sign_of_zero_is_preserved():
+    class Signs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.values = np.zeros(20_000)
+
+        def forward(self, x):
+            y = (x * float(np.copysign(1.0, self.values[0]))).exp()
+            self.values[0] = -self.values[0]
+            return y
+
+    for ckpt, right in ((by_context, True), (non_reentrant, False)):
+        gradients = []
+        for engine in (ckpt, plainly):
+            model, x = Signs(), torch.ones(3, requires_grad=True)
+            for _ in range(2):
+                engine(model, x).sum().backward()
+            gradients.append(x.grad)
+        assert torch.equal(*gradients) is right

@@ -425,6 +425,10 @@ def at_one_address():
     return [torch.from_numpy(array), torch.from_numpy(array[:3])]
 
 
+def expanded(tensor):
+    return [tensor, tensor.expand(LARGE, 4)]
+
+
 MEMORY = {
     "rows and columns": lambda: rows_of(torch.arange(6.0).reshape(2, 3)),
     "a transposed copy and a row": lambda: with_row(torch.arange(6.0).reshape(2, 3).t().clone()),
@@ -436,6 +440,7 @@ MEMORY = {
     "a negative view": lambda: conjugate(lambda view: view.imag),
     "bytes of an odd number": lambda: halves(torch.arange(5).to(torch.uint8)),
     "one twice": lambda: [torch.ones(3)] * 2,
+    "small memory, expanded to a large view": lambda: expanded(torch.arange(4.0)),
     "empty": lambda: [torch.ones(3), torch.zeros(0), torch.zeros(0)],
     "a part of something much larger": lambda: [torch.zeros(LARGE)[3:5]],
     "a part of something much larger, and that": lambda: offset(torch.zeros(LARGE)),

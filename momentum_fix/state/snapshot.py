@@ -185,7 +185,7 @@ class Copier:
         if place not in self._storages:
             is_plain = not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
             is_whole = size == tensor.nbytes and is_plain and _is_dense(tensor)
-            if self.share and tensor.nbytes > LARGE and is_plain:
+            if self.share and min(size, tensor.nbytes) > LARGE and is_plain:
                 copied: torch.Tensor = _shared_copy(tensor)
             elif is_whole or size > max(tensor.nbytes, LARGE):
                 copied = tensor.clone()
