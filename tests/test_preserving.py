@@ -55,7 +55,18 @@ from states import (
     run,
     same_gradients,
 )
-from twins import EXACT, batches, by_context, drop_in, drop_in_reentrant, non_reentrant, plainly, reentrant, train
+from twins import (
+    EXACT,
+    batches,
+    by_context,
+    counters,
+    drop_in,
+    drop_in_reentrant,
+    non_reentrant,
+    plainly,
+    reentrant,
+    train,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
@@ -1693,3 +1704,29 @@ def test_of_a_large_array_the_sign_of_zero_is_preserved():
                 engine(model, x).sum().backward()
             gradients.append(x.grad)
         assert torch.equal(*gradients) is right
+
+
+@pytest.mark.parametrize("block", [lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Tanh()), lambda: SetsAHook()])
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_what_has_been_preserved_is_so_no_longer(block, ckpt):
+    model = nn.Sequential(block(), nn.BatchNorm1d(3), nn.Tanh())
+    for engine in (ckpt, non_reentrant):  # the second one relies on update_once
+        ckpt(model, torch.rand(4, 3, requires_grad=True)).sum().backward()
+        with update_once(model):
+            engine(model, torch.rand(4, 3, requires_grad=True)).sum().backward()
+    assert set(counters(model).values()) == {4}
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("put_on", ["register_forward_pre_hook", "register_forward_hook"])
+def test_a_hook_on_a_layer_of_torchs_may_read_its_statistics(put_on, ckpt):
+    def gradient(ckpt):
+        torch.manual_seed(0)
+        layer, x = nn.BatchNorm1d(3), torch.rand(4, 3, requires_grad=True)
+        getattr(layer, put_on)(lambda module, given, *output: (output or given)[0] * (1 + module.running_var.clone()))
+        ckpt(nn.Sequential(layer, nn.Tanh()), x).square().sum().backward()
+        return layer.weight.grad
+
+    true = gradient(plainly)
+    assert torch.equal(gradient(ckpt), true)
+    assert not torch.equal(gradient(non_reentrant), true)
