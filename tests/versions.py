@@ -1,7 +1,8 @@
 """Which versions of torch and Python the tests pass with: docs/versions.md, made of tests/versions.json.
 
-`make compat TORCH=2.9.1` runs the core's tests in an environment of its own and notes what came of it; `make zoo` does
-the same with the recipes for libraries that want the newest torch; `python tests/versions.py` writes the page anew.
+`make compat TORCH=2.9.1` runs the core's tests in an environment of its own and notes what came of it, and of which
+commit; `make zoo` does the same with the recipes for libraries that want the newest torch; `python tests/versions.py`
+writes the page anew. A version counts as passing if it passes the newest tests of all that were noted.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ast
 import functools
 import json
 import re
+import subprocess
 import sys
 import tomllib
 from collections import Counter
@@ -106,8 +108,10 @@ def run(suite: str) -> Run:
     outcomes = Outcomes()
     pytest.main(["--quiet", *SUITES[suite]()], plugins=[outcomes])
     counts = Counter(outcomes.of.values())
+    log = ["git", "log", "-1", "--format=%cI %h"]
     return {
         "suite": suite,
+        "tests": subprocess.run(log, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip(),
         "torch": torch.__version__.partition("+")[0],
         "python": "{}.{}".format(*sys.version_info),
         **{outcome: counts[outcome] for outcome in ("passed", "failed", "skipped")},
@@ -136,9 +140,15 @@ def noted(runs: list[Run], new: Run) -> list[Run]:
     return sorted([*(run for run in runs if key(run) != key(new)), new], key=key)
 
 
+def newest(runs: list[Run]) -> list[Run]:
+    """Give the runs of the core's newest tests."""
+    core = [run for run in runs if run["suite"] == "core"]
+    return [run for run in core if run["tests"] == max(each["tests"] for each in core)]
+
+
 def tested(runs: list[Run], what: str) -> list[str]:
-    """Give the versions of torch or Python with which all of the core's tests pass, the oldest first."""
-    return sorted({run[what] for run in runs if run["suite"] == "core" and not unexplained(run)}, key=number)
+    """Give the versions of torch or Python with which all of the core's newest tests pass, the oldest first."""
+    return sorted({run[what] for run in newest(runs) if not unexplained(run)}, key=number)
 
 
 def unexplained(run: Run) -> list[str]:
@@ -152,9 +162,12 @@ def listed(words: Sequence[str]) -> str:
 
 def table(runs: list[Run]) -> list[str]:
     return [
-        "| torch | Python | passed | failed | skipped |",
-        "| --- | --- | --- | --- | --- |",
-        *(f"| {r['torch']} | {r['python']} | {r['passed']} | {r['failed']} | {r['skipped']} |" for r in runs),
+        "| torch | Python | passed | failed | skipped | tests of |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *(
+            f"| {r['torch']} | {r['python']} | {r['passed']} | {r['failed']} | {r['skipped']} | {r['tests'][:10]} |"
+            for r in runs
+        ),
     ]
 
 
@@ -180,13 +193,13 @@ def page(runs: list[Run]) -> str:
         f"""The core's tests are those that need no library but {listed(sorted(libraries("core")))}, and the examples in
         the docstrings. `make compat TORCH=2.9.1` runs them with that torch in an environment of its own
         (`PYTHON=python3.12` for another Python) and records the result in [the data](../tests/versions.json) behind
-        this page. Tests that need a GPU, or a library that the core does without, are skipped. The number of tests
-        grows from one development version to the next, and not every row was measured with the last one.""",
+        this page. Tests that need a GPU, or a library that the core does without, are skipped. A version counts as
+        passing only if it passes the newest of the tests below.""",
         "\n".join(table(suites["core"])),
         failures(suites["core"]),
         "## The recipes for other libraries",
-        """`make test` runs the recipes of [configs](configs.md) and [trainers](calibrate.md) beside the pinned torch,
-        where torchvision, timm and segmentation-models-pytorch do not load and have stand-ins. `make zoo` runs them
+        """`make test` runs the recipes of [configs](configs.md), [calibrate](calibrate.md) and
+        [trainers](trainers.md) beside the pinned torch, where torchvision, timm and segmentation-models-pytorch do not load and have stand-ins. `make zoo` runs them
         with these libraries themselves. detectron2 is skipped: it is in no package index.""",
         "\n".join(table(suites["recipes"])),
         failures(suites["recipes"]),
