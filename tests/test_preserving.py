@@ -8,6 +8,7 @@ import inspect
 import threading
 import weakref
 from collections import OrderedDict
+from fractions import Fraction
 from itertools import product
 from types import SimpleNamespace
 
@@ -37,7 +38,7 @@ from torch.utils.checkpoint import (
 import momentum_fix
 import recipes
 from conformance import WRAPPERS
-from momentum_fix import diagnose, preserve_everywhere, preserve_state, update_once
+from momentum_fix import calibrate, diagnose, preserve_everywhere, preserve_state, update_once
 from recipes import StoppedError, pipeline, siamese, twice_in_a_region
 from states import (
     KINDS,
@@ -1730,3 +1731,17 @@ def test_a_hook_on_a_layer_of_torchs_may_read_its_statistics(put_on, ckpt):
     true = gradient(plainly)
     assert torch.equal(gradient(ckpt), true)
     assert not torch.equal(gradient(non_reentrant), true)
+
+
+@pytest.mark.filterwarnings("ignore:only the decay is right")
+@pytest.mark.parametrize(
+    ("ckpt", "passes"), [(by_context, 3), (drop_in, 3), (drop_in_reentrant, 3), (non_reentrant, 4)]
+)
+def test_in_compiled_code_calibrate_does_not_count_what_is_preserved(ckpt, passes):
+    torch.compiler.reset()
+    block = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh())
+    compiled = torch.compile(block, backend="aot_eager")
+    with calibrate(block) as report:
+        for engine in (non_reentrant, ckpt):
+            engine(compiled, torch.rand(4, 3, requires_grad=True)).sum().backward()
+    assert report.passes == {"1": Fraction(passes, 2)}

@@ -198,9 +198,9 @@ def page(runs: list[Run]) -> str:
         "\n".join(table(suites["core"])),
         failures(suites["core"]),
         "## The recipes for other libraries",
-        """`make test` runs the recipes of [configs](configs.md), [calibrate](calibrate.md) and
-        [trainers](trainers.md) beside the pinned torch, where torchvision, timm and segmentation-models-pytorch do not load and have stand-ins. `make zoo` runs them
-        with these libraries themselves. detectron2 is skipped: it is in no package index.""",
+        """`make test` runs the recipes of [configs](configs.md), [calibrate](calibrate.md) and [trainers](trainers.md)
+        beside the pinned torch, where torchvision, timm and segmentation-models-pytorch do not load and have stand-ins.
+        `make zoo` runs them with these libraries themselves. detectron2 is skipped: it is in no package index.""",
         "\n".join(table(suites["recipes"])),
         failures(suites["recipes"]),
     ]
