@@ -426,7 +426,7 @@ def at_one_address():
 
 
 def expanded(tensor):
-    return [tensor, tensor.expand(LARGE, 4)]
+    return [tensor, tensor.expand(LARGE // 8, 4)]
 
 
 MEMORY = {

@@ -22,6 +22,8 @@ from momentum_fix.state.fingerprint import fingerprint
 _NORMS = (functional.batch_norm, functional.instance_norm)
 _UNREAD = ("running_mean", "running_var", "momentum")  # what backward does not read of what these were given
 _DETACHING = (torch.Tensor.detach, torch.Tensor.detach_, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
+_SWITCHES = (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+_GIVE_NOTHING = (torch.Tensor.__setitem__, _SWITCHES[1])  # and change what they are given
 _ADDITIONS = ("AddBackward", "SubBackward", "RsubBackward")  # where it does not read numbers
 
 
@@ -89,13 +91,14 @@ class Tracing(TorchFunctionMode):
         if func in _NORMS:
             bound = inspect.signature(func).bind(*args, **kwargs).arguments
             given = [value for name, value in bound.items() if name not in _UNREAD]
-        outputs = [*tensors_in(args[0] if func is torch.Tensor.__setitem__ else output)]
+        outputs = [*tensors_in(args[0] if func in _GIVE_NOTHING else output)]
         if any(each.is_floating_point() or each.is_complex() for each in outputs):
             tensors = [*tensors_in(given), *outputs]
             places = [*map(_place, tensors)]
             all_matter = bool(kept.difference(places))  # autograd keeps something else, computed from all of them
             graph = [type(each.grad_fn).__name__ for each in outputs if each.requires_grad]
             reads_options = "alpha" in kwargs or any(not name.startswith(_ADDITIONS) for name in graph)
+            reads_options |= func in _SWITCHES
             matter = [all_matter or place in kept for place in places]
             name = getattr(func, "__name__", str(func))
             self._keep(name, tensors, matter, _options(given), reads_options, func in _DETACHING)
@@ -172,8 +175,8 @@ def _is_rewired(old: Origin, new: Origin, partner: dict[int, int], flows: list[b
 
     None where that is not known: what the forward pass has computed may have been computed without gradients there.
     """
-    if new.parameter is not None or old.parameter is not None:
-        return new.parameter != old.parameter
+    if new.parameter is not None or old.parameter is not None:  # one that is frozen by now gets none without this, too
+        return new.parameter not in (None, old.parameter)
     made_by = new.made_by and (partner.get(new.made_by[0], -1), new.made_by[1])
     if made_by == old.made_by:
         return False
