@@ -425,10 +425,6 @@ def at_one_address():
     return [torch.from_numpy(array), torch.from_numpy(array[:3])]
 
 
-def expanded(tensor):
-    return [tensor, tensor.expand(LARGE // 8, 4)]
-
-
 MEMORY = {
     "rows and columns": lambda: rows_of(torch.arange(6.0).reshape(2, 3)),
     "a transposed copy and a row": lambda: with_row(torch.arange(6.0).reshape(2, 3).t().clone()),
@@ -440,7 +436,6 @@ MEMORY = {
     "a negative view": lambda: conjugate(lambda view: view.imag),
     "bytes of an odd number": lambda: halves(torch.arange(5).to(torch.uint8)),
     "one twice": lambda: [torch.ones(3)] * 2,
-    "small memory, expanded to a large view": lambda: expanded(torch.arange(4.0)),
     "empty": lambda: [torch.ones(3), torch.zeros(0), torch.zeros(0)],
     "a part of something much larger": lambda: [torch.zeros(LARGE)[3:5]],
     "a part of something much larger, and that": lambda: offset(torch.zeros(LARGE)),
@@ -465,6 +460,14 @@ APART = {  # as docs/limits.md says
 @pytest.mark.parametrize("make", APART.values(), ids=APART)
 def test_what_need_not_share_memory_in_the_recomputation_has_its_value_all_the_same(make, as_buffers):
     assert_preserved(make, add_at_the_end, as_buffers=as_buffers)
+
+
+def test_a_large_view_of_small_memory_shares_it_in_the_recomputation():
+    def make():
+        small = torch.arange(4.0)
+        return [small.expand(LARGE // 8, 4), small]
+
+    assert_preserved(make, lambda tensors: tensors[1].add_(1))
 
 
 def test_views_of_any_kind_are_views_in_the_recomputation():
