@@ -58,6 +58,9 @@ class Listener:
     def compare(self, forward: Any, recomputed: Any) -> None:
         """Hear the descriptions of a saved tensor and of the recomputed one."""
 
+    def given(self, args: tuple[Any, ...]) -> None:
+        """Hear what the function is given, in the forward pass and in each recomputation. Of the reentrant engine."""
+
     def returned(self, output: Any) -> None:
         """Hear what the function gave, in the forward pass and in each recomputation. Of the reentrant engine."""
 
@@ -160,6 +163,8 @@ def _places() -> dict[tuple[Any, str], tuple[Any, Any]]:
 
         def run(*args: Any) -> Any:
             with _entered(next(forwards, ()) or (each.recomputation() for each in listeners)):
+                for each in listeners:
+                    each.given(args)
                 output = run_function(*args)
             for each in listeners:
                 each.returned(output)
@@ -335,7 +340,7 @@ def is_in_transform() -> bool:
 @contextmanager
 def noting_saved(note: Callable[[torch.Tensor], Any]) -> Iterator[None]:
     """Have `note` called with each tensor that autograd saves, besides the hooks that are on."""
-    pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(False) or (_itself, _itself)
+    pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(False) or (_versioned, _of_that_version)
 
     def noted(tensor: torch.Tensor) -> Any:
         note(tensor)
@@ -345,7 +350,18 @@ def noting_saved(note: Callable[[torch.Tensor], Any]) -> Iterator[None]:
         yield
 
 
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
+def _versioned(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    return tensor, version(tensor)
+
+
+def _of_that_version(saved: tuple[torch.Tensor, int]) -> torch.Tensor:
+    """Refuse what was written to since it was saved, as autograd does where no hooks are on."""
+    tensor, then = saved
+    if version(tensor) != then:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "
+            f"of shape {tuple(tensor.shape)} is at version {version(tensor)}, and was saved at version {then}"
+        )
     return tensor
 
 
@@ -374,7 +390,7 @@ def _entering_handle() -> Any:
 
 
 def _on_entering(module: nn.Module, args: Any) -> None:
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or is_in_transform()):
         for enter in tuple(_entering):
             enter(module, args)
 
@@ -392,7 +408,7 @@ class _Leaving:
         self.leave = leave
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or is_in_transform()):
             self.leave(module)
 
 
@@ -518,6 +534,11 @@ def runs_own_function(outputs: Iterable[torch.Tensor]) -> bool:
                 return True
             waiting += [each for each, _ in node.next_functions]
     return False
+
+
+def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Give the tensor that this one is a view of."""
+    return tensor._base
 
 
 def negated(tensor: torch.Tensor) -> torch.Tensor:

@@ -705,9 +705,6 @@ SCENES = {
     "a backward pass of its own, last": Scene(
         OwnLoss, False, preserved=False, step=linearly, use="a backward pass outside of the checkpoint"
     ),
-    "an input without gradients": Scene(
-        nn.Tanh, False, preserved=False, step=from_data, engines=("reentrant",), use="use_reentrant=False, or an input"
-    ),
     "an input without gradients, non-reentrant": Scene(nn.Tanh, True, step=from_data, engines=("non-reentrant",)),
     # What is saved is the same. Under the reentrant engine, the graph is that of the recomputation, wiring included.
     **{

@@ -228,6 +228,10 @@ def sparsely(net, ckpt):
     ckpt(lambda y: torch.sparse.mm(torch.eye(len(y)).to_sparse(), y), net.stem(data()[0])).square().mean().backward()
 
 
+def given_data(net, _):
+    net.body(REENTRANT["reentrant, plain"](net.stem, data()[0])).square().mean().backward()
+
+
 NOT_OBSERVED = [
     (lambda net, _: once(net, plainly), "no recomputation was seen"),
     (lambda net, ckpt: ckpt(net.body, net.stem(data()[0])), "no backward pass was seen"),
@@ -235,6 +239,7 @@ NOT_OBSERVED = [
     (lambda net, _: once(net, hand_written), "ran in the backward pass, but not in a checkpoint of torch's"),
     (compiled, "nobody sees what compiled code recomputes"),
     (failing, "the step raised"),
+    (given_data, "a reentrant checkpoint was given no tensor that requires gradients"),
     (sparsely, "could not be compared"),
 ]
 

@@ -1745,3 +1745,60 @@ def test_in_compiled_code_calibrate_does_not_count_what_is_preserved(ckpt, passe
         for engine in (non_reentrant, ckpt):
             engine(compiled, torch.rand(4, 3, requires_grad=True)).sum().backward()
     assert report.passes == {"1": Fraction(passes, 2)}
+
+
+def registers_itself_again(layer):
+    def hook(module, args, output):
+        module.handle.remove()
+        module.handle = module.register_forward_hook(hook)
+        return output * 2
+
+    layer.handle = layer.register_forward_hook(hook)
+
+
+def removes_itself(layer):
+    def hook(module, args, kwargs, output):
+        handle.remove()
+        return output * 2
+
+    handle = layer.register_forward_hook(hook, with_kwargs=True)
+
+
+class Own(nn.Module):
+    def forward(self, x):
+        return x.tanh()
+
+
+@pytest.mark.parametrize("layer", [nn.Tanh, Own])
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("put_on", [registers_itself_again, removes_itself])
+def test_a_hook_that_removes_itself_is_there_in_the_recomputation_and_gone_afterwards(put_on, ckpt, layer):
+    def trained(ckpt):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), layer(), nn.Linear(3, 3), nn.Tanh())
+        put_on(model[1])
+        for _ in range(2):
+            ckpt(model, torch.rand(4, 3, requires_grad=True)).sum().backward()
+        return model[0].weight.grad, len(model[1]._forward_hooks), len(model[1]._forward_hooks_with_kwargs)
+
+    (mine, *hooks), (true, *there) = trained(ckpt), trained(plainly)
+    assert torch.equal(mine, true)
+    assert hooks == there
+    assert put_on is registers_itself_again or not torch.equal(trained(non_reentrant)[0], true)
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_a_hook_that_comes_after_the_forward_pass_is_none_of_the_recomputation(ckpt):
+    def gradient(ckpt):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh())
+        loss = ckpt(model, torch.rand(4, 3, requires_grad=True)).sum()
+        handle = model[1].register_forward_hook(lambda module, args, output: output * 2)
+        loss.backward()
+        assert len(model[1]._forward_hooks) == 1
+        handle.remove()
+        assert not model[1]._forward_hooks
+        return model[0].weight.grad
+
+    assert torch.equal(gradient(ckpt), gradient(plainly))
+    assert not torch.equal(gradient(reentrant), gradient(plainly))

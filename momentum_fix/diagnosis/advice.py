@@ -43,7 +43,6 @@ _ELSEWHERE = (
 _BACKWARD = (
     "a backward pass outside of the checkpoint: each recomputation runs this one again, which adds gradients again"
 )
-_NO_INPUT = "use_reentrant=False, or an input that requires gradients: no tensor that the function was given does"
 _OFF = mark(False)
 
 
@@ -54,11 +53,6 @@ def differences_of(wrong: Iterable[tuple[Region, Judgement]], watch: Watch) -> t
         key = each.module, each.checkpoint, frozenset(each.moved), each.remedy
         largest[key] = max(each, largest.get(key, each), key=lambda difference: difference.size)
     return tuple(largest.values())
-
-
-def no_gradient(region: Region) -> Difference:
-    """Say what to do about a call of the reentrant checkpoint that will not be recomputed."""
-    return Difference(ITSELF, region.function, 1.0, (), _NO_INPUT)
 
 
 def _difference(region: Region, judgement: Judgement, watch: Watch) -> Difference:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointError
 from momentum_fix import _torch
 from momentum_fix._block import Block
 from momentum_fix._torch import is_compiled
-from momentum_fix.diagnosis.advice import RESTORE, differences_of, findings_of, fixes_of, no_gradient
+from momentum_fix.diagnosis.advice import RESTORE, differences_of, findings_of, fixes_of
 from momentum_fix.diagnosis.report import Diagnosis
 from momentum_fix.diagnosis.watch import ITSELF, Judgement, Region, Watch, judge
 from momentum_fix.norms.layers import at_gradients, join_names
@@ -110,16 +110,16 @@ def _fill(report: Diagnosis, model: nn.Module, watch: Watch, raised: BaseExcepti
     wrong = [(region, each) for region, each in judged if each.starts_in]
     report.in_training = any(watch.ran) if watch.ran else model.training
     unknown = f"the step raised {type(raised).__name__}." if raised else _unknown(watch, judged)
-    if wrong or watch.lost or not unknown:
-        report.gradients_right = not (wrong or watch.lost)
+    if wrong or not unknown:
+        report.gradients_right = not wrong
     report.rounding = max((each.size for _, each in judged if not each.starts_in), default=0.0)
-    report.differences = differences_of(wrong, watch) + tuple(map(no_gradient, watch.lost))
+    report.differences = differences_of(wrong, watch)
     report.update((each.name, each) for each in findings_of(model, watch, {id(region) for region, _ in wrong}))
     report.fixes = tuple(fixes_of(report, watch))
-    report.verdict = _verdict(report, unknown, len(wrong), _count(len(judged), "recomputation"), len(watch.lost))
+    report.verdict = _verdict(report, unknown, len(wrong), _count(len(judged), "recomputation"))
 
 
-def _verdict(report: Diagnosis, unknown: str, wrong: int, recomputations: str, lost: int) -> str:
+def _verdict(report: Diagnosis, unknown: str, wrong: int, recomputations: str) -> str:
     """Say in a sentence what was observed."""
     bad = [each for each in report.values() if each.remedy]
     moved = "a momentum is corrected for passes that this step did not make"
@@ -128,8 +128,6 @@ def _verdict(report: Diagnosis, unknown: str, wrong: int, recomputations: str, l
     exactly = f"up to rounding ({report.rounding:.1g})" if report.rounding else "to the bit"
     if wrong:
         return f"Gradients are wrong: {wrong} of {recomputations} gave autograd something else than the forward pass."
-    if lost:
-        return f"Gradients are wrong: {_count(lost, 'call')} of the reentrant checkpoint passed none on to parameters."
     if not report.in_training:
         return "Not observed: the model ran in evaluation mode. Call model.train(), and run a training step."
     if unknown:
@@ -153,6 +151,10 @@ def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
     if compiled or watch.compiles:
         what = f"nobody sees what compiled code recomputes ({join_names(compiled or ['a checkpoint inside'])})"
         return f"{what}: run a step without torch.compile."
+    if watch.lost:
+        what = f"a reentrant checkpoint was given no tensor that requires gradients ({watch.lost[0].function})"
+        instead = "If it is trained in this step, pass use_reentrant=False, or an input that requires them."
+        return f"{what}, so what is in it gets none. {instead}"
     if not_compared:
         instead = " Run a step with use_reentrant=False." if not_compared[0].reentrant else ""
         return f"what the checkpoint of {not_compared[0].function} handed to autograd could not be compared.{instead}"

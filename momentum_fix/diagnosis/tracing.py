@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from difflib import SequenceMatcher
 from typing import Any, NamedTuple
@@ -24,6 +24,10 @@ _UNREAD = ("running_mean", "running_var", "momentum")  # what backward does not 
 _DETACHING = (torch.Tensor.detach, torch.Tensor.detach_, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
 _SWITCHES = (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 _GIVE_NOTHING = (torch.Tensor.__setitem__, _SWITCHES[1])  # and change what they are given
+_UNCHANGED = frozenset(  # operations that give their input itself if that is as it has to be, or else a copy
+    ("contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "flatten")
+)
+_GIVEN = -1  # instead of the number of an operation: what the function was given
 _ADDITIONS = ("AddBackward", "SubBackward", "RsubBackward")  # where it does not read numbers
 
 
@@ -39,7 +43,7 @@ class Value(NamedTuple):
 class Origin(NamedTuple):
     """Where a tensor comes from."""
 
-    made_by: tuple[int, int] | None  # the number of the operation, and which of its results; None if it is from outside
+    made_by: tuple[int, int] | None  # the operation, and which of its results; _GIVEN, and which; None: from outside
     parameter: int | None  # its id, if it is a parameter that gets a gradient
     requires_grad: bool
 
@@ -50,6 +54,7 @@ class Operation(NamedTuple):
     name: tuple[str, str]  # the module that it ran in, and its own
     values: list[Value]  # what it was given and what it gave
     origins: list[Origin]  # of each of the values
+    results: int = 0  # how many of the values, the last ones, it gave
     options: Any = None  # what else it was given
     options_matter: bool = False
     detaches: bool = False  # whether no gradient flows through it
@@ -67,7 +72,7 @@ class Tracing(TorchFunctionMode):
         self.where = where
         self.operations: list[Operation] = []
         self.hides = False  # whether there is something whose gradients nobody sees
-        self.kept = set[Any]()  # the origins of what modules keep with a graph
+        self.escaped = set[Any]()  # the origins of what somebody keeps that the function does not return
         self.made_by: Any = WeakIdKeyDictionary()  # tensors, each with the operation that gave it
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -84,6 +89,8 @@ class Tracing(TorchFunctionMode):
         if _torch.is_in_transform():
             self.hides = True
             return func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        name = getattr(func, "__self__", func).__name__ if name == "__get__" else name  # the property's
         kept = set[Any]()
         with _torch.noting_saved(lambda tensor: kept.add(_place(tensor))) if torch.is_grad_enabled() else nullcontext():
             output = func(*args, **kwargs)
@@ -100,45 +107,62 @@ class Tracing(TorchFunctionMode):
             reads_options = "alpha" in kwargs or any(not name.startswith(_ADDITIONS) for name in graph)
             reads_options |= func in _SWITCHES
             matter = [all_matter or place in kept for place in places]
-            name = getattr(func, "__name__", str(func))
-            self._keep(name, tensors, matter, _options(given), reads_options, func in _DETACHING)
+            if reads_options:  # a tensor of whole numbers may be one, too
+                matter = [
+                    m or not (t.is_floating_point() or t.is_complex()) for m, t in zip(matter, tensors, strict=True)
+                ]
+            options = _options(given), reads_options, func in _DETACHING
+            self._keep(name, tensors, matter, len(outputs), *options)
             number = len(self.operations) - 1
-            self.made_by.update((each, (number, place)) for place, each in enumerate(outputs))
+            if name not in _UNCHANGED:
+                self.made_by.update((each, (number, place)) for place, each in enumerate(outputs))
+            elif args[0] in self.made_by:
+                self.made_by.update((each, self.made_by[args[0]]) for each in outputs)
         return output
 
-    def returned(self, output: Any, *, is_all: bool) -> None:
-        """Keep what the function returns; `is_all` if nothing else is seen of it."""
+    def given(self, args: tuple[Any, ...], first: list[int] | None) -> list[int]:
+        """Note what the function is given, what it is given twice as one; `first` says what is, in a recomputation."""
+        tensors = [*tensors_in(args)]
+        ids = [*map(id, tensors)]
+        first = [*map(ids.index, ids)] if first is None else first
+        self.made_by.update((each, (_GIVEN, place)) for each, place in zip(tensors, first, strict=False))
+        return first
+
+    def returned(self, output: Any, without: set[int], *, is_all: bool) -> None:
+        """Keep what the function returns, and what others keep, but for those `without`.
+
+        Args:
+            without: ids of tensors that are kept for the function itself.
+            is_all: whether nothing else is seen of the function.
+        """
         tensors = [*tensors_in(output)]
         self._keep("return", tensors, [is_all and each.requires_grad for each in tensors])
-        # The reentrant engine gives back a graph for these alone.
-        passed_on = {id(each) for each in (output if isinstance(output, tuple) else [output])}
-        self.hides |= any(each.requires_grad and id(each) not in passed_on for each in tensors)
-        used = {origin.made_by for each in self.operations for origin in each.origins}
-        self.hides |= not self.kept <= used  # that is probably for the loss
+        # The reentrant engine gives back a graph for these alone. (Without gradients, no graph keeps a tensor alive.)
+        direct = [
+            each for each in (output if isinstance(output, tuple) else [output]) if isinstance(each, torch.Tensor)
+        ]
+        passed_on = without | {id(each) for tensor in direct for each in (tensor, _torch.base_of(tensor))}
+        alive = [(each, place) for each, place in self.made_by.items() if not isinstance(each, nn.Parameter)]
+        self.escaped = {place for each, place in alive if place[0] != _GIVEN and id(each) not in passed_on}
 
-    def left(self, state: Iterable[Any]) -> None:
-        """Look at the state of a module that is left: what it keeps with a graph has none in the forward pass."""
-        made = (
-            self.made_by[each] for each in tensors_in([*state]) if each.grad_fn is not None and each in self.made_by
-        )
-        self.kept.update(made)
-
-    def _keep(self, name: str, tensors: list[torch.Tensor], matter: list[bool], *options: Any) -> None:
+    def _keep(self, name: str, tensors: list[torch.Tensor], matter: list[bool], *others: Any) -> None:
         where, values, origins = self.where(), [], []
         for tensor, matters in zip(tensors, matter, strict=True):
             made_by, trains = self.made_by.get(tensor), tensor.requires_grad
-            parameter = id(tensor) if trains and isinstance(tensor, nn.Parameter) else None
+            is_given = made_by is not None and made_by[0] == _GIVEN
+            parameter = id(tensor) if trains and isinstance(tensor, nn.Parameter) and not is_given else None
             origins.append(Origin(made_by, parameter, trains))
-            is_input = trains and tensor.is_leaf and parameter is None and made_by is None
+            is_input = is_given or (trains and tensor.is_leaf and parameter is None and made_by is None)
             values.append(value_of(tensor, where, matters or is_input))
-        self.operations.append(Operation((where, name), values, origins, *options))
+        self.operations.append(Operation((where, name), values, origins, *others))
 
 
-def compared(forward: list[Operation], recomputed: list[Operation]) -> Iterator[tuple[Value, Value | None]]:
+def compared(before: Tracing, after: Tracing) -> Iterator[tuple[Value, Value | None]]:
     """Give the values that gradients depend on, with those of the forward pass; None where other code ran.
 
     What only the forward pass has computed, as the first one of a lazy module does, is passed over.
     """
+    forward, recomputed = before.operations, after.operations
     names = [[each.name for each in trace] for trace in (forward, recomputed)]
     if names[0] == names[1]:
         partner = {place: place for place in range(len(forward))}
@@ -146,17 +170,21 @@ def compared(forward: list[Operation], recomputed: list[Operation]) -> Iterator[
         blocks = SequenceMatcher(None, names[0], names[1], False).get_matching_blocks()
         partner = {there + i: here + i for here, there, length in blocks for i in range(length)}
     flows = _flows(forward)
+    partner[_GIVEN] = _GIVEN
     for place, now in enumerate(recomputed):
         if place not in partner:
             if now.options_matter or any(each.matters for each in now.values):
                 yield now.values[-1], None
             continue
         then = forward[partner[place]]
-        rewired = [_is_rewired(*pair, partner, flows) for pair in zip(then.origins, now.origins, strict=False)]
+        inputs = len(now.origins) - now.results
+        rewired = [_is_rewired(*pair, partner, flows) for pair in zip(then.origins, now.origins[:inputs], strict=False)]
         if True in rewired or (now.options_matter and now.options != then.options):
             yield now.values[-1], None
             continue
-        if None in rewired:
+        results = enumerate(now.origins[inputs:])
+        lost = any(each.requires_grad and (partner[place], i) in before.escaped for i, each in results)
+        if lost or None in rewired:
             yield now.values[-1]._replace(numbers=None), now.values[-1]  # which cannot be compared
         yield from (pair for pair in zip(then.values, now.values, strict=False) if pair[1].matters)
 
@@ -165,7 +193,9 @@ def _flows(operations: list[Operation]) -> list[bool]:
     """Tell of each operation of a forward pass whether gradients flow through it, as far as that can be seen."""
     flows: list[bool] = []
     for each in operations:
-        sources = (flows[o.made_by[0]] if o.made_by else o.requires_grad for o in each.origins)
+        sources = (
+            flows[o.made_by[0]] if o.made_by and o.made_by[0] != _GIVEN else o.requires_grad for o in each.origins
+        )
         flows.append(not each.detaches and any(sources))
     return flows
 
@@ -180,14 +210,15 @@ def _is_rewired(old: Origin, new: Origin, partner: dict[int, int], flows: list[b
     made_by = new.made_by and (partner.get(new.made_by[0], -1), new.made_by[1])
     if made_by == old.made_by:
         return False
-    if not new.requires_grad and old.made_by and flows[old.made_by[0]]:
+    if not new.requires_grad and old.made_by and old.made_by[0] != _GIVEN and flows[old.made_by[0]]:
         return True if new.made_by else None
     return new.requires_grad
 
 
 def _place(tensor: torch.Tensor) -> Any:
     """Give what is the same for a tensor and a view of all of it."""
-    return (tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)), tensor.shape
+    is_plain = tensor.layout is torch.strided and not tensor.is_nested
+    return (tensor.data_ptr(), tensor.shape) if is_plain else id(tensor)
 
 
 def value_of(tensor: torch.Tensor, where: str, matters: bool) -> Value:

@@ -111,8 +111,6 @@ class Watch:
         with _torch.hidden_from_modes():
             while (last := running.modules.pop())[0] is not module:  # those that an exception has left
                 pass
-            for region in running.regions:
-                region.left(module)
             if id(module) in self.parts:
                 moved = [(id(module), name) for name in differing(last[1], _own_marks(module))]
                 (running.recomputing[-1] if running.recomputing else self.passes).update(moved)
@@ -170,6 +168,7 @@ class Region(_torch.Listener):
         self.recomputations: list[Recomputation] = []
         self.trace = self.forward_trace = Tracing(self.where)  # of the reentrant engine
         self.untouched = False  # no module has run yet in the pass that is running
+        self.same: list[int] | None = None  # for each tensor that the function is given, which one is the same
         self.unfilled: list[Any] = []  # saved tensors whose values come later, and what is kept of each
 
     @contextmanager
@@ -178,7 +177,7 @@ class Region(_torch.Listener):
         before = _random_numbers()
         with self._running():
             yield
-        if self.gets_no_gradient and any(each.parameter for op in self.trace.operations for each in op.origins):
+        if self.gets_no_gradient and any(each.requires_grad for op in self.trace.operations for each in op.origins):
             self.watch.lost.append(self)
         for value, tensor in self.unfilled:
             value.numbers.copy_(fingerprint(tensor))
@@ -243,11 +242,6 @@ class Region(_torch.Listener):
             (key, name) for key, marks in state.items() for name in differing(self.state.get(key, marks), marks)
         ]
 
-    def left(self, module: nn.Module) -> None:
-        """Hear that a module in this checkpoint is left."""
-        if self.reentrant and self.recomputations:
-            self.trace.left(pieces(module).values())
-
     def where(self) -> str:
         """Name the module of this checkpoint that is running."""
         inside = self.watch.running.modules[self.depth :]
@@ -265,12 +259,17 @@ class Region(_torch.Listener):
         if forward.matters:
             self.recomputations[-1].pairs.append((forward, recomputed))
 
+    def given(self, args: tuple[Any, ...]) -> None:
+        """Note what the function is given."""
+        self.same = self.trace.given(args, self.same)
+
     def returned(self, output: Any) -> None:
         """Compare the operations that led to a result; where compiled code hides them, compare the result."""
-        self.trace.returned(output, is_all=self.is_compiled)
+        computed = {id(each) for part in self.parts.values() for each in _computed_weights(part.module)}
+        self.trace.returned(output, computed, is_all=self.is_compiled)
         if self.recomputations:
             self.recomputations[-1].hides = self.trace.hides or _torch.runs_own_function(tensors_in(output))
-            self.recomputations[-1].pairs = [*compared(self.forward_trace.operations, self.trace.operations)]
+            self.recomputations[-1].pairs = [*compared(self.forward_trace, self.trace)]
             self.trace.operations = []
         else:
             self.forward_trace = self.trace
@@ -323,6 +322,14 @@ def _numbers(tensors: list[torch.Tensor]) -> dict[int, list[float]]:
         for there in by_device.values()
         for each, row in zip(there, torch.stack(there).tolist(), strict=True)
     }
+
+
+def _computed_weights(module: nn.Module) -> Iterator[Any]:
+    """Give what the hooks of torch.nn.utils.weight_norm and spectral_norm compute for a module, and keep on it."""
+    for name in module._parameters:
+        stem, _, kind = name.rpartition("_")
+        if kind in ("g", "orig"):
+            yield vars(module).get(stem)
 
 
 def differing(one: Marks, other: Marks) -> list[str]:

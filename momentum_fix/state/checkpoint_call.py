@@ -17,7 +17,18 @@ from momentum_fix._torch import is_compiled, version
 from momentum_fix.recomputation import this_thread
 from momentum_fix.state.compare import is_equal, is_odd, mark
 from momentum_fix.state.reachable import modules_of
-from momentum_fix.state.snapshot import HOOKS, LARGE, Copier, keep, pieces, put, reads_no_buffer, scratch
+from momentum_fix.state.snapshot import (
+    HOOKS,
+    LARGE,
+    Copier,
+    hooks_of,
+    keep,
+    pieces,
+    put,
+    put_hooks,
+    reads_no_buffer,
+    scratch,
+)
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # what a function names of them is what it calls
 
@@ -37,6 +48,7 @@ class _Present(NamedTuple):
 
     module: nn.Module
     everything: dict[str, Any]
+    hooks: dict[str, dict[int, Any]]
     children: dict[str, nn.Module | None]
     parameters: dict[str, nn.Parameter | None]
 
@@ -60,7 +72,7 @@ class RegionOfTorchs(_torch.Listener):
     again and again; that is why a checkpoint costs more the more of them there are, a plain one of torch's too.
     """
 
-    __slots__ = ("everything", "modules", "parameters", "present", "versions")
+    __slots__ = ("everything", "hooks", "modules", "parameters", "present", "versions")
 
     def __init__(self, modules: list[nn.Module], parameters: list[nn.Parameter]) -> None:
         self.modules, self.everything = modules, [vars(each).copy() for each in modules]
@@ -83,19 +95,22 @@ class RegionOfTorchs(_torch.Listener):
         for parameter, then in zip(self.parameters, self.versions, strict=True):
             _warn_of_write(parameter, then)
         self.present = [vars(each).copy() for each in self.modules]  # no checkpoint recomputes while it recomputes
+        self.hooks = [hooks_of(each) for each in self.modules]  # which the forward pass had none of
         this_thread.begin_preserving(self)
         with _torch.hidden_from_modes():
             for module, everything in zip(self.modules, self.everything, strict=True):
                 put(module, everything)
+                put_hooks(module, {})
                 if everything["_buffers"]:
                     vars(module)["_buffers"] = scratch(module)
 
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
         this_thread.end_preserving()
-        for module, own in zip(self.modules, self.present, strict=True):
+        for module, own, hooks in zip(self.modules, self.present, self.hooks, strict=True):
             put(module, own)
-        del self.present
+            put_hooks(module, hooks)
+        del self.present, self.hooks
 
 
 class Region(_torch.Listener):
@@ -105,6 +120,7 @@ class Region(_torch.Listener):
         self.inputs: Any = function, args, kwargs
         # By id, as a module's own hash may follow its state: the module, all that is on it, and what of that is copied.
         self.states: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {}
+        self.hooks: dict[int, dict[str, dict[int, Any]]] = {}
         self.parameters: list[_Parameter] = []
         # Whether the hook is on in recomputations too, where it does nothing: code that is compiled inside of the
         # checkpoint would be compiled again without it.
@@ -166,6 +182,8 @@ class Region(_torch.Listener):
                     below += [child for child in each._modules.values() if child is not None]
                 if (moves or each.training) and id(each) not in self.states:
                     self.states[id(each)] = each, *keep(each, self.copier)
+                    if "_initialize_hook" not in vars(each):  # which a lazy module removes in its first call
+                        self.hooks[id(each)] = hooks_of(each)
                     self._keep_parameters(each)
                     if not reads_no_buffer(each):
                         self.marks.append((each, mark(_guards(each), by_value=False)))
@@ -202,7 +220,7 @@ class Region(_torch.Listener):
             trained = {id(each): each for each in guarded if each.requires_grad and not is_odd(each)}
             values = [(each, each.detach().clone()) for each in trained.values()]
         present = [
-            _Present(each, vars(each).copy(), each._modules.copy(), each._parameters.copy())
+            _Present(each, vars(each).copy(), hooks_of(each), each._modules.copy(), each._parameters.copy())
             for each, *_ in self.states.values()
         ]
         self.running.append((present, values))
@@ -212,9 +230,8 @@ class Region(_torch.Listener):
         for (module, everything, _), copied in zip(self.states.values(), copies, strict=True):
             put(module, everything)
             vars(module).update(copied)
-            for name in HOOKS:  # those that came since are no part of this, and those that it adds are not kept
-                if name not in copied and everything[name]:
-                    vars(module)[name] = type(everything[name])()
+            if id(module) in self.hooks:
+                put_hooks(module, self.hooks[id(module)])
         for kept, parameter in zip(self.parameters, parameters, strict=True):
             _put_parameter(kept.module, kept.name, parameter)
 
@@ -222,8 +239,9 @@ class Region(_torch.Listener):
         """Put back what they have now."""
         this_thread.end_preserving()
         present, values = self.running.pop()
-        for module, everything, children, parameters in present:
+        for module, everything, hooks, children, parameters in present:
             put(module, everything)
+            put_hooks(module, hooks)
             if self.detach:  # the recomputation's are not what the forward pass has
                 _drop(module._parameters, parameters)
                 _drop(module._modules, children)

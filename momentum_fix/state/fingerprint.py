@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from momentum_fix._torch import hidden_from_modes
+from momentum_fix._torch import hidden_from_modes, is_in_transform
 
 _COLUMNS, _PROJECTIONS = 4096, 8  # values in a row
 _LARGE = 8192.0
@@ -85,13 +85,14 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def _of_memory(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     has_values = tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_quantized or tensor.is_nested)
-    if not has_values or (tensor.numel() and not tensor.data_ptr()):
+    if not has_values or is_in_transform() or (tensor.numel() and not tensor.data_ptr()):
         return None
     once = tuple(
         slice(1) if stride == 0 else slice(None) for stride in tensor.stride()
     )  # what is expanded is one value
     flat = tensor.resolve_conj().resolve_neg()[once]
-    flat = (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(-1).contiguous()
+    flat = (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(-1)
+    flat = flat if flat.stride() == (1,) else flat.clone(memory_format=torch.contiguous_format)
     hashed = torch.zeros((), dtype=torch.int64, device=flat.device)
     numbers = torch.zeros(2, 1 + _PROJECTIONS, dtype=torch.float64, device=flat.device)
     weights, signs = _of_columns(flat.device)

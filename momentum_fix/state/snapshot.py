@@ -20,7 +20,10 @@ from momentum_fix.state.compare import FIXED, is_equal, is_odd
 
 LARGE = 1 << 16  # bytes; larger tensors and arrays are compared with an earlier copy before they are copied again
 _SKELETON = frozenset(vars(nn.Module()))  # buffers, parameters, submodules, hooks, and whether it is in training
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
+    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
+)
 _FRAMEWORKS = frozenset(["_current_fx_name"])  # what a trainer (Lightning) sets on a module to know what is running
 _WHOLE = (torch.Generator, np.random.Generator, np.random.RandomState, Random, bytearray, array)
 _OPTIONS = FIXED | {tuple, list} | set(map(type, vars(nn.Module()).values()))  # of what torch sets on its modules
@@ -39,9 +42,6 @@ def keep(module: nn.Module, copier: Copier) -> tuple[dict[str, Any], dict[str, A
     """Give all that is on a module, with copies of what can be written to; and these copies alone, by name."""
     own = vars(module)
     copied = {"_buffers": copier.copy(own["_buffers"])} if own["_buffers"] else {"_buffers": {}}
-    for name in HOOKS:
-        if own[name] and "_initialize_hook" not in own:  # a lazy module removes that hook in its first call
-            copied[name] = own[name].copy()
     for name, value in own.items():
         if name not in _SKELETON and type(value) not in FIXED:
             copied[name] = copier.copy(value)
@@ -58,6 +58,21 @@ def put(module: nn.Module, everything: dict[str, Any]) -> None:
     if len(own) > len(everything):
         for name in own.keys() - everything.keys() - _FRAMEWORKS:
             del own[name]
+
+
+def hooks_of(module: nn.Module) -> dict[str, dict[int, Any]]:
+    """Give a module's hooks, in copies of the dictionaries that hold any."""
+    own = vars(module)
+    return {name: dict(own[name]) for name in HOOKS if own[name]}
+
+
+def put_hooks(module: nn.Module, hooks: dict[str, dict[int, Any]]) -> None:
+    """Put back a module's hooks, into the same dictionaries, as the handles to remove a hook refer to these."""
+    for name in HOOKS:
+        present = vars(module)[name]
+        if present or name in hooks:
+            present.clear()
+            present.update(hooks.get(name, ()))
 
 
 def reads_no_buffer(module: nn.Module) -> bool:
