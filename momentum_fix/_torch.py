@@ -12,7 +12,7 @@ import functools
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -120,8 +120,9 @@ def _places() -> dict[tuple[Any, str], tuple[Any, Any]]:
         """A call of the non-reentrant engine."""
 
         def __init__(self, recompute_fn: Any, early_stop: Any, unpack_error_cb: Any, metadata_fn: Any) -> None:
-            self.begun_with, listeners = recompute_fn, list[Listener]()
-            self.listeners = listeners  # the functions below hold the list and not the frame, which holds them
+            self.listeners = listeners = list[
+                Listener
+            ]()  # the functions below hold it and not the frame, which holds them
 
             def recompute(*args: Any) -> None:
                 with _entered(each.recomputation() for each in listeners):
@@ -132,18 +133,16 @@ def _places() -> dict[tuple[Any, str], tuple[Any, Any]]:
 
             super().__init__(recompute, early_stop, unpack_error_cb, describe)
 
-        def save_inputs(self, *args: Any) -> None:
-            """Begin. torch calls this right before the forward pass, if gradients are on."""
-            super().save_inputs(*args)
-            fn, kwargs, keeps = _variables(self.begun_with, "fn", "kwargs", "preserve_rng_state")
-            self.listeners += _listeners(Call(fn, args, kwargs, False, keeps))
-
     class ForwardHook(torchs_hook):  # type: ignore[misc, valid-type]
-        """What torch enters around the forward pass of the non-reentrant engine."""
+        """What torch enters around the forward pass of the non-reentrant engine, if gradients are on."""
 
         def __init__(self, frame: Any) -> None:
             super().__init__(frame)
-            self.contexts = _entered(each.forward() for each in getattr(frame, "listeners", ()))
+            call = checkpoint_in_the_making()
+            names = ("fn", "args", "kwargs", "preserve_rng_state")
+            fn, args, kwargs, keeps = (call[name] for name in names)
+            frame.listeners += _listeners(Call(fn, args, kwargs, False, keeps))
+            self.contexts = _entered(each.forward() for each in frame.listeners)
 
         def __enter__(self) -> None:
             self.contexts.__enter__()
@@ -210,12 +209,6 @@ def _entered(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
         yield
 
 
-def _variables(function: types.FunctionType, *names: str) -> list[Any]:
-    """Give variables that a function has from around it."""
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    return [cells[name].cell_contents for name in names]
-
-
 _SEEN = ["forward", "saved 2 2", "recomputation", "forward", "returned 4", "recomputation", "returned 4"]
 
 
@@ -266,17 +259,17 @@ def _check() -> None:
         )
 
 
-def checkpoint_in_the_making() -> tuple[Any, ...]:
-    """Give function, arguments and keywords of the call of torch's checkpoint that runs a `context_fn`, or ().
+def checkpoint_in_the_making() -> Mapping[str, Any]:
+    """Give the variables of the call of torch's checkpoint that is being made, its function and arguments among them.
 
-    A `context_fn` is called without them, and there is no public way to ask. So they are read where torch has them.
+    A `context_fn` is called without these, and there is no public way to ask. So they are read where torch has them.
     """
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__") == torchs.__name__:
-            return tuple(frame.f_locals.get(name) for name in ("fn", "args", "kwargs"))
+            return frame.f_locals
         frame = frame.f_back
-    return ()
+    return {}
 
 
 def is_called_by_library() -> bool:

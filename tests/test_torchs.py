@@ -97,11 +97,6 @@ def hook_renamed(patch):
     patch.delattr(torchs, "_checkpoint_hook")
 
 
-def inputs_saved_otherwise(patch):
-    patch.setattr(torchs._CheckpointFrame, "keep_inputs", torchs._CheckpointFrame.save_inputs, raising=False)
-    patch.setattr(torchs, generator(), rewritten(generator(), "save_inputs", "keep_inputs"))
-
-
 def values_not_compared(patch):
     frame = torchs._CheckpointFrame
 
@@ -156,7 +151,6 @@ CHANGES = [
     random_numbers_renamed,
     hook_not_used,
     hook_renamed,
-    inputs_saved_otherwise,
     values_not_compared,
     another_reentrant_function,
     reentrant_function_with_other_arguments,

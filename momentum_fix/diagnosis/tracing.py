@@ -81,7 +81,10 @@ class Tracing(TorchFunctionMode):
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.startswith("momentum_fix."):
             return func(*args, **kwargs)
-        if func is torch.Tensor.view_as and caller == "torch.autograd.function":  # for a full backward hook, for one
+        if func is torch.Tensor.view_as and caller in (
+            "torch.autograd.function",
+            "torch.utils.hooks",
+        ):  # for such a hook
             output = func(*args, **kwargs)
             if args[0] in self.made_by:
                 self.made_by[output] = self.made_by[args[0]]

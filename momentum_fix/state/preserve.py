@@ -65,7 +65,8 @@ def preserve_state(*mistaken: Any) -> tuple[AbstractContextManager[None], Abstra
             "context_fn=preserve_state cannot be compiled together with its checkpoint: use momentum_fix.checkpoint, "
             "which stays out of the compiled code, or compile the blocks inside the checkpoints"
         )
-    region = begin(*_torch.checkpoint_in_the_making())
+    call = _torch.checkpoint_in_the_making()
+    region = begin(call.get("fn"), call.get("args", ()), call.get("kwargs"))
     return _Contexts((region.forward(), region.recomputation()))
 
 
