@@ -716,7 +716,7 @@ def test_a_checkpoint_in_compiled_code_is_not_observed_and_that_is_said(kind):
     report = diagnosed(net_of(kind), by.compiled_whole("aot_eager"), count=1)
     assert report.gradients_right is None
     assert not report.ok
-    assert "nobody sees what compiled code recomputes" in report.verdict
+    assert "compiled code" in report.verdict  # that one was compiled is not seen before torch 2.12
     assert "run a step without torch.compile" in report.verdict
 
 

@@ -36,6 +36,7 @@ from twins import (
     plainly,
     reentrant,
     statistics,
+    tells_of_compilation,
     torchs_checkpoint,
 )
 
@@ -539,6 +540,7 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
+@tells_of_compilation
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.parametrize("kind", ["BatchNorm", "running normalizer"])
 def test_in_a_model_compiled_with_its_checkpoint_nothing_is_preserved_and_a_warning_says_so(kind):

@@ -27,7 +27,7 @@ from scenes import (
     preserving,
     same_gradients,
 )
-from twins import counters
+from twins import counters, tells_of_compilation
 
 EVERY = {
     f"{engine}, {how}": ckpt
@@ -188,6 +188,7 @@ def compiled_beside_its_twin(block, ckpt):
     return model, truth
 
 
+@tells_of_compilation
 @pytest.mark.parametrize(("block", "right"), [(norm, True), (FromNorm, False)], ids=["only written", "read"])
 def test_preserve_everywhere_does_nothing_in_code_that_is_compiled_with_its_checkpoint_and_says_so(block, right):
     with preserve_everywhere(), pytest.warns(UserWarning, match="preserve_everywhere does nothing"):
@@ -244,7 +245,10 @@ NOT_OBSERVED = [
 ]
 
 
-@pytest.mark.parametrize(("step", "said"), NOT_OBSERVED, ids=[said for _, said in NOT_OBSERVED])
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [pytest.param(*each, id=each[1], marks=[tells_of_compilation] * (each[0] is compiled)) for each in NOT_OBSERVED],
+)
 def test_what_could_not_be_observed_is_said_as_the_page_has_it(step, said):
     _, report, _ = beside_its_twin(norm, step, non_reentrant)
     assert report.verdict.startswith("Not observed: ")

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -42,6 +43,10 @@ def drop_in_reentrant(function, *args):
     return momentum_fix.checkpoint(function, *args, use_reentrant=True)
 
 
+tells_of_compilation = pytest.mark.skipif(
+    not hasattr(torch.utils.checkpoint._CheckpointFrame, "save_inputs"),
+    reason="before torch 2.12 nobody hears of a checkpoint that is compiled with its model",
+)
 EXACT = {"context_fn": by_context, "drop-in": drop_in, "drop-in, reentrant": drop_in_reentrant}
 
 
