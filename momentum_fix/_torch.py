@@ -209,7 +209,7 @@ def _entered(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
         yield
 
 
-_SEEN = ["forward", "saved 2 2", "recomputation", "forward", "returned 4", "recomputation", "returned 4"]
+_SEEN = ["noted 3", "forward", "saved 2 2", "recomputation", "forward", "returned 4", "recomputation", "returned 4"]
 
 
 @functools.cache
@@ -244,6 +244,8 @@ def _check() -> None:
         stop = _begin(lambda call: Probe() if call.function is probe and call.gradients else None, outermost=True)
         try:
             with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+                with noting_saved(lambda tensor: seen.append(f"noted {int(tensor)}")):
+                    torch.full((), 3.0, device="cpu", requires_grad=True).square()
                 for reentrant in (False, True):
                     two = torch.full((), 2.0, device="cpu", requires_grad=True)
                     torchs.checkpoint(probe, two, use_reentrant=reentrant).backward()
@@ -326,8 +328,9 @@ def _frame_that_saves() -> types.FrameType | None:
 
 
 def is_in_transform() -> bool:
-    """Tell whether a transform of torch.func is running, whose tensors have no memory of their own."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Tell whether a transform of torch.func is running, whose tensors have no memory; no, if torch does not tell."""
+    peek = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
+    return peek() is not None
 
 
 @contextmanager
