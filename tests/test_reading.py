@@ -57,10 +57,7 @@ for path in paths:
         while True:
             pass
     if path == "stuck":
-        pair = ()
-        for _ in range(200):
-            pair = pair, pair
-        hash(pair)
+        sum(range(10**15))
     if path == "fill":
         full = b"x" * 2**29
         continue
@@ -362,6 +359,7 @@ def test_a_file_of_another_format_is_named_for_what_it_is_whatever_its_name(make
         audit(tmp_path / f"file{ending}")
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.9 says so of what it reads itself
 def test_what_is_said_to_be_done_with_other_formats_works(tmp_path):
     model = trained()
     numpy.savez(tmp_path / "x.npz", **{name: value.numpy() for name, value in model.state_dict().items()})
@@ -371,6 +369,7 @@ def test_what_is_said_to_be_done_with_other_formats_works(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.9 says so of what it does itself
 def test_a_distributed_checkpoint_is_named_and_can_be_read_when_it_is_converted(tmp_path):
     folder = tmp_path / "checkpoint"
     distributed.save({"model": trained().state_dict(), "epoch": 3}, checkpoint_id=folder, no_dist=True)

@@ -32,7 +32,11 @@ PYTHONS = ["3.11", "3.12", "3.13", "3.14"]  # those that torch has packages for
 Run = dict[str, Any]
 
 # Failures that are not this package's: what the test is called, and what is known about it.
-EXPLAINED: dict[str, str] = {}
+_OWN_WARNING = "torch 2.9 warns of what it does itself, which was an error in this test, and is let pass by now."
+EXPLAINED: dict[str, str] = {
+    "tests/test_reading.py::test_what_is_said_to_be_done_with_other_formats_works": _OWN_WARNING,
+    "tests/test_reading.py::test_a_distributed_checkpoint_is_named_and_can_be_read_when_it_is_converted": _OWN_WARNING,
+}
 OF_THE_CLONE = {"test_make.py", "test_package.py", "test_site.py", "test_versions.py"}  # the same with every torch
 
 
