@@ -145,9 +145,9 @@ def noted(runs: list[Run], new: Run) -> list[Run]:
 
 
 def newest(runs: list[Run]) -> list[Run]:
-    """Give the runs of the core's newest tests."""
+    """Give the runs of the core's newest tests, to the day."""
     core = [run for run in runs if run["suite"] == "core"]
-    return [run for run in core if run["tests"] == max(each["tests"] for each in core)]
+    return [run for run in core if run["tests"][:10] == max(each["tests"] for each in core)[:10]]
 
 
 def tested(runs: list[Run], what: str) -> list[str]:
