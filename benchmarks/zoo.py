@@ -168,9 +168,9 @@ def sentence(data: dict[str, Any]) -> str:
     """Say what came of it."""
     return (
         f"Of {len(data['models'])} torchvision and timm models with their built-in checkpointing turned on, "
-        f"{right(data, 'nothing')} keep the right running statistics on their own, "
-        f"{right(data, 'two passes everywhere')} with the momentum for two passes in every layer (`passes=2`), "
-        f"{right(data, '`calibrate`')} with `calibrate` and "
+        f"{right(data, 'nothing')} keep the right running statistics on their own, and "
+        f"{right(data, 'two passes everywhere')} with the textbook momentum for two passes in every layer: "
+        f"{right(data, '`calibrate`')} do with `calibrate` and "
         f"{right(data, '`update_once`')} with `update_once`."
     )
 
