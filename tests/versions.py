@@ -2,7 +2,7 @@
 
 `make compat TORCH=2.9.1` runs the core's tests in an environment of its own and notes what came of it, and of which
 commit; `make zoo` does the same with the recipes for libraries that want the newest torch; `python tests/versions.py`
-writes the page anew. A version counts as passing if it passes the newest tests of all that were noted.
+writes the page anew.
 """
 
 from __future__ import annotations
@@ -148,15 +148,9 @@ def noted(runs: list[Run], new: Run) -> list[Run]:
     return sorted([*(run for run in runs if key(run) != key(new)), new], key=key)
 
 
-def newest(runs: list[Run]) -> list[Run]:
-    """Give the runs of the core's newest tests, to the day."""
-    core = [run for run in runs if run["suite"] == "core"]
-    return [run for run in core if run["tests"][:10] == max(each["tests"] for each in core)[:10]]
-
-
 def tested(runs: list[Run], what: str) -> list[str]:
-    """Give the versions of torch or Python with which all of the core's newest tests pass, the oldest first."""
-    return sorted({run[what] for run in newest(runs) if not unexplained(run)}, key=number)
+    """Give the versions of torch or Python with which all of the core's tests pass, the oldest first."""
+    return sorted({run[what] for run in runs if run["suite"] == "core" and not unexplained(run)}, key=number)
 
 
 def unexplained(run: Run) -> list[str]:
@@ -201,8 +195,8 @@ def page(runs: list[Run]) -> str:
         f"""The core's tests are those that need no library but {listed(sorted(libraries("core")))}, and the examples in
         the docstrings. `make compat TORCH=2.9.1` runs them with that torch in an environment of its own
         (`PYTHON=python3.12` for another Python) and records the result in [the data](../tests/versions.json) behind
-        this page. Tests that need a GPU, or a library that the core does without, are skipped. A version counts as
-        passing only if it passes the newest of the tests below.""",
+        this page. Tests that need a GPU, or a library that the core does without, are skipped. The last
+        column says of which day the tests were.""",
         "\n".join(table(suites["core"])),
         failures(suites["core"]),
         "## The recipes for other libraries",
