@@ -120,9 +120,8 @@ def _places() -> dict[tuple[Any, str], tuple[Any, Any]]:
         """A call of the non-reentrant engine."""
 
         def __init__(self, recompute_fn: Any, early_stop: Any, unpack_error_cb: Any, metadata_fn: Any) -> None:
-            self.listeners = listeners = list[
-                Listener
-            ]()  # the functions below hold it and not the frame, which holds them
+            # The functions below hold the list and not the frame, which holds them.
+            self.listeners = listeners = list[Listener]()
 
             def recompute(*args: Any) -> None:
                 with _entered(each.recomputation() for each in listeners):

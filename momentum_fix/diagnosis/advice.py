@@ -58,14 +58,14 @@ def differences_of(wrong: Iterable[tuple[Region, Judgement]], watch: Watch) -> t
 def _difference(region: Region, judgement: Judgement, watch: Watch) -> Difference:
     """Say where a difference starts, and what to do about it."""
     recomputation, where = judgement.recomputation, judgement.starts_in
+    if recomputation.adds_gradients:
+        return Difference(where, region.function, judgement.size, (), _BACKWARD)
     moved = [(region.parts[key], name) for key, name in recomputation.found_moved]
     lazy = {part.name for part, name in moved if name == "_initialize_hook"}  # which is gone after the first call
     weights = [(part, name) for part, name in moved if _is_unpreserved(part.module, name) and part.name not in lazy]
     statistics = [(part, name) for part, name in moved if tracks(part.module) and only_writes(part.module)]
     others = [each for each in moved if each not in weights and each not in statistics]
     drawn = region.drew - ({"torch"} if region.keeps_random_numbers else set())
-    if recomputation.adds_gradients:
-        return Difference(where, region.function, judgement.size, (), _BACKWARD)
     remedies = [remedy for name, remedy in _RANDOM.items() if name in drawn] + [_LAZY] * bool(lazy)
     if weights:
         by_itself = any((id(part.module), name) in watch.moved for part, name in weights)

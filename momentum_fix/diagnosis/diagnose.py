@@ -36,8 +36,7 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
     which state had changed there since the forward pass, and what to use.
 
     Exact for: torch's non-reentrant engine. With the reentrant engine, where autograd saves nothing in the forward
-    pass, what modules and the function give is compared; what is computed between them is seen as far as it changes
-    these.
+    pass, operations are compared: what they are given, what they give, and which of them gave it.
 
     Not for: state in objects of your own, in globals and in TorchScript (that it makes gradients wrong is seen, but not
     that it moves twice). "Right" is true of this step: put a second one into the block if the first one of a model is

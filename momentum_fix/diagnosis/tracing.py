@@ -27,6 +27,7 @@ _GIVE_NOTHING = (torch.Tensor.__setitem__, _SWITCHES[1])  # and change what they
 _UNCHANGED = frozenset(  # operations that give their input itself if that is as it has to be, or else a copy
     ("contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "flatten")
 )
+_OF_FULL_BACKWARD_HOOKS = ("torch.autograd.function", "torch.utils.hooks")  # which are not on without gradients
 _GIVEN = -1  # instead of the number of an operation: what the function was given
 _ADDITIONS = ("AddBackward", "SubBackward", "RsubBackward")  # where it does not read numbers
 
@@ -81,10 +82,7 @@ class Tracing(TorchFunctionMode):
         caller = sys._getframe(1).f_globals.get("__name__", "")
         if caller.startswith("momentum_fix."):
             return func(*args, **kwargs)
-        if func is torch.Tensor.view_as and caller in (
-            "torch.autograd.function",
-            "torch.utils.hooks",
-        ):  # for such a hook
+        if func is torch.Tensor.view_as and caller in _OF_FULL_BACKWARD_HOOKS:
             output = func(*args, **kwargs)
             if args[0] in self.made_by:
                 self.made_by[output] = self.made_by[args[0]]

@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
     module: Any
     name: str
-    in_a_list: bool  # a plain one, so that it is not registered
+    in_a_list: bool  # or in a dict or an object, so that it is not registered
 
 
 class Moved:

@@ -17,18 +17,7 @@ from momentum_fix._torch import is_compiled, version
 from momentum_fix.recomputation import this_thread
 from momentum_fix.state.compare import is_equal, is_odd, mark
 from momentum_fix.state.reachable import modules_of
-from momentum_fix.state.snapshot import (
-    HOOKS,
-    LARGE,
-    Copier,
-    hooks_of,
-    keep,
-    pieces,
-    put,
-    put_hooks,
-    reads_no_buffer,
-    scratch,
-)
+from momentum_fix.state.snapshot import LARGE, Copier, hooks_of, keep, pieces, put, put_hooks, reads_no_buffer, scratch
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # what a function names of them is what it calls
 
@@ -180,14 +169,14 @@ class Region(_torch.Listener):
                 if whole:
                     self.entered[id(each)] = each
                     below += [child for child in each._modules.values() if child is not None]
+                hooks = hooks_of(each)
                 if (moves or each.training) and id(each) not in self.states:
                     self.states[id(each)] = each, *keep(each, self.copier)
                     if "_initialize_hook" not in vars(each):  # which a lazy module removes in its first call
-                        self.hooks[id(each)] = hooks_of(each)
+                        self.hooks[id(each)] = hooks
                     self._keep_parameters(each)
                     if not reads_no_buffer(each):
                         self.marks.append((each, mark(_guards(each), by_value=False)))
-                hooks = [hook for name in HOOKS for hook in vars(each)[name].values()]
                 below += self.copier.modules + [module for module, _ in modules_of(hooks)]
                 self.copier.modules = []
 

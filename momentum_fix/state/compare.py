@@ -61,12 +61,12 @@ def mark(value: Any, *, by_value: bool = True, within: tuple[int, ...] = ()) -> 
         what = bytes(value)
     elif isinstance(value, (float, complex)):
         what = repr(value)  # a NaN is equal to a NaN, and a negative zero is not zero
+    elif isinstance(value, (Enum, Number, *FIXED)):
+        what = value
     elif isinstance(value, functools.partial):
         what = down((value.func, value.args, value.keywords))
     elif is_dataclass(value) and not isinstance(value, type) and getattr(type(value), "__dataclass_params__").frozen:  # noqa: B009
         what = down([getattr(value, each.name) for each in fields(value)])
-    elif isinstance(value, (Enum, Number, *FIXED)):
-        what = value
     elif isinstance(value, tuple(_STATES)) and not isinstance(value, SystemRandom):
         what = down(next(read(value) for kind, read in _STATES.items() if isinstance(value, kind)))
     elif isinstance(value, nn.Module) or callable(value):

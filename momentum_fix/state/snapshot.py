@@ -34,8 +34,7 @@ def pieces(module: nn.Module) -> dict[str, Any]:
     """List the state of a module by name: buffers, parameters, attributes, hooks, whether it is in training mode."""
     own = vars(module)
     plain = {name: value for name, value in own.items() if name not in _SKELETON and name not in _FRAMEWORKS}
-    hooks = {name: own[name] for name in HOOKS if own[name]}
-    return {"training": module.training, **plain, **hooks, **own["_buffers"], **own["_parameters"]}
+    return {"training": module.training, **plain, **hooks_of(module), **own["_buffers"], **own["_parameters"]}
 
 
 def keep(module: nn.Module, copier: Copier) -> tuple[dict[str, Any], dict[str, Any]]:
