@@ -12,6 +12,7 @@ import pickletools
 import signal
 import subprocess
 import sys
+import tracemalloc
 
 import numpy
 import pytest
@@ -181,6 +182,19 @@ def test_names_have_a_length_together_from_which_on_a_file_is_refused(tmp_path, 
         monkeypatch.setattr(reading, "_MAX_CHARACTERS", words - 1)
         with pytest.raises(UnreadableError, match="holds more than any network"):
             audit(tmp_path / file)
+
+
+def test_an_error_that_is_kept_does_not_keep_what_was_read(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(crafted.SAFETENSORS["header of lists"]())
+    tracemalloc.start()
+    try:
+        with pytest.raises(UnreadableError) as kept:
+            reading.read(tmp_path / "x.safetensors")
+        now, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "a description is too long" in str(kept.value)
+    assert peak > crafted.MB > now
 
 
 def test_names_that_do_not_print_or_are_absurdly_long_stay_short_when_they_are_escaped(tmp_path):

@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import struct
+import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -117,12 +118,12 @@ def _errors_as_sentences(path: Path) -> Iterator[None]:
     """Turn every error into one sentence: damaged and foreign bytes can raise nearly anything inside a reader."""
     try:
         yield
-    except RefusedError as error:
-        raise _unreadable(path, str(error)) from error
-    except OSError as error:
-        raise _unreadable(path, f"cannot be read ({error.strerror or error})") from error
     except Exception as error:
-        raise _unreadable(path, "is damaged or no checkpoint") from error
+        reason = str(error) if isinstance(error, RefusedError) else "is damaged or no checkpoint"
+        if isinstance(error, OSError):
+            reason = f"cannot be read ({error.strerror or error})"
+        traceback.clear_frames(error.__traceback__)  # they hold what was read
+        raise _unreadable(path, reason) from error
 
 
 def _unreadable(path: Path, reason: str) -> UnreadableError:
@@ -366,6 +367,7 @@ def _read_safetensors(file: _Limited) -> Layers:
         entry: Any = _ENTRY.match(header, at)
         refuse_damaged(entry is None, "its header is not of safetensors")
         at = entry.end()
+        refuse_if(entry.end(1) - entry.start(1) > _MAX_BYTES // 2, TOO_MUCH)
         key = decode(header, entry.start(1))[0] if entry.start(1) > 0 else ""
         longest = _MAX_BYTES // 4 if key == "__metadata__" else 1000
         refuse_damaged(entry.end(2) - entry.start(2) > longest, "a description is too long")
@@ -410,7 +412,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     with _open(index) as file:
         text = file.read_at(0, file.seek(0, io.SEEK_END))
     try:
-        if sum(map(text.count, (b",", b":", b"[", b"{"))) > 2 * _MAX_ENTRIES:
+        if sum(map(text.count, (b",", b":", b"[", b"{", b"\\"))) > 2 * _MAX_ENTRIES:
             raise ValueError
         weight_map: dict[str, str] = json.loads(text)["weight_map"]
         shards = {Path(file).name == file and file.endswith(_ENDINGS) for file in weight_map.values()}
