@@ -542,7 +542,7 @@ class Two(nn.Module):
     def forward(self, x):
         with torch.no_grad():
             self.written *= 2
-        return x * (self.read[0] if isinstance(self.read, list) else self.read)[:3].clone()
+        return x * (self.read[0] if isinstance(self.read, (list, tuple)) else self.read)[:3].clone()
 
 
 def frozen():
@@ -557,6 +557,12 @@ def reversed_alias(tensor, of):
     return Two(read=of(tensor), written=tensor)
 
 
+def unregistered(tensor):
+    layer = Two(written=tensor)
+    vars(layer)["read"] = tensor  # past nn.Module
+    return layer
+
+
 SHARED = {
     "a transposed large buffer and a row": lambda: aliased(torch.ones(200, 200).t(), lambda t: t[0]),
     "a large buffer with channels last": lambda: aliased(
@@ -569,6 +575,8 @@ SHARED = {
     "the same, the other one first": lambda: reversed_alias(torch.ones(10**4), lambda t: t.data),
     "a frozen parameter and a buffer": lambda: aliased(frozen(), lambda p: p.data),
     "a frozen parameter and a list": lambda: aliased(frozen(), lambda p: [p]),
+    "a frozen parameter and a tuple": lambda: aliased(frozen(), lambda p: (p,)),
+    "a frozen parameter that is an attribute too": lambda: unregistered(frozen()),
     "a negative view": lambda: reversed_alias(torch.ones(3), lambda t: torch._neg_view(t.detach()).detach()),
 }
 

@@ -177,7 +177,7 @@ class Region(_torch.Listener):
                     self._keep_parameters(each)
                     if not reads_no_buffer(each):
                         self.marks.append((each, mark(_guards(each), by_value=False)))
-                below += self.copier.modules + [module for module, _ in modules_of(hooks)]
+                below += self.copier.modules + ([module for module, _ in modules_of(hooks)] if hooks else [])
                 self.copier.modules = []
 
     def _keep_parameters(self, module: nn.Module) -> None:

@@ -24,6 +24,7 @@ HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
     *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
 )
+_hooks = operator.itemgetter(*HOOKS)
 _FRAMEWORKS = frozenset(["_current_fx_name"])  # what a trainer (Lightning) sets on a module to know what is running
 _WHOLE = (torch.Generator, np.random.Generator, np.random.RandomState, Random, bytearray, array)
 _OPTIONS = FIXED | {tuple, list} | set(map(type, vars(nn.Module()).values()))  # of what torch sets on its modules
@@ -42,7 +43,7 @@ def keep(module: nn.Module, copier: Copier) -> tuple[dict[str, Any], dict[str, A
     own = vars(module)
     copied = {"_buffers": copier.copy(own["_buffers"])} if own["_buffers"] else {"_buffers": {}}
     for name, value in own.items():
-        if name not in _SKELETON and type(value) not in FIXED:
+        if type(value) not in FIXED and name not in _SKELETON and not _is_constant(value):
             copied[name] = copier.copy(value)
     everything = own | copied
     for name in _FRAMEWORKS:
@@ -62,16 +63,16 @@ def put(module: nn.Module, everything: dict[str, Any]) -> None:
 def hooks_of(module: nn.Module) -> dict[str, dict[int, Any]]:
     """Give a module's hooks, in copies of the dictionaries that hold any."""
     own = vars(module)
-    return {name: dict(own[name]) for name in HOOKS if own[name]}
+    return {name: dict(own[name]) for name in HOOKS if own[name]} if any(_hooks(own)) else {}
 
 
 def put_hooks(module: nn.Module, hooks: dict[str, dict[int, Any]]) -> None:
     """Put back a module's hooks, into the same dictionaries, as the handles to remove a hook refer to these."""
-    for name in HOOKS:
-        present = vars(module)[name]
-        if present or name in hooks:
-            present.clear()
-            present.update(hooks.get(name, ()))
+    own = vars(module)
+    if hooks or any(_hooks(own)):
+        for name in HOOKS:
+            own[name].clear()
+            own[name].update(hooks.get(name, ()))
 
 
 def reads_no_buffer(module: nn.Module) -> bool:
@@ -122,9 +123,9 @@ class Copier:
 
     def copy(self, value: Any) -> Any:
         """Give the copy of a value."""
-        kind = type(value)
-        if kind in FIXED or (kind is tuple and FIXED.issuperset(map(type, value))):
+        if _is_constant(value):
             return value
+        kind = type(value)
         if id(value) in self._copies:
             return self._copies[id(value)]
         copied = value
@@ -219,6 +220,10 @@ class Copier:
     def _remember(self, place: Any, storage: torch.UntypedStorage, copied: torch.Tensor) -> None:
         self._storages[place] = copied
         self._held.append(storage)
+
+
+def _is_constant(value: Any) -> bool:
+    return type(value) in FIXED or (type(value) is tuple and FIXED.issuperset(map(type, value)))
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
