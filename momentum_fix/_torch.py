@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -265,65 +265,50 @@ def checkpoint_in_the_making() -> Mapping[str, Any]:
 
     A `context_fn` is called without these, and there is no public way to ask. So they are read where torch has them.
     """
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == torchs.__name__:
-            return frame.f_locals
-        frame = frame.f_back
-    return {}
+    return next((each.f_locals for each in _callers() if each.f_globals.get("__name__") == torchs.__name__), {})
 
 
 def is_called_by_library() -> bool:
     """Tell whether the call of torch's checkpoint that is being made stands in torch or in an installed package."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
+    for frame in _callers():
         room, function = frame.f_globals.get("__name__", ""), frame.f_code
         if room.startswith("torch.distributed.") or function.co_name == "checkpoint_sequential":
             return True
         if not room.startswith(("torch.", "momentum_fix.")):
             return "-packages" in function.co_filename  # site-packages, or Debian's dist-packages
-        frame = frame.f_back
     return False
 
 
-def is_unread(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor that is being saved has values on which no gradient depends.
+def role_of_saved(tensor: torch.Tensor) -> Literal["read", "unread", "unfilled"]:
+    """Tell of a tensor that autograd is saving whether no gradient depends on its values, or these come later.
 
     torch's batch norm and instance norm save running statistics, in their own memory or repeated, and do not read them
-    in training. An LSTM saves its memory to work in, of which some parts are never written.
+    in training. An LSTM saves its memory to work in, of which some parts are never written. RReLU saves its slopes
+    before it draws them.
     """
-    frame = _frame_that_saves()
-    if frame is None:
-        return False
-    if frame.f_globals.get("__name__") == "torch.nn.modules.rnn":
-        return tensor.dtype == torch.uint8
-    if frame.f_code not in (functional.batch_norm.__code__, functional.instance_norm.__code__):
-        return False
-    given = frame.f_locals
-    statistics = [given[name] for name in ("running_mean", "running_var") if given[name] is not None]
-    if frame.f_code is functional.batch_norm.__code__:
-        return given["training"] and any(tensor.data_ptr() == each.data_ptr() for each in statistics)
-    batch = len(given["input"])
-    return given["use_input_stats"] and any(
-        tensor.shape == (batch * len(each),) and torch.equal(tensor, each.repeat(batch)) for each in statistics
-    )
-
-
-def is_saved_unfilled(tensor: torch.Tensor) -> bool:
-    """Tell whether a tensor is being saved before its values are there, as the slopes that RReLU draws."""
-    frame = _frame_that_saves()
-    if frame is None or frame.f_code is not functional.rrelu.__code__:
-        return False
-    return bool(tensor.data_ptr() != frame.f_locals["input"].data_ptr())
-
-
-def _frame_that_saves() -> types.FrameType | None:
-    """Give the frame of the function of Python's in which autograd is saving a tensor."""
-    frame: types.FrameType | None = sys._getframe(1)
     passed = ("momentum_fix.", "torch._dynamo.", torchs.__name__)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(passed):
+    frame = next((each for each in _callers() if not each.f_globals.get("__name__", "").startswith(passed)), None)
+    code, given, unread = frame and frame.f_code, frame.f_locals if frame else {}, False
+    if frame is not None and frame.f_globals.get("__name__") == "torch.nn.modules.rnn":
+        unread = tensor.dtype == torch.uint8
+    elif code is functional.rrelu.__code__:
+        return "read" if tensor.data_ptr() == given["input"].data_ptr() else "unfilled"
+    elif code in (functional.batch_norm.__code__, functional.instance_norm.__code__):
+        statistics = [given[name] for name in ("running_mean", "running_var") if given[name] is not None]
+        if code is functional.batch_norm.__code__:
+            unread = given["training"] and any(tensor.data_ptr() == each.data_ptr() for each in statistics)
+        elif given["use_input_stats"]:
+            repeated = [each.repeat(len(given["input"])) for each in statistics]
+            unread = any(tensor.shape == each.shape and torch.equal(tensor, each) for each in repeated)
+    return "unread" if unread else "read"
+
+
+def _callers() -> Iterator[types.FrameType]:
+    """Give the frames of Python's that are running, the innermost first."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
         frame = frame.f_back
-    return frame
 
 
 def is_in_transform() -> bool:

@@ -249,8 +249,9 @@ class Region(_torch.Listener):
 
     def saved(self, tensor: torch.Tensor) -> Value:
         """Keep what is needed to compare a saved tensor."""
-        value = value_of(tensor, self.where(), not _torch.is_unread(tensor))
-        if _torch.is_saved_unfilled(tensor):
+        role = _torch.role_of_saved(tensor)
+        value = value_of(tensor, self.where(), role != "unread")
+        if role == "unfilled":
             self.unfilled.append((value, tensor))
         return value
 
