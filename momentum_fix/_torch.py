@@ -12,6 +12,7 @@ import functools
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Listener:
         """Hear the descriptions of a saved tensor and of the recomputed one."""
 
     def given(self, args: tuple[Any, ...]) -> None:
-        """Hear what the function is given, in the forward pass and in each recomputation. Of the reentrant engine."""
+        """Hear what the function is given, in each recomputation; by the reentrant engine, in the forward pass too."""
 
     def returned(self, output: Any) -> None:
         """Hear what the function gave, in the forward pass and in each recomputation. Of the reentrant engine."""
@@ -68,6 +69,7 @@ class Listener:
 Begin: TypeAlias = Callable[[Call], Listener | None]
 _lock = threading.RLock()
 _beginnings: list[Begin] = []  # the outermost first
+_hearing_hooks: list[Callable[[torch.Tensor], None]] = []
 
 
 class _ThisThread(threading.local):
@@ -114,7 +116,7 @@ def _listeners(call: Call) -> list[Listener]:
 def _places() -> dict[tuple[Any, str], tuple[Any, Any]]:
     """Give where torch is changed while somebody listens: what stands there, and what is put there instead."""
     torchs_frame, torchs_hook, function = torchs._CheckpointFrame, torchs._checkpoint_hook, torchs.CheckpointFunction
-    torchs_forward, torchs_apply = function.forward, function.apply
+    torchs_forward = function.forward
 
     class Frame(torchs_frame):  # type: ignore[misc, valid-type]
         """A call of the non-reentrant engine."""
@@ -125,6 +127,8 @@ def _places() -> dict[tuple[Any, str], tuple[Any, Any]]:
 
             def recompute(*args: Any) -> None:
                 with _entered(each.recomputation() for each in listeners):
+                    for each in listeners:
+                        each.given(args)
                     recompute_fn(*args)
 
             def describe(tensor: torch.Tensor) -> Any:
@@ -151,9 +155,9 @@ def _places() -> dict[tuple[Any, str], tuple[Any, Any]]:
             super().__exit__(*error)
             self.contexts.__exit__(*error)
 
-    def apply(*args: Any) -> Any:
+    def apply(cls: Any, *args: Any) -> Any:
         _this_thread.gradients = torch.is_grad_enabled()  # in `forward` they are always off
-        return torchs_apply(*args)  # type: ignore[no-untyped-call]
+        return super(function, cls).apply(*args)
 
     def forward(ctx: Any, run_function: Any, preserve_rng_state: bool, *args: Any) -> Any:
         listeners = _listeners(Call(run_function, args, {}, True, preserve_rng_state, _this_thread.gradients))
@@ -173,9 +177,23 @@ def _places() -> dict[tuple[Any, str], tuple[Any, Any]]:
     return {
         (torchs, "_CheckpointFrame"): (torchs_frame, Frame),
         (torchs, "_checkpoint_hook"): (torchs_hook, ForwardHook),
-        (function, "apply"): (vars(function).get("apply"), staticmethod(apply)),  # None: it inherits its own
+        (function, "apply"): (vars(function).get("apply"), classmethod(apply)),  # None: it inherits its own
         (function, "forward"): (staticmethod(torchs_forward), staticmethod(forward)),
+        **{(torch.Tensor, name): _heard(name) for name in ("register_hook", "register_post_accumulate_grad_hook")},
     }
+
+
+def _heard(name: str) -> tuple[Any, Any]:
+    """Give a method of tensors that registers a hook, and one that tells of it first."""
+    theirs = vars(torch.Tensor)[name]
+
+    @functools.wraps(theirs)
+    def register(tensor: torch.Tensor, hook: Any) -> Any:
+        for hear in _hearing_hooks:
+            hear(tensor)
+        return theirs(tensor, hook)
+
+    return theirs, register
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled code saves tensors too
@@ -300,6 +318,7 @@ def role_of_saved(tensor: torch.Tensor) -> Literal["read", "unread", "unfilled"]
         elif given["use_input_stats"]:
             repeated = [each.repeat(len(given["input"])) for each in statistics]
             unread = any(tensor.shape == each.shape and torch.equal(tensor, each) for each in repeated)
+            unread &= not tensor.requires_grad  # as a weight does, which is as large, and may be equal
     return "unread" if unread else "read"
 
 
@@ -315,6 +334,32 @@ def is_in_transform() -> bool:
     """Tell whether a transform of torch.func is running, whose tensors have no memory; no, if torch does not tell."""
     peek = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
     return peek() is not None
+
+
+def allows_saved_hooks() -> bool:
+    """Tell whether hooks on saved tensors are allowed here."""
+    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
+
+
+def hidden_from_function_modes() -> AbstractContextManager[Any]:
+    """Run operations of this package's own, which a TorchFunctionMode of a user's would see and might change."""
+    return torch._C.DisableTorchFunction()
+
+
+def nodes_so_far() -> int:
+    """Give the number that the next node of an autograd graph will get in this thread."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def is_older(tensor: torch.Tensor, number: int) -> bool:
+    """Tell whether a tensor is a leaf of autograd's graph, or belongs to a node with a lower number than this."""
+    return tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < number
+
+
+def hear_hooks(hear: Callable[[torch.Tensor], None]) -> Callable[[], None]:
+    """While somebody listens, have `hear` called with each tensor that gets a hook; return what ends that."""
+    _hearing_hooks.append(hear)
+    return functools.partial(_hearing_hooks.remove, hear)
 
 
 @contextmanager
@@ -390,6 +435,18 @@ class _Leaving:
     def __call__(self, module: nn.Module, *_: Any) -> None:
         if not (torch.compiler.is_compiling() or is_in_transform()):
             self.leave(module)
+
+
+@contextmanager
+def no_warning_of_hooks() -> Iterator[None]:
+    """Leave out what torch says of global hooks and compiled modules: ours only look. Other filters may come and go."""
+    warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks")
+    ours = warnings.filters[0]
+    try:
+        yield
+    finally:
+        if ours in warnings.filters:
+            warnings.filters.remove(ours)  # type: ignore[attr-defined]
 
 
 def others_hear_modules() -> bool:
@@ -510,7 +567,8 @@ def runs_own_function(outputs: Iterable[torch.Tensor]) -> bool:
         node = waiting.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            if not getattr(type(node), "_forward_cls", nn.Module).__module__.startswith("torch."):
+            room = getattr(type(node), "_forward_cls", nn.Module).__module__
+            if not room.startswith("torch.") or room.startswith("torch._library."):  # of operators of a user's
                 return True
             waiting += [each for each, _ in node.next_functions]
     return False

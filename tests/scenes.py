@@ -785,7 +785,10 @@ def plain_state(net):
     from momentum_fix.state.snapshot import pieces
 
     def kept(module):
-        return {name: value for name, value in pieces(module).items() if not getattr(value, "requires_grad", False)}
+        state = pieces(module).items()
+        return {
+            name: value for name, value in state if not getattr(value, "requires_grad", isinstance(value, nn.Module))
+        }
 
     listed = [each for module in net.modules() for each in vars(module).get("keeper", ())]
     state = [{name: mark(value) for name, value in kept(module).items()} for module in [*net.modules(), *listed]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from math import inf
@@ -86,8 +85,8 @@ def _diagnosing(model: nn.Module) -> Iterator[Diagnosis]:
         _torch.hear_entering(watch.enter, 1)
         ends += [functools.partial(_torch.hear_entering, watch.enter, -1), _torch.hear_leaving(watch.leave)]
         ends += [hook.remove for hook in at_gradients(model, watch.in_backward)]
-        with warnings.catch_warnings():  # what torch says of hooks does not go for these, which only look
-            warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks")
+        ends.append(_torch.hear_hooks(watch.hear_hook))
+        with _torch.no_warning_of_hooks():
             yield report
     except BaseException as error:
         raised = error
@@ -154,6 +153,10 @@ def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
         what = f"a reentrant checkpoint was given no tensor that requires gradients ({watch.lost[0].function})"
         instead = "If it is trained in this step, pass use_reentrant=False, or an input that requires them."
         return f"{what}, so what is in it gets none. {instead}"
+    if doubled := [region for region, each in judged if each.recomputation.hooks_again]:
+        instead = "Register it outside of the checkpoint, or on a new tensor (`x * 1`)."
+        what = f"the function ({doubled[0].function}) puts a hook on a tensor from outside"
+        return f"{what}, and each recomputation puts another one there, so that it runs twice. {instead}"
     if not_compared:
         instead = " Run a step with use_reentrant=False." if not_compared[0].reentrant else ""
         return f"what the checkpoint of {not_compared[0].function} handed to autograd could not be compared.{instead}"

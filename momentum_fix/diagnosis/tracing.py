@@ -38,7 +38,7 @@ class Value(NamedTuple):
     numbers: torch.Tensor | None  # its fingerprint
     dtype: torch.dtype
     where: str  # the module that it was computed in
-    matters: bool  # whether gradients depend on it
+    matters: bool | None  # whether gradients depend on it; None: that is not known
 
 
 class Origin(NamedTuple):
@@ -46,6 +46,7 @@ class Origin(NamedTuple):
 
     made_by: tuple[int, int] | None  # the operation, and which of its results; _GIVEN, and which; None: from outside
     parameter: int | None  # its id, if it is a parameter that gets a gradient
+    outside: int | None  # its id, if it is another tensor from outside that gets one
     requires_grad: bool
 
 
@@ -73,13 +74,18 @@ class Tracing(TorchFunctionMode):
         self.where = where
         self.operations: list[Operation] = []
         self.hides = False  # whether there is something whose gradients nobody sees
+        self.inside = 0  # how many forward passes of reentrant checkpoints inside of this one are running
+        self.nodes = _torch.nodes_so_far()
         self.escaped = set[Any]()  # the origins of what somebody keeps that the function does not return
         self.made_by: Any = WeakIdKeyDictionary()  # tensors, each with the operation that gave it
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and keep what gradients may depend on."""
         kwargs = kwargs or {}
-        caller = sys._getframe(1).f_globals.get("__name__", "")
+        frame: Any = sys._getframe(1)
+        while frame.f_code is Tracing.__torch_function__.__code__:  # of a checkpoint inside
+            frame = frame.f_back
+        caller = frame.f_globals.get("__name__", "")
         if caller.startswith("momentum_fix."):
             return func(*args, **kwargs)
         if func is torch.Tensor.view_as and caller in _OF_FULL_BACKWARD_HOOKS:
@@ -93,7 +99,11 @@ class Tracing(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         name = getattr(func, "__self__", func).__name__ if name == "__get__" else name  # the property's
         kept = set[Any]()
-        with _torch.noting_saved(lambda tensor: kept.add(_place(tensor))) if torch.is_grad_enabled() else nullcontext():
+        noting: Any = nullcontext()
+        if torch.is_grad_enabled():
+            self.hides |= not _torch.allows_saved_hooks()
+            noting = nullcontext() if self.hides else _torch.noting_saved(lambda tensor: kept.add(_place(tensor)))
+        with noting:
             output = func(*args, **kwargs)
         given = [args, kwargs]
         if func in _NORMS:
@@ -107,18 +117,20 @@ class Tracing(TorchFunctionMode):
             graph = [type(each.grad_fn).__name__ for each in outputs if each.requires_grad]
             reads_options = "alpha" in kwargs or any(not name.startswith(_ADDITIONS) for name in graph)
             reads_options |= func in _SWITCHES
-            matter = [all_matter or place in kept for place in places]
+            matter: list[bool | None] = [all_matter or place in kept for place in places]
             if reads_options:  # a tensor of whole numbers may be one, too
                 matter = [
                     m or not (t.is_floating_point() or t.is_complex()) for m, t in zip(matter, tensors, strict=True)
                 ]
+            if self.inside:  # its own recomputation will show what autograd keeps, but not here
+                matter, reads_options = [None] * len(tensors), True
             options = _options(given), reads_options, func in _DETACHING
             self._keep(name, tensors, matter, len(outputs), *options)
             number = len(self.operations) - 1
-            if name not in _UNCHANGED:
+            if name in _UNCHANGED and (tensors[0] in self.made_by or outputs[0] is tensors[0]):
+                self.made_by.update((each, self.made_by[tensors[0]]) for each in outputs if tensors[0] in self.made_by)
+            else:
                 self.made_by.update((each, (number, place)) for place, each in enumerate(outputs))
-            elif args[0] in self.made_by:
-                self.made_by.update((each, self.made_by[args[0]]) for each in outputs)
         return output
 
     def given(self, args: tuple[Any, ...], first: list[int] | None) -> list[int]:
@@ -137,7 +149,7 @@ class Tracing(TorchFunctionMode):
             is_all: whether nothing else is seen of the function.
         """
         tensors = [*tensors_in(output)]
-        self._keep("return", tensors, [is_all and each.requires_grad for each in tensors])
+        self._keep("return", tensors, [is_all and each.requires_grad for each in tensors], 0)
         # The reentrant engine gives back a graph for these alone. (Without gradients, no graph keeps a tensor alive.)
         direct = [
             each for each in (output if isinstance(output, tuple) else [output]) if isinstance(each, torch.Tensor)
@@ -146,16 +158,21 @@ class Tracing(TorchFunctionMode):
         alive = [(each, place) for each, place in self.made_by.items() if not isinstance(each, nn.Parameter)]
         self.escaped = {place for each, place in alive if place[0] != _GIVEN and id(each) not in passed_on}
 
-    def _keep(self, name: str, tensors: list[torch.Tensor], matter: list[bool], *others: Any) -> None:
+    def _keep(
+        self, name: str, tensors: list[torch.Tensor], matter: list[bool | None], results: int, *others: Any
+    ) -> None:
         where, values, origins = self.where(), [], []
-        for tensor, matters in zip(tensors, matter, strict=True):
+        for place, (tensor, matters) in enumerate(zip(tensors, matter, strict=True)):
             made_by, trains = self.made_by.get(tensor), tensor.requires_grad
             is_given = made_by is not None and made_by[0] == _GIVEN
             parameter = id(tensor) if trains and isinstance(tensor, nn.Parameter) and not is_given else None
-            origins.append(Origin(made_by, parameter, trains))
+            is_outside = trains and parameter is None and made_by is None and place < len(tensors) - results
+            if is_outside and not _torch.is_older(tensor, self.nodes):  # nobody has seen what has made it
+                is_outside, self.hides = False, True
+            origins.append(Origin(made_by, parameter, id(tensor) if is_outside else None, trains))
             is_input = is_given or (trains and tensor.is_leaf and parameter is None and made_by is None)
-            values.append(value_of(tensor, where, matters or is_input))
-        self.operations.append(Operation((where, name), values, origins, *others))
+            values.append(value_of(tensor, where, True if is_input else matters))
+        self.operations.append(Operation((where, name), values, origins, results, *others))
 
 
 def compared(before: Tracing, after: Tracing) -> Iterator[tuple[Value, Value | None]]:
@@ -174,20 +191,26 @@ def compared(before: Tracing, after: Tracing) -> Iterator[tuple[Value, Value | N
     partner[_GIVEN] = _GIVEN
     for place, now in enumerate(recomputed):
         if place not in partner:
-            if now.options_matter or any(each.matters for each in now.values):
-                yield now.values[-1], None
+            if now.options_matter or any(each.matters is not False for each in now.values):
+                yield _other(now)
             continue
         then = forward[partner[place]]
         inputs = len(now.origins) - now.results
         rewired = [_is_rewired(*pair, partner, flows) for pair in zip(then.origins, now.origins[:inputs], strict=False)]
         if True in rewired or (now.options_matter and now.options != then.options):
-            yield now.values[-1], None
+            yield _other(now)
             continue
         results = enumerate(now.origins[inputs:])
         lost = any(each.requires_grad and (partner[place], i) in before.escaped for i, each in results)
         if lost or None in rewired:
             yield now.values[-1]._replace(numbers=None), now.values[-1]  # which cannot be compared
-        yield from (pair for pair in zip(then.values, now.values, strict=False) if pair[1].matters)
+        yield from (pair for pair in zip(then.values, now.values, strict=False) if pair[1].matters is not False)
+
+
+def _other(now: Operation) -> tuple[Value, Value | None]:
+    """Give what stands for an operation that is another one than in the forward pass."""
+    value = now.values[-1]
+    return (value, None) if value.matters is not None else (value._replace(numbers=None), value)
 
 
 def _flows(operations: list[Operation]) -> list[bool]:
@@ -208,6 +231,8 @@ def _is_rewired(old: Origin, new: Origin, partner: dict[int, int], flows: list[b
     """
     if new.parameter is not None or old.parameter is not None:  # one that is frozen by now gets none without this, too
         return new.parameter not in (None, old.parameter)
+    if new.outside != old.outside and new.outside:
+        return None
     made_by = new.made_by and (partner.get(new.made_by[0], -1), new.made_by[1])
     if made_by == old.made_by:
         return False
@@ -222,7 +247,7 @@ def _place(tensor: torch.Tensor) -> Any:
     return (tensor.data_ptr(), tensor.shape) if is_plain else id(tensor)
 
 
-def value_of(tensor: torch.Tensor, where: str, matters: bool) -> Value:
+def value_of(tensor: torch.Tensor, where: str, matters: bool | None) -> Value:
     """Keep of a tensor what is needed to compare it."""
     return Value(fingerprint(tensor), tensor.dtype, where, matters)
 
@@ -232,6 +257,8 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         if not nn.parameter.is_lazy(value):
             yield value
+    elif isinstance(value, slice):
+        yield from tensors_in((value.start, value.stop, value.step))
     elif isinstance(value, (list, tuple, dict)):
         for each in value.values() if isinstance(value, dict) else value:
             yield from tensors_in(each)

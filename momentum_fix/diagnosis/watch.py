@@ -61,6 +61,7 @@ class _Running(threading.local):
         self.regions: list[Region] = []
         self.recomputing: list[Counter[Piece]] = []  # how often calls of modules have moved what, in each recomputation
         self.before: dict[int, Marks] | None = None  # the state before a recomputation by another engine
+        self.reached = 0  # how often a backward pass has reached a parameter of the model
 
 
 class Watch:
@@ -86,6 +87,12 @@ class Watch:
     def in_backward(self, _: torch.Tensor) -> None:
         """Hear that a backward pass has reached a parameter."""
         self.backward = True
+        self.running.reached += 1
+
+    def hear_hook(self, tensor: torch.Tensor) -> None:
+        """Hear that a hook is put on a tensor."""
+        for region in self.running.regions:
+            region.hear_hook(tensor)
 
     def enter(self, module: nn.Module, _: Any) -> None:
         """Hear that a module is called."""
@@ -93,6 +100,7 @@ class Watch:
         with _torch.hidden_from_modes():
             for region in running.regions:
                 region.first_module()
+                region.trains |= any(each.requires_grad for each in module.parameters(recurse=False))
                 if not isinstance(module, _UNWATCHED):  # it may have been found where nobody looks, as in a dictionary
                     region.parts.setdefault(
                         id(module), self.parts.get(id(module), Part(module, self.name(module), True))
@@ -147,6 +155,9 @@ class Recomputation:
         self.preserved = False  # whether preserve_state had put state back
         self.adds_gradients = False  # whether a backward pass has run in it
         self.hides = False  # whether something ran that nobody sees: torch.func, or an autograd.Function of a user's
+        self.hooks_again = False  # whether it has put a hook on a tensor that the forward pass has put one on
+        self.nodes = _torch.nodes_so_far()  # what has a lower number is none of its own
+        self.given = set[Any]()  # the nodes of what it is given
 
 
 class Region(_torch.Listener):
@@ -159,6 +170,7 @@ class Region(_torch.Listener):
         # The reentrant engine recomputes only if a tensor that it is given requires gradients.
         inputs = [each for each in call.args if isinstance(each, torch.Tensor)]
         self.gets_no_gradient = call.reentrant and call.gradients and not any(each.requires_grad for each in inputs)
+        self.trains = False  # whether a module with parameters that get gradients runs in it
         self.parts: dict[int, Part] = {}
         for module, _ in modules_of((function, call.args, call.kwargs)):
             self.parts |= {key: watch.parts.get(key, part) for key, part in parts_of(module).items()}
@@ -177,7 +189,8 @@ class Region(_torch.Listener):
         before = _random_numbers()
         with self._running():
             yield
-        if self.gets_no_gradient and any(each.requires_grad for op in self.trace.operations for each in op.origins):
+        self.trains |= any(each.requires_grad for op in self.trace.operations for each in op.origins)
+        if self.gets_no_gradient and self.trains:
             self.watch.lost.append(self)
         for value, tensor in self.unfilled:
             value.numbers.copy_(fingerprint(tensor))
@@ -192,19 +205,22 @@ class Region(_torch.Listener):
             watch.regions.append(self)
         self.recomputations.append(Recomputation())
         watch.latest = self
-        begun = this_thread.begun
+        begun, reached = this_thread.begun, running.reached
         with _torch.hidden_from_modes():
-            before, gradients = watch.look(self.parts), self._gradients()
+            inside = self.parts.copy()  # more are found when they are called
+            before, gradients = watch.look(inside), self._gradients()
         running.recomputing.append(Counter())
         try:
             with self._running():
                 yield
         finally:
             self.recomputations[-1].preserved = this_thread.begun > begun
+            self.recomputations[-1].given.clear()
             now = self._gradients()
-            self.recomputations[-1].adds_gradients = any(now.get(key, each) != each for key, each in gradients.items())
+            adds = running.reached > reached or any(now.get(key, each) != each for key, each in gradients.items())
+            self.recomputations[-1].adds_gradients = adds
             with _torch.hidden_from_modes():
-                watch.count(before, watch.look(self.parts), running.recomputing.pop(), self)
+                watch.count(before, watch.look(inside), running.recomputing.pop(), self)
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -212,12 +228,17 @@ class Region(_torch.Listener):
         self.depth = len(running.modules)
         self._look()
         self.untouched = True
+        outer = [each.trace for each in running.regions if self.reentrant and not self.recomputations]
         running.regions.append(self)
+        for trace in outer:
+            trace.inside += 1
         try:
             self.trace = Tracing(self.where)
             with self.trace if self.reentrant and not self.is_compiled else nullcontext():
                 yield
         finally:
+            for trace in outer:
+                trace.inside -= 1
             running.regions.remove(self)
 
     def _gradients(self) -> dict[int, Any]:
@@ -260,17 +281,31 @@ class Region(_torch.Listener):
         if forward.matters:
             self.recomputations[-1].pairs.append((forward, recomputed))
 
+    def hear_hook(self, tensor: torch.Tensor) -> None:
+        """Hear that the function puts a hook on a tensor. On one from outside, each recomputation puts another one."""
+        self.trace.hides = True  # of the reentrant engine, whose forward pass has no graph for it to be in
+        if self.recomputations:
+            last = self.recomputations[-1]
+            last.hooks_again |= tensor.grad_fn in last.given or _torch.is_older(tensor, last.nodes)
+
     def given(self, args: tuple[Any, ...]) -> None:
         """Note what the function is given."""
-        self.same = self.trace.given(args, self.same)
+        if self.recomputations:
+            self.recomputations[-1].given = {each.grad_fn for each in tensors_in(args)}
+        if self.reentrant:
+            self.same = self.trace.given(args, self.same)
 
     def returned(self, output: Any) -> None:
         """Compare the operations that led to a result; where compiled code hides them, compare the result."""
         computed = {id(each) for part in self.parts.values() for each in _computed_weights(part.module)}
         self.trace.returned(output, computed, is_all=self.is_compiled)
         if self.recomputations:
-            self.recomputations[-1].hides = self.trace.hides or _torch.runs_own_function(tensors_in(output))
-            self.recomputations[-1].pairs = [*compared(self.forward_trace, self.trace)]
+            last = self.recomputations[-1]
+            last.hides = self.is_compiled or self.forward_trace.hides or self.trace.hides
+            last.hides |= _torch.runs_own_function(tensors_in(output))
+            last.hides |= any(name in ("_backward_hooks", "_backward_pre_hooks") for _, name in last.found_moved)
+            last.hides |= "torch" in self.drew and not self.keeps_random_numbers
+            last.pairs = [*compared(self.forward_trace, self.trace)]
             self.trace.operations = []
         else:
             self.forward_trace = self.trace
@@ -297,7 +332,7 @@ def _judge(recomputation: Recomputation, numbers: dict[int, list[float]]) -> Jud
     if recomputation.adds_gradients:
         return Judgement(recomputation, ITSELF, 1.0, True)
     tolerance = largest = 0.0
-    known = bool(recomputation.pairs) and not recomputation.hides
+    known = bool(recomputation.pairs) and not (recomputation.hides or recomputation.hooks_again)
     for forward, recomputed in recomputation.pairs:
         if recomputed is None or recomputed.dtype != forward.dtype:
             return Judgement(recomputation, forward.where, math.inf, True)
@@ -308,7 +343,9 @@ def _judge(recomputation: Recomputation, numbers: dict[int, list[float]]) -> Jud
         if size is None:
             continue
         tolerance = max(tolerance, rounding(forward.dtype))  # what is computed from rounded numbers is rounded too
-        if size > tolerance or not rounding(forward.dtype):
+        if recomputed.matters is None:
+            known = False
+        elif size > tolerance or not rounding(forward.dtype):
             return Judgement(recomputation, forward.where, size, True)
         largest = max(largest, size)
     return Judgement(recomputation, "", largest, known)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from momentum_fix._torch import version
+from momentum_fix._torch import hidden_from_function_modes, version
 from momentum_fix.state.fingerprint import fingerprint
 
 FIXED: frozenset[type] = frozenset(
@@ -46,7 +46,8 @@ def mark(value: Any, *, by_value: bool = True, within: tuple[int, ...] = ()) -> 
     down = functools.partial(mark, by_value=by_value, within=(*within, id(value)))
     what: Any = None
     if isinstance(value, torch.Tensor):
-        what = _of_tensor(value) if by_value or nn.parameter.is_lazy(value) else (id(value), version(value))
+        with hidden_from_function_modes():
+            what = _of_tensor(value) if by_value or nn.parameter.is_lazy(value) else (id(value), version(value))
     elif isinstance(value, np.ndarray):
         what = value.shape, value.dtype.str, down(value.tolist()) if value.dtype == object else _digest(value)
     elif isinstance(value, dict):

@@ -4,10 +4,10 @@
     |x - y|**2 is the mean of (p_j(x) - p_j(y))**2, where p_j(x) = sum_i s_ij x_i for eight fixed vectors s_j of signs
 
 The weights u and v are fixed and look random, so tensors that differ have one hash with a probability of about
-2**-32. (An exclusive or of all words would not see values that change places.) The distance is right to some 40 %. Of
-values from 8192 on, the projections have the logarithms, apart from all others: beside a mask of -1e9 or -inf, nothing
-else would be seen. A tensor is read on its own device, in slices: nothing as large as it is copied, unless it has gaps
-or another order in memory.
+2**-32. (An exclusive or of all words would not see values that change places.) The distance is right to some 40 %. It
+is measured twice, and the larger one counts: with the values up to 8192, and with log(1 + |x|), since beside
+coordinates of a thousand, or a mask of -1e9 or -inf, nothing else would be seen. A tensor is read on its own device, in
+slices: nothing as large as it is copied, unless it has gaps or another order in memory.
 
 Source: multilinear hashing, Lemire and Kaser 2014, "Strongly universal string hashing is fast"; random projections,
 Johnson and Lindenstrauss 1984, with the signs of Achlioptas 2003.
@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from momentum_fix._torch import hidden_from_modes, is_in_transform
+from momentum_fix._torch import hidden_from_function_modes, hidden_from_modes, is_in_transform
 
 _COLUMNS, _PROJECTIONS = 4096, 8  # values in a row
-_LARGE = 8192.0
+_LARGE, _NAN = 8192.0, math.e**650  # a NaN counts as a number that no other is
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # by the bytes of a value
 _HALF = 0xFFFFFFFF
 _OPERATIONS = 64  # the roundings of so many may add up within a block
@@ -33,7 +33,7 @@ _OPERATIONS = 64  # the roundings of so many may add up within a block
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor | None:
     """Give 20 numbers of float64 on the tensor's device.
 
-    The hash in two halves; the squared norm and the projections; the number of large values, and theirs.
+    The hash in two halves; the squared norm and the projections, of the values and of their logarithms.
 
     None if there are no values to read: a tensor on the meta device, a fake or a sparse one.
 
@@ -42,7 +42,7 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor | None:
         >>> difference(one, one), difference(one, three) > 0.1
         (None, True)
     """
-    with torch.no_grad(), hidden_from_modes():
+    with torch.no_grad(), hidden_from_modes(), hidden_from_function_modes():
         parts = [_of_memory(part) for part in _parts(tensor)]
         known = [each for each in parts if each is not None]
         if not known or len(known) < len(parts):
@@ -99,12 +99,10 @@ def _of_memory(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None
     for block, (factors, _) in _blocks(flat.view(_WORDS[flat.itemsize])):
         hashed += ((block * weights[: block.shape[1]]).sum(1) * factors[: len(block)]).sum()
     for block, (_, flips) in _blocks(flat):
-        values = block.double()
-        is_large = ~(values.abs() < _LARGE)  # NaN too
-        logs = torch.where(is_large, values.nan_to_num(nan=math.e**700).abs().log().copysign(values), 0.0)
-        small = torch.where(is_large, 0.0, values)
-        for row, part, size in ((numbers[0], small, small.square()), (numbers[1], logs, is_large)):
-            row[0] += size.sum()
+        values = block.double().nan_to_num(nan=_NAN)
+        logarithms = values.abs().log1p().copysign(values)
+        for row, part in zip(numbers, (values.clamp(-_LARGE, _LARGE), logarithms), strict=True):
+            row[0] += part.square().sum()
             row[1:] += (part @ signs[: block.shape[1]] * flips[: len(block)]).sum(0)
     return hashed, numbers.reshape(-1)
 

@@ -32,10 +32,11 @@ _STATISTICS = frozenset(("running_mean", "running_var", "num_batches_tracked"))
 
 
 def pieces(module: nn.Module) -> dict[str, Any]:
-    """List the state of a module by name: buffers, parameters, attributes, hooks, whether it is in training mode."""
+    """List the state of a module by name: buffers, parameters, children, attributes, hooks, and its mode."""
     own = vars(module)
     plain = {name: value for name, value in own.items() if name not in _SKELETON and name not in _FRAMEWORKS}
-    return {"training": module.training, **plain, **hooks_of(module), **own["_buffers"], **own["_parameters"]}
+    registered = own["_buffers"] | own["_parameters"] | own["_modules"]
+    return {"training": module.training, **plain, **hooks_of(module), **registered}
 
 
 def keep(module: nn.Module, copier: Copier) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,0 +1,393 @@
+"""What is not seen, or not seen in full, is not called right; and what is harmless beside it still is."""
+
+import logging
+import warnings
+from itertools import count, repeat
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
+
+import momentum_fix
+from momentum_fix import diagnose
+from momentum_fix.state.fingerprint import difference, fingerprint, rounding
+from scenes import WIDTH, Net, data, linearly, once, same_gradients, seed
+from twins import non_reentrant, plainly, reentrant
+
+BOTH = (non_reentrant, reentrant)
+OUTSIDE = SimpleNamespace(tensors=[], other=None)  # what is on no module
+
+
+class Numbered(nn.Module):
+    """Gives a function a number: the next one in each call, or always the same."""
+
+    def __init__(self, function, moves):
+        super().__init__()
+        self.layer, self.function = nn.Linear(WIDTH, WIDTH), function
+        self.__dict__["numbers"] = count(1) if moves else repeat(1)  # of a class that nobody looks into
+
+    def forward(self, x):
+        return self.function(self, self.layer(x.sin()), next(self.numbers))
+
+
+# Hooks.
+
+
+def alone(net, ckpt):
+    net.body[2:](ckpt(net.body[1], net.body[0](net.stem(data()[0])))).square().mean().backward()
+
+
+class HooksItsInput(nn.Module):
+    def __init__(self, moves):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.moves = moves
+
+    def forward(self, x):
+        x = x if self.moves else x * 1  # a new tensor, which the recomputation has another one of
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient * 0.1)
+        return self.layer(x)
+
+
+class HooksItsWeight(HooksItsInput):
+    def forward(self, x):
+        if self.moves:
+            self.layer.weight.register_hook(lambda gradient: gradient * 0.1)
+        return self.layer(x)
+
+
+def shrink(weight):
+    weight.grad *= 0.1
+
+
+class HooksItsGradient(HooksItsInput):
+    def forward(self, x):
+        if self.moves:
+            self.layer.weight.register_post_accumulate_grad_hook(shrink)
+        return self.layer(x)
+
+
+class HooksBackward(HooksItsInput):
+    def forward(self, x):
+        if self.moves:
+            self.layer.register_full_backward_hook(lambda _, given, __: (given[0] * 0.1,))
+        return self.layer(x)
+
+
+def reversing(net, x, n):
+    if x.requires_grad:
+        x.register_hook(lambda gradient: -n * gradient)
+    return x
+
+
+# The reentrant engine.
+
+
+def inside(net, x, n):
+    return reentrant(lambda y: (y + n).tanh(), x)
+
+
+def sliced(net, x, n):
+    place = torch.tensor(n)
+    return x + net.layer.weight[:, place : place + 1].T
+
+
+def chosen(net, x, n):
+    return x + OUTSIDE.tensors[n % 2]
+
+
+def scripted(net, x, n):
+    return SCALED(x, float(n))
+
+
+@torch.jit.script
+def SCALED(x: torch.Tensor, by: float) -> torch.Tensor:  # noqa: N802
+    return torch.tanh(x) * by
+
+
+@torch.library.custom_op("momentum_fix_tests::scaled", mutates_args=())
+def operator(x: torch.Tensor, by: float) -> torch.Tensor:
+    return x * by
+
+
+operator.register_autograd(
+    lambda ctx, gradient: (gradient * ctx.by, None),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "by", OUTSIDE.by),
+)
+
+
+def operated(net, x, n):
+    OUTSIDE.by = float(n)
+    return operator(x, 1.0)
+
+
+class WithACompiledPart(Numbered):
+    """Adds something that is zero at first, as a low-rank adapter."""
+
+    def __init__(self, moves):
+        super().__init__(lambda net, x, n: net.tanh(x) + x * n @ net.zero, moves)
+        self.tanh, self.zero = nn.Tanh(), nn.Parameter(torch.zeros(WIDTH, WIDTH))
+        self.tanh.compile(backend="eager")
+
+
+def with_outside(net, ckpt):
+    OUTSIDE.tensors = [(net.stem.weight[:, :1] * factor).T for factor in (1, 2)]
+    linearly(net, ckpt)
+
+
+def of(function):
+    return lambda moves: Numbered(function, moves)
+
+
+KINDS = {  # with the step, and what is said of each engine if the number moves, and if it does not
+    "a hook on the input": (HooksItsInput, alone, {non_reentrant: (None, True), reentrant: (None, None)}),
+    "a hook on a weight": (HooksItsWeight, once, dict.fromkeys(BOTH, (None, True))),
+    "a hook on a gradient": (HooksItsGradient, once, dict.fromkeys(BOTH, (None, True))),
+    "a backward hook": (HooksBackward, once, {reentrant: (None, True)}),
+    "a hook on a result": (of(reversing), once, {reentrant: (None, None)}),
+    "a checkpoint inside": (of(inside), linearly, {reentrant: (None, True)}),
+    "a slice by tensors": (of(sliced), linearly, {reentrant: (False, True)}),
+    "a tensor from outside": (of(chosen), with_outside, {reentrant: (None, True)}),
+    "TorchScript": (of(scripted), linearly, {reentrant: (None, None)}),
+    "an operator of a user's": (of(operated), linearly, {reentrant: (None, None)}),
+    "a compiled part": (WithACompiledPart, once, {reentrant: (None, None)}),
+}
+
+
+def stepped(make, step, ckpt, moves, watched=False):
+    torch.manual_seed(0)
+    net, report = Net(make(moves)), None
+    seed()
+    if watched:
+        with diagnose(net) as report:
+            step(net, ckpt)
+    else:
+        step(net, ckpt)
+    return net, report
+
+
+@pytest.mark.parametrize(("name", "ckpt"), [(name, ckpt) for name, kind in KINDS.items() for ckpt in kind[2]])
+def test_what_cannot_be_compared_is_not_called_right(name, ckpt):
+    make, step, said = KINDS[name]
+    for moves, right in zip((True, False), said[ckpt], strict=True):
+        truth, plain = (stepped(make, step, each, moves)[0] for each in (plainly, ckpt))
+        watched, report = stepped(make, step, ckpt, moves, watched=True)
+        assert same_gradients(plain, truth) is not moves
+        assert same_gradients(watched, plain)
+        assert report.gradients_right is right
+        assert report.ok is (right is True)
+
+
+def test_a_hook_that_runs_twice_is_said_to():
+    _, report = stepped(HooksItsInput, alone, non_reentrant, True, watched=True)
+    assert "puts a hook on a tensor from outside, and each recomputation puts another one there" in str(report)
+
+
+def test_torchscript_in_a_reentrant_checkpoint_that_gets_no_gradient_is_not_called_right():
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x):
+            return SCALED(self.weight, 2.0) + x
+
+    net = nn.Sequential(First(), nn.Linear(WIDTH, WIDTH))
+    with diagnose(net) as report:
+        reentrant(net[1], reentrant(net[0], torch.ones(2, WIDTH)) + net[1].bias).sum().backward()
+    assert net[0].weight.grad is None
+    assert report.gradients_right is None
+    assert "a reentrant checkpoint was given no tensor that requires gradients (0)" in report.verdict
+
+
+def test_random_numbers_inside_a_function_of_torchs_are_not_called_right_where_they_are_not_kept():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+            nn.init.zeros_(self.attention.out_proj.weight)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)[0] + x
+
+    for keeps, right in ((True, True), (False, None)):
+        with diagnose(net := Attends()) as report:
+            x = torch.rand(2, 3, 4).requires_grad_()
+            checkpoint(net, x, use_reentrant=True, preserve_rng_state=keeps).sum().backward()
+        assert report.gradients_right is right
+
+
+# Both engines.
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+def test_a_backward_pass_inside_may_be_anybodys(ckpt):
+    def step(net, ckpt):
+        def function(x):
+            with torch.enable_grad():
+                net.stem(data()[0]).sum().backward()
+            return net.body(x)
+
+        ckpt(function, torch.ones(2, WIDTH, requires_grad=True)).sum().backward()
+
+    truth, plain = (stepped(lambda _: nn.Tanh(), step, each, True)[0] for each in (plainly, ckpt))
+    _, report = stepped(lambda _: nn.Tanh(), step, ckpt, True, watched=True)
+    assert not same_gradients(plain, truth)
+    assert report.gradients_right is False
+    assert report.differences[0].remedy.startswith("a backward pass outside of the checkpoint")
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_the_weight_of_an_instance_norm_is_not_taken_for_its_variance(moves):
+    class Weighs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.InstanceNorm1d(3, affine=True, track_running_stats=True)
+            self.weights = iter([1.0, 2.0 if moves else 1.0])
+
+        def forward(self, x):
+            norm = self.norm
+            weight = norm.weight * next(self.weights)
+            return functional.instance_norm(x, norm.running_mean, norm.running_var, weight, norm.bias).tanh()
+
+    x = torch.rand(2, 3, 5, requires_grad=True)
+    with diagnose(model := Weighs()) as report:
+        non_reentrant(model, x).square().sum().backward()
+    assert report.gradients_right is not moves
+    assert [*report] == ["norm.running_mean", "norm.running_var"]
+
+
+def test_in_float32_a_difference_beside_coordinates_is_none_of_rounding():
+    class Joins(Numbered):
+        def forward(self, x):
+            scaled = x.float() * (1 + next(self.numbers) / 100)
+            return torch.cat([scaled, torch.full((len(x), WIDTH), 1024.0)], 1).tanh().double() @ OUTSIDE.mixing
+
+    OUTSIDE.mixing = torch.ones(2 * WIDTH, WIDTH, dtype=torch.float64)
+    for moves in (True, False):
+        net = Net(Joins(None, moves)).double()
+        with diagnose(net) as report:
+            non_reentrant(net.body, net.stem(data()[0].double())).sum().backward()
+        assert report.gradients_right is not moves
+
+
+@pytest.mark.parametrize("scale", [1000.0, 8192.0, 1e5])
+def test_the_last_bit_of_a_large_value_is_rounding(scale):
+    values = torch.linspace(0.5, 1.0, 1000).mul(scale).bfloat16()
+    other = torch.nextafter(values, torch.tensor(torch.inf).bfloat16())
+    size = difference(fingerprint(values).tolist(), fingerprint(other).tolist())
+    assert 0 < size <= rounding(torch.bfloat16)
+
+
+class Grows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList()
+
+    def forward(self, x):
+        self.layers.append(nn.Tanh())
+        return x.tanh()
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+def test_modules_that_are_added_are_state(ckpt):
+    with diagnose(model := Grows()) as report:
+        ckpt(model, torch.rand(3, requires_grad=True)).sum().backward()
+    assert len(model.layers) == 2
+    assert [*report] == ["layers.1"]
+    assert not report.ok
+
+
+def test_a_module_that_runs_in_the_recomputation_alone_has_not_moved():
+    extra, passes = nn.BatchNorm1d(3, track_running_stats=False), count()
+
+    def function(x):
+        return x.tanh() + (extra(x) * 0 if next(passes) else 0)
+
+    model = nn.Linear(3, 3)
+    with diagnose(model) as report:
+        reentrant(function, model(torch.rand(4, 3))).sum().backward()
+    assert not report
+
+
+# The step is the same.
+
+
+def test_a_function_may_be_called_with_its_input_by_name():
+    model = nn.Linear(3, 3)
+    with diagnose(model) as report:
+        reentrant(lambda x: torch.flatten(input=x, start_dim=0).tanh(), model(torch.rand(4, 3))).sum().backward()
+    assert report.ok
+
+
+class Twice(CheckpointFunction):
+    @staticmethod
+    def forward(ctx, run_function, preserve_rng_state, *args):
+        return 2 * CheckpointFunction.forward(ctx, run_function, preserve_rng_state, *args)
+
+
+@pytest.mark.parametrize("tool", [lambda: diagnose(nn.Linear(1, 1)), momentum_fix.preserve_everywhere])
+def test_a_class_that_derives_from_torchs_engine_keeps_its_own_forward(tool):
+    x = torch.rand(3, requires_grad=True)
+    with tool():
+        assert torch.equal(Twice.apply(torch.sin, True, x), 2 * x.sin())
+
+
+def test_where_hooks_on_saved_tensors_are_not_allowed_none_is_used():
+    def function(x):
+        with disable_saved_tensors_hooks("not here"):
+            return x.sin().tanh()
+
+    model = nn.Linear(3, 3)
+    with diagnose(model) as report:
+        reentrant(function, model(torch.rand(4, 3))).sum().backward()
+    assert report.gradients_right is None
+
+
+class Noisy(TorchFunctionMode):
+    """Counts and changes products, as somebody may who tries what noise does."""
+
+    products = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function in (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm):
+            self.products += 1
+            output = output + torch.rand_like(output)
+        return output
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+def test_a_function_mode_of_a_users_sees_no_operation_of_diagnose(ckpt):
+    products = []
+    for watched in (True, False):
+        with Noisy() as mode:
+            stepped(lambda _: nn.Tanh(), once, ckpt, True, watched)
+        products.append((mode.products, torch.rand(1).item()))
+    assert products[0] == products[1]
+
+
+def test_filters_of_warnings_and_their_log_stay_as_the_block_leaves_them():
+    before = warnings.showwarning
+    with warnings.catch_warnings():
+        with diagnose(nn.Linear(1, 1)):
+            warnings.filterwarnings("ignore", "mine")
+            logging.captureWarnings(True)
+        assert warnings.filters[0][1].pattern == "mine"
+        assert not any(pattern and "global hooks" in pattern.pattern for _, pattern, *_ in warnings.filters)
+        assert warnings.showwarning is not before
+        logging.captureWarnings(False)
+
+
+def test_a_block_in_a_block_observes_the_same():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    with diagnose(model) as outer, diagnose(model) as inner:
+        reentrant(model, torch.rand(2, 3, requires_grad=True)).sum().backward()
+    assert outer.ok
+    assert inner.ok
