@@ -233,6 +233,14 @@ def given_data(net, _):
     net.body(REENTRANT["reentrant, plain"](net.stem, data()[0])).square().mean().backward()
 
 
+def hooking(net, ckpt):
+    def function(y):
+        y.register_hook(lambda gradient: gradient * 0.1)
+        return net.body(y)
+
+    ckpt(function, net.stem(data()[0])).square().mean().backward()
+
+
 NOT_OBSERVED = [
     (lambda net, _: once(net, plainly), "no recomputation was seen"),
     (lambda net, ckpt: ckpt(net.body, net.stem(data()[0])), "no backward pass was seen"),
@@ -241,6 +249,7 @@ NOT_OBSERVED = [
     (compiled, "nobody sees what compiled code recomputes"),
     (failing, "the step raised"),
     (given_data, "a reentrant checkpoint was given no tensor that requires gradients"),
+    (hooking, "the function puts a hook on a tensor from outside"),
     (sparsely, "could not be compared"),
 ]
 

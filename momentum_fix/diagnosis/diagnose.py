@@ -155,7 +155,7 @@ def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
         return f"{what}, so what is in it gets none. {instead}"
     if doubled := [region for region, each in judged if each.recomputation.hooks_again]:
         instead = "Register it outside of the checkpoint, or on a new tensor (`x * 1`)."
-        what = f"the function ({doubled[0].function}) puts a hook on a tensor from outside"
+        what = f"the function puts a hook on a tensor from outside (in the checkpoint of {doubled[0].function})"
         return f"{what}, and each recomputation puts another one there, so that it runs twice. {instead}"
     if not_compared:
         instead = " Run a step with use_reentrant=False." if not_compared[0].reentrant else ""
