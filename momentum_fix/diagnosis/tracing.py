@@ -28,6 +28,7 @@ _UNCHANGED = frozenset(  # operations that give their input itself if that is as
     ("contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "flatten")
 )
 _OF_FULL_BACKWARD_HOOKS = ("torch.autograd.function", "torch.utils.hooks")  # which are not on without gradients
+_NOTHING: Any = nullcontext()
 _GIVEN = -1  # instead of the number of an operation: what the function was given
 _ADDITIONS = ("AddBackward", "SubBackward", "RsubBackward")  # where it does not read numbers
 
@@ -99,11 +100,13 @@ class Tracing(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         name = getattr(func, "__self__", func).__name__ if name == "__get__" else name  # the property's
         kept = set[Any]()
-        noting: Any = nullcontext()
-        if torch.is_grad_enabled():
-            self.hides |= not _torch.allows_saved_hooks()
-            noting = nullcontext() if self.hides else _torch.noting_saved(lambda tensor: kept.add(_place(tensor)))
-        with noting:
+        allowed = _torch.allows_saved_hooks()
+        self.hides |= not allowed
+        with (
+            _torch.noting_saved(lambda each: kept.add(_place(each)))
+            if allowed and torch.is_grad_enabled()
+            else _NOTHING
+        ):
             output = func(*args, **kwargs)
         given = [args, kwargs]
         if func in _NORMS:
@@ -112,16 +115,10 @@ class Tracing(TorchFunctionMode):
         outputs = [*tensors_in(args[0] if func in _GIVE_NOTHING else output)]
         if any(each.is_floating_point() or each.is_complex() for each in outputs):
             tensors = [*tensors_in(given), *outputs]
-            places = [*map(_place, tensors)]
-            all_matter = bool(kept.difference(places))  # autograd keeps something else, computed from all of them
             graph = [type(each.grad_fn).__name__ for each in outputs if each.requires_grad]
-            reads_options = "alpha" in kwargs or any(not name.startswith(_ADDITIONS) for name in graph)
-            reads_options |= func in _SWITCHES
-            matter: list[bool | None] = [all_matter or place in kept for place in places]
-            if reads_options:  # a tensor of whole numbers may be one, too
-                matter = [
-                    m or not (t.is_floating_point() or t.is_complex()) for m, t in zip(matter, tensors, strict=True)
-                ]
+            reads_options = "alpha" in kwargs or func in _SWITCHES
+            reads_options |= any(not name.startswith(_ADDITIONS) for name in graph)
+            matter: list[bool | None] = [*_matter(tensors, kept, reads_options)]
             if self.inside:  # its own recomputation will show what autograd keeps, but not here
                 matter, reads_options = [None] * len(tensors), True
             options = _options(given), reads_options, func in _DETACHING
@@ -173,6 +170,15 @@ class Tracing(TorchFunctionMode):
             is_input = is_given or (trains and tensor.is_leaf and parameter is None and made_by is None)
             values.append(value_of(tensor, where, True if is_input else matters))
         self.operations.append(Operation((where, name), values, origins, results, *others))
+
+
+def _matter(tensors: list[torch.Tensor], kept: set[Any], reads_options: bool) -> Iterator[bool]:
+    """Tell of each tensor of an operation whether gradients depend on it, by what autograd keeps."""
+    places = [*map(_place, tensors)]
+    all_matter = bool(kept.difference(places))  # autograd keeps something else, computed from all of them
+    for tensor, place in zip(tensors, places, strict=True):
+        is_option = reads_options and not (tensor.is_floating_point() or tensor.is_complex())  # of whole numbers
+        yield all_matter or place in kept or is_option
 
 
 def compared(before: Tracing, after: Tracing) -> Iterator[tuple[Value, Value | None]]:
