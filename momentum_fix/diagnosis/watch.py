@@ -301,7 +301,7 @@ class Region(_torch.Listener):
         self.trace.returned(output, computed, is_all=self.is_compiled)
         if self.recomputations:
             last = self.recomputations[-1]
-            last.hides = self.is_compiled or self.forward_trace.hides or self.trace.hides
+            last.hides = self.forward_trace.hides or self.trace.hides
             last.hides |= _torch.runs_own_function(tensors_in(output))
             last.hides |= any(name in ("_backward_hooks", "_backward_pre_hooks") for _, name in last.found_moved)
             last.hides |= "torch" in self.drew and not self.keeps_random_numbers
