@@ -93,6 +93,10 @@ def inside(net, x, n):
     return reentrant(lambda y: (y + n).tanh(), x)
 
 
+def after_one_inside(net, x, n):
+    return (reentrant(torch.sin, x) + n).tanh()
+
+
 def inside_the_other_engines(net, x, n):
     return non_reentrant(lambda y: (y + n).tanh(), x)
 
@@ -156,6 +160,7 @@ KINDS = {  # with the step, and what is said of each engine if the number moves,
     "a backward hook": (HooksBackward, once, {reentrant: (None, True)}),
     "a hook on a result": (of(reversing), once, {reentrant: (None, None)}),
     "a checkpoint inside": (of(inside), linearly, {reentrant: (None, True)}),
+    "after a checkpoint inside": (of(after_one_inside), linearly, {reentrant: (False, True)}),
     "a checkpoint of the other engine's inside": (of(inside_the_other_engines), linearly, {reentrant: (False, True)}),
     "a slice by tensors": (of(sliced), linearly, {reentrant: (False, True)}),
     "a tensor from outside": (of(chosen), with_outside, {reentrant: (None, True)}),
@@ -321,6 +326,13 @@ def test_a_module_that_runs_in_the_recomputation_alone_has_not_moved():
 
 
 # The step is the same.
+
+
+def test_an_operation_of_torchs_may_be_the_function():
+    model = nn.Linear(3, 3)
+    with diagnose(model) as report:
+        reentrant(torch.tanh, model(torch.rand(4, 3))).sum().backward()
+    assert report.ok
 
 
 def test_a_function_may_be_called_with_its_input_by_name():

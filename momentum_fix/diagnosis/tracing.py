@@ -87,7 +87,7 @@ class Tracing(TorchFunctionMode):
         while frame.f_code is Tracing.__torch_function__.__code__:  # of a checkpoint inside
             frame = frame.f_back
         caller = frame.f_globals.get("__name__", "")
-        if caller.startswith("momentum_fix."):
+        if caller.startswith("momentum_fix.") and frame.f_code is not _torch.called.__code__:
             return func(*args, **kwargs)
         if func is torch.Tensor.view_as and caller in _OF_FULL_BACKWARD_HOOKS:
             output = func(*args, **kwargs)
