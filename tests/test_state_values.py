@@ -382,6 +382,27 @@ def test_generators_of_random_numbers_and_arrays_are_preserved(where, kind, draw
     assert_preserved(lambda: where(kind()), lambda held: draw(held[0] if isinstance(held, list) else held))
 
 
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_torchs_own_generator_stays_the_one_that_dropout_draws_from(ckpt):
+    class Draws(nn.Module):
+        def __init__(self, generator):
+            super().__init__()
+            self.generator = generator
+
+        def forward(self, x):
+            return nn.functional.dropout(x, 0.5) * torch.rand(9, generator=self.generator)
+
+    def gradient(generator, ckpt):
+        torch.manual_seed(0)
+        x = torch.ones(9, requires_grad=True)
+        ckpt(Draws(generator), x).square().sum().backward()
+        return x.grad
+
+    assert torch.equal(gradient(torch.default_generator, ckpt), gradient(torch.default_generator, plainly))
+    true, wrong = (gradient(torch.Generator().manual_seed(0), by) for by in (plainly, PLAIN.get(ckpt, non_reentrant)))
+    assert not torch.equal(wrong, true)
+
+
 # Tensors and the memory that they share.
 
 

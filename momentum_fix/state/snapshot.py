@@ -146,7 +146,7 @@ class Copier:
             if value.flags.writeable and value.nbytes:
                 is_shared = self.share and kind in (np.ndarray, np.memmap) and value.nbytes > LARGE
                 copied = _shared_copy(value) if is_shared and value.dtype != object else deepcopy(value)
-        elif isinstance(value, _WHOLE) and kind is not SystemRandom:
+        elif isinstance(value, _WHOLE) and kind is not SystemRandom and not _is_torchs_generator(value):
             copied = deepcopy(value)
         elif isinstance(value, nn.Module):
             self.modules.append(value)
@@ -224,6 +224,11 @@ class Copier:
 
 def _is_constant(value: Any) -> bool:
     return type(value) in FIXED or (type(value) is tuple and FIXED.issuperset(map(type, value)))
+
+
+def _is_torchs_generator(value: Any) -> bool:
+    """Tell whether this draws torch's own random numbers, which torch's checkpoint rewinds itself."""
+    return value is torch.default_generator or any(value is each for each in torch.cuda.default_generators)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
