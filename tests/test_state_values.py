@@ -663,9 +663,13 @@ def test_what_leads_from_a_large_tensor_to_its_module_does_not_keep_it():
 
 
 @pytest.mark.parametrize("size", [4, 100, 1000, 8000])
-def test_memory_that_was_copied_is_not_mixed_up_with_what_comes_into_its_place(size):
+@pytest.mark.parametrize("resized", [False, True], ids=["replaced", "resized"])
+def test_memory_that_was_copied_is_not_mixed_up_with_what_comes_into_its_place(resized, size):
     def give_back(held):
-        held[0].data = torch.ones(size)
+        if resized:
+            held[0].resize_(9 * size).fill_(1.0)
+        else:
+            held[0].data = torch.ones(size)
 
     noted, made = [], []  # of modules that nobody knows before the first one has given its memory back
     first = Keeps([torch.zeros(size)], give_back, lambda _: None, True)
