@@ -130,15 +130,17 @@ class Region(_torch.Listener):
             self.enter(function)
         else:
             inputs = [function, *inputs]
-        for module, whole in list(modules_of(inputs, names=names)):
+        found = list(modules_of(inputs, names=names))
+        moves = bool(self.states) or any(module.training for module, _ in found)  # what trains may move all of them
+        for module, whole in found:
             self.hears |= whole
-            self.enter(module, whole)
+            self.enter(module, whole, moves)
             for name, child in module._modules.items():  # the function may move one that it names before it calls it
                 if name in names and child is not None:
                     is_list = type(child) in _CONTAINERS  # of which the function may call other methods than `__call__`
                     for each in child.children() if is_list else [child]:
                         if not is_list or any(_is_own_method(each, method) for method in names):
-                            self.enter(each)
+                            self.enter(each, moves=moves)
         outer, hears = _running.regions, not is_compiled(function)  # such code calls no hook
         _running.regions = (*outer, self)
         _torch.hear_entering(_entered, hears)
@@ -151,11 +153,11 @@ class Region(_torch.Listener):
             self.changes = any(mark(_guards(module), by_value=False) != before for module, before in self.marks)
             del self.copier, self.entered, self.marks
 
-    def enter(self, module: nn.Module, whole: bool = True) -> None:
+    def enter(self, module: nn.Module, whole: bool = True, moves: bool = False) -> None:
         """Copy the state of a module, and of all below it: a parent may move a child's before it calls it."""
         if not whole and id(module) in self.states:
             return
-        below, moves, seen = [module], module.training, set[int]()
+        below, moves, seen = [module], moves or module.training, set[int]()
         with _torch.hidden_from_modes():
             while below:
                 each = below.pop()
@@ -167,7 +169,8 @@ class Region(_torch.Listener):
                     continue
                 self.hears |= is_compiled(each)
                 if whole:
-                    self.entered[id(each)] = each
+                    if moves or each.training:  # its parent may put it into training mode later
+                        self.entered[id(each)] = each
                     below += [child for child in each._modules.values() if child is not None]
                 hooks = hooks_of(each)
                 if (moves or each.training) and id(each) not in self.states:
