@@ -42,6 +42,14 @@ class _Present(NamedTuple):
     parameters: dict[str, nn.Parameter | None]
 
 
+class _Recomputation(NamedTuple):
+    """What a recomputation has replaced, by what."""
+
+    present: list[_Present]
+    values: list[tuple[nn.Parameter, torch.Tensor]]
+    buffers: dict[int, dict[str, torch.Tensor | None]]  # that it has put on each module, by its id
+
+
 def begin(function: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None) -> Region | RegionOfTorchs:
     """Begin a call of a checkpoint; its function is None if that is not known."""
     if isinstance(function, nn.Module) and reads_no_buffer(function) and not _torch.others_hear_modules():
@@ -115,7 +123,7 @@ class Region(_torch.Listener):
         # checkpoint would be compiled again without it.
         self.hears = False
         self.changes = False  # whether the forward pass has changed any state but the statistics of torch's own norms
-        self.running: list[tuple[list[_Present], list[tuple[nn.Parameter, torch.Tensor]]]] = []  # recomputations
+        self.running: list[_Recomputation] = []
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -193,8 +201,11 @@ class Region(_torch.Listener):
                 self.parameters.append(_Parameter(module, name, each, version(each), value))
 
     def holds(self, module: nn.Module) -> bool:
-        """Tell whether recomputations drop what they change on a module."""
-        return id(module) in self.states
+        """Tell whether recomputations drop what they change on a module, and not on buffers that another has put there."""
+        put = self.running[-1].buffers.get(id(module))
+        if put and all(module._buffers.get(name) is each for name, each in put.items()):
+            put.clear()  # from now on it is the module that replaces them
+        return put == {}
 
     def recomputation(self) -> AbstractContextManager[None]:
         """Give the context of a recomputation."""
@@ -215,7 +226,8 @@ class Region(_torch.Listener):
             _Present(each, vars(each).copy(), hooks_of(each), each._modules.copy(), each._parameters.copy())
             for each, *_ in self.states.values()
         ]
-        self.running.append((present, values))
+        buffers = {id(each.module): copied["_buffers"].copy() for each, copied in zip(present, copies, strict=True)}
+        self.running.append(_Recomputation(present, values, buffers))
         this_thread.begin_preserving(self)
         if self.hears:
             _torch.hear_entering(_entered, 1)
@@ -230,7 +242,7 @@ class Region(_torch.Listener):
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
         this_thread.end_preserving()
-        present, values = self.running.pop()
+        present, values, _ = self.running.pop()
         for module, everything, hooks, children, parameters in present:
             put(module, everything)
             put_hooks(module, hooks)
