@@ -765,6 +765,33 @@ def test_what_anybody_has_put_on_torchs_own_modules_is_preserved(layer, ckpt):
         assert_exact(lambda value=value: of_four(Marks(layer(), copy.deepcopy(value))), ckpt)
 
 
+class HasAMean(nn.Module):
+    """Keeps a running mean on a layer of torch's that is no norm, and moves it outside of the checkpoint."""
+
+    def __init__(self, **more):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.layer.register_buffer("running_mean", torch.zeros(3))
+        vars(self.layer).update(more)
+
+    def forward(self, x, ckpt):
+        y = ckpt(self.layer, x)
+        self.layer.running_mean.lerp_(y.detach().mean(0), 0.1)
+        return y - self.layer.running_mean.clone()
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("more", [{}, {"momentum": 0.1}], ids=["", "with a momentum"])
+def test_a_layer_that_is_no_norm_may_have_a_running_mean(more, ckpt):
+    found = []
+    for by in (plainly, ckpt):
+        torch.manual_seed(0)
+        model, x = HasAMean(**more), torch.rand(4, 3, requires_grad=True)
+        model(x, by).square().sum().backward()
+        found.append((model.layer.running_mean.tolist(), x.grad.tolist(), model.layer.weight.grad.tolist()))
+    assert found[0] == found[1]
+
+
 # Modules whose hash and equality follow their state.
 
 

@@ -82,7 +82,8 @@ def reads_no_buffer(module: nn.Module) -> bool:
         return False
     if not _OPTIONS.issuperset(map(type, own.values())):  # a function may do anything
         return False
-    return type(module).__module__.startswith("torch.nn.modules.") and own["_buffers"].keys() <= _STATISTICS
+    is_torchs = type(module).__module__.startswith("torch.nn.modules.")
+    return is_torchs and own["_buffers"].keys() == (_STATISTICS if "momentum" in own else frozenset())
 
 
 def scratch(module: Any) -> dict[str, Any]:
