@@ -56,7 +56,7 @@ def begin(function: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None) 
         modules = [function]
         for each in modules:
             modules += [child for child in each._modules.values() if child is not None]
-        parameters = [each for module in modules for each in module._parameters.values() if each is not None]
+        parameters = [each for module in modules for each in _parameters(module).values() if each is not None]
         if all(map(reads_no_buffer, modules[1:])) and all(p.requires_grad and _is_plain(p) for p in parameters):
             return RegionOfTorchs(modules, parameters)
     return Region(function, args, kwargs)
@@ -192,7 +192,7 @@ class Region(_torch.Listener):
                 self.copier.modules = []
 
     def _keep_parameters(self, module: nn.Module) -> None:
-        for name, each in module._parameters.items():
+        for name, each in _parameters(module).items():
             if each is not None and _is_plain(each):
                 value = None
                 if not each.requires_grad and each.layout is torch.strided and each.nbytes <= LARGE:
@@ -201,7 +201,7 @@ class Region(_torch.Listener):
                 self.parameters.append(_Parameter(module, name, each, version(each), value))
 
     def holds(self, module: nn.Module) -> bool:
-        """Tell whether recomputations drop what they change on a module, and not on buffers that another has put there."""
+        """Tell whether recomputations drop what they change on a module, with the buffers that it has now."""
         put = self.running[-1].buffers.get(id(module))
         if put and all(module._buffers.get(name) is each for name, each in put.items()):
             put.clear()  # from now on it is the module that replaces them
@@ -256,6 +256,12 @@ class Region(_torch.Listener):
             _torch.hear_entering(_entered, -1)
         with _torch.hidden_from_modes():
             _refuse_writes(values)
+
+
+def _parameters(module: Any) -> dict[str, nn.Parameter | None]:
+    """Give a module's parameters, but not a weight that an embedding renormalizes: to do so twice is to do so once."""
+    renormalizes = type(module) in (nn.Embedding, nn.EmbeddingBag) and module.max_norm is not None
+    return {} if renormalizes else module._parameters
 
 
 def _copied(kept: _Parameter, copier: Copier) -> nn.Parameter:
