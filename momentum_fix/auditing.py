@@ -47,7 +47,7 @@ def audit(
 
     Raises:
         UnreadableError: (a ValueError) the file or directory cannot be read, or holds no checkpoint.
-        ValueError: steps is below 1, or momentum is outside 0 to 1.
+        ValueError: steps is below 1, or momentum, or that of a layer of the model, is outside 0 to 1.
         TypeError: steps is not an integer, momentum is not a number, or source is none of the above.
 
     Example:

@@ -452,6 +452,14 @@ def test_a_wrong_momentum_or_source_is_refused():
         audit(3)
 
 
+@pytest.mark.parametrize("momentum", [1.5, "much"])
+def test_a_layer_of_a_model_with_a_wrong_momentum_is_named(momentum):
+    model = trained()
+    model[1][1].momentum = momentum
+    with pytest.raises(ValueError, match=rf"layer '1\.1': .*{momentum}"):
+        audit(model)
+
+
 class Harmful:
     def __reduce__(self):
         return os.mkdir, ("harm",)

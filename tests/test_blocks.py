@@ -1,6 +1,7 @@
 """The block of calibrate: what it leaves behind, whatever happens in it and beside it, and what it leaves alone."""
 
 import copy
+import functools
 import threading
 import warnings
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from torch import nn
 import recipes as by
 from momentum_fix import applied, calibrate, correct, corrected_momentum, diagnose, restore, update_once
 from recipes import Net, StoppedError, Stubborn, data, instance_norm, nested, one, same
-from twins import ROUNDING, deviation, momenta, non_reentrant, plainly, reentrant, train
+from twins import ROUNDING, counters, deviation, momenta, non_reentrant, plainly, reentrant, train
 
 
 def nothing_ran():
@@ -384,6 +385,62 @@ def test_a_layer_with_a_forward_of_somebody_elses_is_counted_and_keeps_it():
     assert model.b[1].forward is forward
     assert len(calls) == 2
     assert deviation(model, truth) == 0
+
+
+def wrapping_in_the_block(model):
+    with calibrate(model):
+        model.b[1].forward = functools.partial(model.b[1].forward)
+        one(model, *data(1), non_reentrant)
+
+
+def stuck(model):
+    """Leave a block in which something has wrapped the forward of layer b.1; return that layer, and what was there."""
+    with pytest.raises(ValueError, match=r"layer 'b\.1' has a forward of its own"):
+        wrapping_in_the_block(model)
+    return model.b[1], model.b[1].forward.func
+
+
+def test_a_forward_that_something_else_wraps_in_the_block_keeps_that_layer_alone():
+    model = correct(Net(), 2)
+    layer, _ = stuck(model)
+    assert momenta(model) == same(corrected_momentum(0.1, 2))
+    assert [module for module in model.modules() if "forward" in vars(module)] == [layer]
+    before = counters(model)
+    one(model, *data(1), non_reentrant)  # and what is left there does nothing
+    assert {name: count - before[name] for name, count in counters(model).items()} == dict.fromkeys(before, 2)
+    with pytest.raises(ValueError, match=r"layer 'b\.1' has a forward of its own"):
+        restore(model)
+
+
+def calibrated(model):
+    with calibrate(model) as report:
+        one(model, *data(1), non_reentrant)
+    assert report.passes == same(2)
+
+
+@pytest.mark.parametrize("tool", [restore, lambda model: update_once(restore(model)).remove(), correct, calibrated])
+def test_when_what_has_wrapped_it_is_gone_every_tool_gets_the_model_out(tool):
+    model = correct(Net(), 2)
+    layer, inner = stuck(model)
+    layer.forward = inner
+    tool(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert set(momenta(restore(model)).values()) == {0.1}
+    assert applied(model) == {}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_update_once_may_be_put_on_where_a_block_has_left_something(compiled):
+    model = Net()
+    layer, inner = stuck(model)
+    layer.forward = inner
+    update_once(model)
+    before = counters(model)
+    if compiled:
+        model.b = torch.compile(model.b, backend="aot_eager")
+    one(model, *data(1), non_reentrant)
+    assert {name.replace("_orig_mod.", "") for name in counters(model)} == before.keys()
+    assert sum(counters(model).values()) == sum(before.values()) + 3
 
 
 def test_two_threads_can_calibrate_a_model_each_at_once():

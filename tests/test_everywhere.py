@@ -390,6 +390,46 @@ def test_statistics_are_exact_together_with_update_once_and_calibrate(prepare, e
 
 
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
+def test_buffers_that_functional_call_is_given_are_no_state_of_a_module_and_move_once_with_update_once(engine):
+    def counted(*prepare):
+        model, x = nn.Module(), torch.rand(8, 3, requires_grad=True)
+        model.norm = nn.BatchNorm1d(3)
+        given = {name: buffer.clone() for name, buffer in model.norm.named_buffers()}
+        with contextlib.ExitStack() as stack:
+            for each in prepare:
+                stack.enter_context(each(model))
+            engine(lambda y: torch.func.functional_call(model.norm, given, y).tanh(), x).sum().backward()
+        return int(given["num_batches_tracked"]), int(model.norm.num_batches_tracked)
+
+    assert counted() == counted(everywhere) == (2, 0)
+    assert counted(update_once) == counted(everywhere, update_once) == counted(update_once, everywhere) == (1, 0)
+
+
+class Replacing(nn.BatchNorm1d):
+    """Reads its statistics, and assigns new ones."""
+
+    def forward(self, x):
+        self.running_mean = self.running_mean + x.mean(0).detach()
+        return (x * self.running_mean).sin()
+
+
+@pytest.mark.filterwarnings("ignore:.*the class has a forward of its own")
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
+def test_a_layer_may_replace_its_buffers_though_update_once_is_on_it(engine):
+    gradients = []
+    for ckpt, prepare in ((plainly, []), (engine, [everywhere, update_once]), (engine, [update_once])):
+        model, x = nn.Sequential(Replacing(3)), torch.ones(2, 3, requires_grad=True)
+        with contextlib.ExitStack() as stack:
+            for each in prepare:
+                stack.enter_context(each(model))
+            ckpt(lambda y, model=model: model(model(model(y))), x).sum().backward()
+        gradients.append(x.grad)
+    true, mine, wrong = gradients
+    assert torch.equal(mine, true)
+    assert not torch.equal(wrong, true)
+
+
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("kind", ["running normalizer", "step counter", "BatchNorm"])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["diagnose inside", "diagnose outside"])
 def test_diagnose_finds_nothing_to_fix(order, kind, engine):

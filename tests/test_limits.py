@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import CheckpointError
 
 import momentum_fix
-from momentum_fix import diagnose, preserve_everywhere
+from momentum_fix import diagnose, preserve_everywhere, update_once
 from momentum_fix.state.fingerprint import fingerprint
 from pages import DOCS, rows
 from recipes import hand_written
@@ -164,6 +165,134 @@ def test_torch_refuses_a_cache_around_the_checkpoint_and_the_report_says_that_gr
     _, report, raised = beside_its_twin(orthogonal, in_a_cache, ckpt)
     assert isinstance(raised, CheckpointError)
     assert report.gradients_right is False
+
+
+# State that the backward pass moves.
+
+
+class CountsBackward(torch.autograd.Function):
+    """Counts, in a tensor, the backward passes through it, and has got that tensor in one of two ways."""
+
+    @staticmethod
+    def forward(ctx, x, count, is_saved):
+        if is_saved:
+            ctx.save_for_backward(count)
+        ctx.count = None if is_saved else count
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        count = ctx.saved_tensors[0] if ctx.count is None else ctx.count
+        count += 1
+        return gradient, None, None
+
+
+class Counted(nn.BatchNorm1d):
+    """Keeps such a tensor as a buffer, or in an object of its own."""
+
+    def __init__(self, where, is_saved=False):
+        super().__init__(WIDTH)
+        self.register_buffer("count", torch.zeros(()))
+        self.own, self.where, self.is_saved = SimpleNamespace(count=torch.zeros(())), where, is_saved
+
+    def forward(self, x):
+        return CountsBackward.apply(super().forward(x), self.held(), self.is_saved)
+
+    def held(self):
+        return self.count if self.where == "a buffer" else self.own.count
+
+
+def counted_backward(ckpt, *how, prepare=lambda net: None):
+    net = Net(Counted(*how))
+    prepare(net)
+    once(net, ckpt)
+    return net.body[1].held().item()
+
+
+@among(EVERY)
+@pytest.mark.parametrize("is_saved", [False, True], ids=["captured", "saved"])
+def test_what_the_backward_pass_writes_to_a_buffer_goes_to_the_copy_that_the_recomputation_gave_it(is_saved, ckpt):
+    engine, how = next(name for name, each in EVERY.items() if each is ckpt).split(", ")
+    is_lost = how == "kept" and (is_saved or engine == "reentrant")
+    assert counted_backward(ckpt, "a buffer", is_saved) == (0 if is_lost else 1)
+    assert counted_backward(ckpt, "an object", is_saved) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*the class has a forward of its own")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_with_update_once_too_if_the_engine_is_the_reentrant_one(engine):
+    ckpt, _ = ENGINES[engine]
+    assert counted_backward(ckpt, "a buffer", prepare=update_once) == (engine == "non-reentrant")
+    assert counted_backward(ckpt, "an object", prepare=update_once) == counted_backward(ckpt, "a buffer") == 1
+
+
+# What the forward pass makes.
+
+
+class Makes(nn.Module):
+    """Makes a parameter in its first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.ready = None, False
+
+    def forward(self, x):
+        if not self.ready:
+            self.scale, self.ready = nn.Parameter(x.detach().mean(0)), True
+        return x * self.scale
+
+
+@among(EVERY)
+def test_a_parameter_that_the_forward_pass_makes_gets_no_gradient_if_it_is_preserved_in_the_reentrant_engine(ckpt):
+    net = Net(Makes())
+    once(net, ckpt)
+    assert (net.body[1].scale.grad is None) == (ckpt is REENTRANT["reentrant, kept"])
+    once(net, ckpt)  # as after a batch without gradients
+    assert net.body[1].scale.grad is not None
+
+
+class Appends(nn.Module):
+    """Appends a layer in every second call."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.calls = nn.ModuleList(), 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls % 2:
+            self.layers.append(nn.Tanh())
+        return x * sum(layer(x) for layer in self.layers)
+
+
+@among(REENTRANT)
+def test_layers_that_the_forward_pass_appends_are_there_in_the_recomputation(ckpt):
+    same, report, _ = beside_its_twin(Appends, once, ckpt)
+    assert same is (ckpt is REENTRANT["reentrant, plain"])  # whose recomputation is the second call
+    assert report.gradients_right is same
+
+
+@among(EVERY)
+def test_a_lazy_layer_before_a_random_one_draws_in_the_first_forward_pass_alone(ckpt):
+    def block():
+        return nn.Sequential(nn.LazyLinear(WIDTH), nn.Dropout(0.5), nn.Linear(WIDTH, WIDTH), nn.Tanh())
+
+    def step(net, ckpt):
+        torch.manual_seed(1)
+        once(net, ckpt)
+
+    def second(net, ckpt):
+        torch.manual_seed(2)
+        with torch.no_grad():
+            net.body(net.stem(data()[0]))
+        step(net, ckpt)
+
+    same, report, _ = beside_its_twin(block, step, ckpt)
+    assert not same
+    assert report.gradients_right is False
+    same, report, _ = beside_its_twin(block, second, ckpt)
+    assert same
+    assert report.gradients_right is True
 
 
 # Compiled together with the model.

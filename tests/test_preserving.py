@@ -337,6 +337,76 @@ def test_a_part_in_training_mode_is_preserved_wherever_it_is(ckpt):
     assert (block[0].steps, block[1][0].steps) == (2, 1)
 
 
+class Distills(nn.Module):
+    """Moves a teacher in evaluation mode, one of its own or one that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = nn.Linear(3, 3), Steps().eval()
+
+    def forward(self, x, teacher=None):
+        teacher = teacher or self.teacher
+        teacher.steps += 1
+        return (self.student(x) * teacher.steps).sin()
+
+
+def in_a_closure(net, x, ckpt):
+    student, teacher = net.student, net.teacher
+
+    def function(x):
+        teacher.steps += 1
+        return (student(x) * teacher.steps).sin()
+
+    return ckpt(function, x)
+
+
+def by_its_name(net, x, ckpt):
+    def function(x):
+        net.teacher.steps += 1
+        return (net.student(x) * net.teacher.steps).sin()
+
+    return ckpt(function, x)
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize(
+    "call",
+    [in_a_closure, by_its_name, lambda net, x, ckpt: ckpt(net, x, Distills().teacher)],
+    ids=["in a closure", "by its name", "given to a module"],
+)
+def test_what_trains_may_move_a_module_in_evaluation_mode(call, ckpt):
+    def gradient(ckpt):
+        torch.manual_seed(0)
+        net, x = Distills(), torch.ones(2, 3, requires_grad=True)
+        call(net, x, ckpt).sum().backward()
+        return net.teacher.steps, x.grad
+
+    (steps, true), (counted, mine), (_, wrong) = map(gradient, (plainly, ckpt, non_reentrant))
+    assert steps == counted
+    assert torch.equal(mine, true)
+    assert not torch.equal(wrong, true)
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_a_module_in_evaluation_mode_may_put_a_part_of_it_into_training_mode_for_a_call(ckpt):
+    class Adapts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            y = self.norm.train()(x)
+            self.norm.eval()
+            return y.tanh()
+
+    counted = []
+    for engine in (ckpt, non_reentrant):
+        net = Adapts().eval()
+        engine(net, torch.rand(4, 3, requires_grad=True)).sum().backward()
+        counted.append(int(net.norm.num_batches_tracked))
+    assert counted == [1, 2]
+
+
 @pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
 def test_what_a_function_moves_before_it_calls_a_module_is_as_before_in_the_recomputation(ckpt):
     def gradient(ckpt):

@@ -378,6 +378,26 @@ def test_a_trained_parameter_that_the_forward_writes_to_is_warned_of(ckpt):
     assert module[1].weight.eq(0.25).all()  # as torch's checkpoint does: no state tells that it has been written to
 
 
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("within", ["torch's", "a user's"])
+def test_the_weight_that_an_embedding_renormalizes_is_not_warned_of(within, kind, ckpt):
+    found = []
+    for by in (ckpt, plainly):
+        torch.manual_seed(0)
+        block, x = nn.Sequential(kind(4, 3, max_norm=0.5), nn.Tanh()), torch.ones(3, requires_grad=True)
+        index = torch.arange(4)[:, None]
+        if within == "torch's":
+            loss = by(block, index).sum()
+        else:
+            loss = (by(lambda x, index=index, block=block: block(index) * x, x)).sum()
+        if loss.requires_grad:  # not if the reentrant engine is given an index alone
+            loss.backward()
+            found.append(block[0].weight.grad)
+        assert block[0].weight.norm(dim=1).max() <= 0.5
+    assert torch.equal(found[0], found[-1])
+
+
 # What is changed by hand between the forward and its recomputation, and modules that are found by names.
 
 

@@ -114,6 +114,8 @@ REACHED = {
     "bound method": lambda root: root.method,
     "partial of a bound method": lambda root: functools.partial(root.method),
     "lambda of a bound method": lambda root: (lambda method: lambda x: method(x))(root.method),
+    "a module and a method of it": lambda root: functools.partial(lambda method, root, x: method(x), root.method, root),
+    "a method and its module": lambda root: functools.partial(lambda root, method, x: method(x), root, root.method),
 }
 
 
@@ -264,6 +266,117 @@ def test_a_function_may_move_a_child_of_what_it_knows(named, ckpt):
         net, x = Holds(), torch.ones(2, requires_grad=True)
         net.last(ckpt(lambda y: named(net)(y) * y, ckpt(named(net), x))).sum().backward()
         return net.child.steps, x.grad
+
+    (steps, true), (counted, mine), (_, wrong) = map(gradient, (plainly, ckpt, non_reentrant))
+    assert steps == counted == 2
+    assert torch.equal(mine, true)
+    assert not torch.equal(wrong, true)
+
+
+class Banked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bank = nn.Module()
+        self.bank.steps = 0
+
+    def moved(self, x):
+        self.bank.steps += 1
+        return (x * self.bank.steps).sin()
+
+
+class Wrapped(Banked):
+    """Moves its child in what are no plain functions of its class."""
+
+    def moved(self, x):
+        return super().moved(x)
+
+    @torch.autocast("cpu", enabled=False)
+    def decorated(self, x):
+        self.bank.steps += 1
+        return (x * self.bank.steps).sin()
+
+    @classmethod
+    def of_class(cls, net, x):
+        net.bank.steps += 1
+        return (x * net.bank.steps).sin()
+
+    @property
+    def steps(self):
+        return self.bank.steps
+
+    @steps.setter
+    def steps(self, steps):
+        self.bank.steps = steps
+
+    @functools.cached_property
+    def computed_once(self):
+        return self.bank
+
+
+def by_property(net):
+    def function(x):
+        net.steps += 1
+        return (x * net.steps).sin()
+
+    return function
+
+
+def by_cached_property(net):
+    def function(x):
+        net.computed_once.steps += 1
+        return (x * net.computed_once.steps).sin()
+
+    return function
+
+
+def helping(net, x):
+    net.bank.steps += 1
+    return (x * net.bank.steps).sin()
+
+
+class RunsAnother:
+    """An object whose `__call__` calls another method of it."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def __call__(self, x):
+        return self.run(x)
+
+    def run(self, x):
+        self.net.bank.steps += 1
+        return (x * self.net.bank.steps).sin()
+
+
+def of_a_script(net, source):
+    """Give what `source` makes where `bank` is a global name."""
+    known = {"__name__": "script", "bank": net.bank}
+    exec(f"def helper(x):\n    bank.steps += 1\n    return (x * bank.steps).sin()\nfunction = {source}", known)
+    return known["function"]
+
+
+AROUND = {
+    "a method that calls the one it overrides": lambda net: lambda x: net.moved(x),
+    "a decorated method": lambda net: lambda x: net.decorated(x),
+    "a method of the class": lambda net: lambda x: net.of_class(net, x),
+    "a property": by_property,
+    "a cached property": by_cached_property,
+    "an object that is called": RunsAnother,
+    "a helper that is given the module": lambda net: lambda x: helping(net, x),
+    "a helper that names a module": lambda net: of_a_script(net, "lambda x: helper(x)"),
+    "a function in a function that names a module": lambda net: of_a_script(
+        net, "lambda x: (lambda y: [bank.__setattr__('steps', bank.steps + 1), y * bank.steps][1].sin())(x)"
+    ),
+}
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+def test_a_function_may_move_a_child_by_way_of_whatever_it_calls(around, ckpt):
+    def gradient(ckpt):
+        net, x = Wrapped(), torch.ones(2, requires_grad=True)
+        (ckpt(around(net), x) * ckpt(around(net), x)).sum().backward()
+        return net.bank.steps, x.grad
 
     (steps, true), (counted, mine), (_, wrong) = map(gradient, (plainly, ckpt, non_reentrant))
     assert steps == counted == 2

@@ -382,6 +382,27 @@ def test_generators_of_random_numbers_and_arrays_are_preserved(where, kind, draw
     assert_preserved(lambda: where(kind()), lambda held: draw(held[0] if isinstance(held, list) else held))
 
 
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_torchs_own_generator_stays_the_one_that_dropout_draws_from(ckpt):
+    class Draws(nn.Module):
+        def __init__(self, generator):
+            super().__init__()
+            self.generator = generator
+
+        def forward(self, x):
+            return nn.functional.dropout(x, 0.5) * torch.rand(9, generator=self.generator)
+
+    def gradient(generator, ckpt):
+        torch.manual_seed(0)
+        x = torch.ones(9, requires_grad=True)
+        ckpt(Draws(generator), x).square().sum().backward()
+        return x.grad
+
+    assert torch.equal(gradient(torch.default_generator, ckpt), gradient(torch.default_generator, plainly))
+    true, wrong = (gradient(torch.Generator().manual_seed(0), by) for by in (plainly, PLAIN.get(ckpt, non_reentrant)))
+    assert not torch.equal(wrong, true)
+
+
 # Tensors and the memory that they share.
 
 
@@ -642,9 +663,13 @@ def test_what_leads_from_a_large_tensor_to_its_module_does_not_keep_it():
 
 
 @pytest.mark.parametrize("size", [4, 100, 1000, 8000])
-def test_memory_that_was_copied_is_not_mixed_up_with_what_comes_into_its_place(size):
+@pytest.mark.parametrize("resized", [False, True], ids=["replaced", "resized"])
+def test_memory_that_was_copied_is_not_mixed_up_with_what_comes_into_its_place(resized, size):
     def give_back(held):
-        held[0].data = torch.ones(size)
+        if resized:
+            held[0].resize_(9 * size).fill_(1.0)
+        else:
+            held[0].data = torch.ones(size)
 
     noted, made = [], []  # of modules that nobody knows before the first one has given its memory back
     first = Keeps([torch.zeros(size)], give_back, lambda _: None, True)
@@ -738,6 +763,33 @@ def test_what_anybody_has_put_on_torchs_own_modules_is_preserved(layer, ckpt):
 
     for value in (1, torch.ones(())):
         assert_exact(lambda value=value: of_four(Marks(layer(), copy.deepcopy(value))), ckpt)
+
+
+class HasAMean(nn.Module):
+    """Keeps a running mean on a layer of torch's that is no norm, and moves it outside of the checkpoint."""
+
+    def __init__(self, **more):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.layer.register_buffer("running_mean", torch.zeros(3))
+        vars(self.layer).update(more)
+
+    def forward(self, x, ckpt):
+        y = ckpt(self.layer, x)
+        self.layer.running_mean.lerp_(y.detach().mean(0), 0.1)
+        return y - self.layer.running_mean.clone()
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("more", [{}, {"momentum": 0.1}], ids=["", "with a momentum"])
+def test_a_layer_that_is_no_norm_may_have_a_running_mean(more, ckpt):
+    found = []
+    for by in (plainly, ckpt):
+        torch.manual_seed(0)
+        model, x = HasAMean(**more), torch.rand(4, 3, requires_grad=True)
+        model(x, by).square().sum().backward()
+        found.append((model.layer.running_mean.tolist(), x.grad.tolist(), model.layer.weight.grad.tolist()))
+    assert found[0] == found[1]
 
 
 # Modules whose hash and equality follow their state.

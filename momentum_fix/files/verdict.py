@@ -177,8 +177,11 @@ def judge(source: str, prefix: str, layers: Mapping[str, Sequence[Any]], steps: 
         if batches and assumed:
             found["passes"] = passes = Fraction(batches, assumed)
             if times := recomputed(batches, assumed):
-                momentum, plain = (None if value is None else float(value) for value in layers[name][1:])
-                found |= _effect(momentum, plain, times)
+                try:
+                    momentum, plain = (None if value is None else float(value) for value in layers[name][1:])
+                    found |= _effect(momentum, plain, times)
+                except (TypeError, ValueError) as error:  # of a layer of a model
+                    raise type(error)(f"layer {prefix + name!r}: {error}") from None
             if corrected_for[name] != 1:
                 wrong = _TOO_LITTLE if passes > corrected_for[name] else _TOO_MUCH
                 found["correction"] = how = _ENOUGH if nearly(batches, corrected_for[name], assumed) else wrong

@@ -20,7 +20,7 @@ from momentum_fix.norms.counting import Count, CountingForward, Finding
 from momentum_fix.norms.layers import at_gradients, join_names, norm_of, tracked_layers, warn_of_none
 from momentum_fix.norms.momenta import set_momenta, uncorrected
 from momentum_fix.norms.notes import Note
-from momentum_fix.norms.wrapping import refuse_wrapped, unwrap, wrap
+from momentum_fix.norms.wrapping import end, refuse_wrapped, wrap
 
 _HEADER = ("layer", "class", "passes", "momentum", "corrected", "note")
 _NOT_ENDED = "nothing yet: the block of calibrate has not ended, or an exception has left it"
@@ -114,7 +114,8 @@ def calibrate(model: nn.Module) -> AbstractContextManager[Report]:
             calibrating it.
         TypeError: model is not a module, or a part of it with running statistics is TorchScript.
         RuntimeError: this torch does not tell a recomputation from a forward pass.
-            Each of these is raised on entry, and the model is left as it was.
+            Each of these is raised on entry, and the model is left as it was. On leaving, a ValueError if something
+            else has wrapped a layer's `forward` in the block: nothing is corrected. Remove that, and calibrate again.
 
     Warns:
         UserWarning: only the decay could be corrected, or passes could not be counted; no layer tracks running
@@ -157,12 +158,12 @@ def _calibrating(model: nn.Module) -> Iterator[Report]:
     finally:
         for hook in hooks:
             hook.remove()
-        unwrap(every for each in wrappers for every in (each, *each.copies))
         for each in wrappers:
             each.count.drain()
         backward += [any(each.count.recomputations) for each in wrappers]
         found = {each.name: each.finding(any(backward)) for each in wrappers}
         set_momenta({each.layer: each.momentum for each in wrappers if each.layer.momentum == each.uncorrected})
+        end(every for each in wrappers for every in (each, *each.copies))
     found = _agreed(found)
     _warn(found)
     momenta = {each.name: uncorrected(each.layer) for each in wrappers}

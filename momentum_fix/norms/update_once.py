@@ -152,7 +152,7 @@ def update_once(model: nn.Module) -> Handle:
     own = [each.name for each in added if not only_writes(each.layer)]
     if own:
         warnings.warn(
-            f"{join_names(own)}: the class has a forward of its own. Its buffers will move once per batch. But if "
+            f"{join_names(own)}: the class has a forward of its own. It will move buffers once per batch. But if "
             "its output reads them in training (the output of torch's layers does not), every recomputation computes "
             "something different from the forward pass, and gradients are wrong. diagnose(model) tells you whether it "
             "does, and momentum_fix.checkpoint is exact there",

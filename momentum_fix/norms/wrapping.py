@@ -29,6 +29,7 @@ class ForwardWrapper:
     """
 
     tool = ""  # which has put it on the layer
+    ended = False  # whether it does nothing any more, and goes as soon as nothing else is around it
 
     def __init__(self, layer: NormLayer, name: str) -> None:
         self.layer, self.name = layer, name
@@ -43,7 +44,7 @@ class ForwardWrapper:
         if torch.compiler.is_dynamo_compiling():  # torch.export by itself does not: it is given a forward pass
             return self._compiled(*args, **kwargs)
         layer = self.layer
-        if is_preserved(layer):  # its buffers are copies already, which something else may read
+        if self.ended or is_preserved(layer):  # its buffers are copies already, which something else may read
             return self.run(*args, **kwargs)
         if not is_recomputation():
             if layer.training:
@@ -94,7 +95,7 @@ class ForwardWrapper:
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
         """Run on the buffers, and undo what has changed in them if that turns out to be a recomputation."""
-        if not self.layer.training:
+        if self.ended or not self.layer.training:
             return self.run(*args, **kwargs)
         if self.layer.momentum is None:
             return self._in_eager(*args, **kwargs)
@@ -145,16 +146,33 @@ def unwrap(wrappers: Iterable[ForwardWrapper]) -> None:
         each.remove()
 
 
+def end(wrappers: Iterable[ForwardWrapper]) -> None:
+    """Take each off its layer. If something else has wrapped the layer's forward since, let it do nothing, and raise.
+
+    It is taken off when a tool looks for it after the other one has gone.
+    """
+    wrappers = [each for each in wrappers if wrapper_of(each.layer) is each]
+    for each in wrappers:
+        each.ended = True
+    for each in [each for each in wrappers if wrapper_of(each.layer) is each]:
+        refuse_foreign_forward(each.layer, each.name)
+
+
 def wrapper_of(layer: nn.Module) -> ForwardWrapper | None:
     """Give a layer's wrapper. A `copy.copy` shares the attribute of the original, but is not wrapped."""
     wrapper: ForwardWrapper | None = vars(layer).get(_WRAPPER)
-    return wrapper if wrapper is not None and wrapper.layer is layer and "forward" in vars(layer) else None
+    if wrapper is None or wrapper.layer is not layer or "forward" not in vars(layer):
+        return None
+    if wrapper.ended and not has_foreign_forward(layer):
+        wrapper.remove()
+        return None
+    return wrapper
 
 
 def refuse_wrapped(layer: nn.Module, name: str, *tools: str) -> None:
     """Raise if one of these tools is on the layer."""
     wrapper = wrapper_of(layer)
-    if wrapper is not None and wrapper.tool in tools:
+    if wrapper is not None and not wrapper.ended and wrapper.tool in tools:
         raise ValueError(f"{describe_layer(name)} {_REFUSALS[wrapper.tool]}")
 
 

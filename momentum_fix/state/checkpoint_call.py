@@ -42,13 +42,21 @@ class _Present(NamedTuple):
     parameters: dict[str, nn.Parameter | None]
 
 
+class _Recomputation(NamedTuple):
+    """What a recomputation has replaced, by what."""
+
+    present: list[_Present]
+    values: list[tuple[nn.Parameter, torch.Tensor]]
+    buffers: dict[int, dict[str, torch.Tensor | None]]  # that it has put on each module, by its id
+
+
 def begin(function: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None) -> Region | RegionOfTorchs:
     """Begin a call of a checkpoint; its function is None if that is not known."""
     if isinstance(function, nn.Module) and reads_no_buffer(function) and not _torch.others_hear_modules():
         modules = [function]
         for each in modules:
             modules += [child for child in each._modules.values() if child is not None]
-        parameters = [each for module in modules for each in module._parameters.values() if each is not None]
+        parameters = [each for module in modules for each in _parameters(module).values() if each is not None]
         if all(map(reads_no_buffer, modules[1:])) and all(p.requires_grad and _is_plain(p) for p in parameters):
             return RegionOfTorchs(modules, parameters)
     return Region(function, args, kwargs)
@@ -115,7 +123,7 @@ class Region(_torch.Listener):
         # checkpoint would be compiled again without it.
         self.hears = False
         self.changes = False  # whether the forward pass has changed any state but the statistics of torch's own norms
-        self.running: list[tuple[list[_Present], list[tuple[nn.Parameter, torch.Tensor]]]] = []  # recomputations
+        self.running: list[_Recomputation] = []
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -130,15 +138,17 @@ class Region(_torch.Listener):
             self.enter(function)
         else:
             inputs = [function, *inputs]
-        for module, whole in list(modules_of(inputs, names=names)):
+        found = list(modules_of(inputs, names=names))
+        moves = bool(self.states) or any(module.training for module, _ in found)  # what trains may move all of them
+        for module, whole in found:
             self.hears |= whole
-            self.enter(module, whole)
+            self.enter(module, whole, moves)
             for name, child in module._modules.items():  # the function may move one that it names before it calls it
                 if name in names and child is not None:
                     is_list = type(child) in _CONTAINERS  # of which the function may call other methods than `__call__`
                     for each in child.children() if is_list else [child]:
                         if not is_list or any(_is_own_method(each, method) for method in names):
-                            self.enter(each)
+                            self.enter(each, moves=moves)
         outer, hears = _running.regions, not is_compiled(function)  # such code calls no hook
         _running.regions = (*outer, self)
         _torch.hear_entering(_entered, hears)
@@ -151,11 +161,11 @@ class Region(_torch.Listener):
             self.changes = any(mark(_guards(module), by_value=False) != before for module, before in self.marks)
             del self.copier, self.entered, self.marks
 
-    def enter(self, module: nn.Module, whole: bool = True) -> None:
+    def enter(self, module: nn.Module, whole: bool = True, moves: bool = False) -> None:
         """Copy the state of a module, and of all below it: a parent may move a child's before it calls it."""
         if not whole and id(module) in self.states:
             return
-        below, moves, seen = [module], module.training, set[int]()
+        below, moves, seen = [module], moves or module.training, set[int]()
         with _torch.hidden_from_modes():
             while below:
                 each = below.pop()
@@ -167,7 +177,8 @@ class Region(_torch.Listener):
                     continue
                 self.hears |= is_compiled(each)
                 if whole:
-                    self.entered[id(each)] = each
+                    if moves or each.training:  # its parent may put it into training mode later
+                        self.entered[id(each)] = each
                     below += [child for child in each._modules.values() if child is not None]
                 hooks = hooks_of(each)
                 if (moves or each.training) and id(each) not in self.states:
@@ -181,7 +192,7 @@ class Region(_torch.Listener):
                 self.copier.modules = []
 
     def _keep_parameters(self, module: nn.Module) -> None:
-        for name, each in module._parameters.items():
+        for name, each in _parameters(module).items():
             if each is not None and _is_plain(each):
                 value = None
                 if not each.requires_grad and each.layout is torch.strided and each.nbytes <= LARGE:
@@ -190,8 +201,11 @@ class Region(_torch.Listener):
                 self.parameters.append(_Parameter(module, name, each, version(each), value))
 
     def holds(self, module: nn.Module) -> bool:
-        """Tell whether recomputations drop what they change on a module."""
-        return id(module) in self.states
+        """Tell whether recomputations drop what they change on a module, with the buffers that it has now."""
+        put = self.running[-1].buffers.get(id(module))
+        if put and all(module._buffers.get(name) is each for name, each in put.items()):
+            put.clear()  # from now on it is the module that replaces them
+        return put == {}
 
     def recomputation(self) -> AbstractContextManager[None]:
         """Give the context of a recomputation."""
@@ -212,7 +226,8 @@ class Region(_torch.Listener):
             _Present(each, vars(each).copy(), hooks_of(each), each._modules.copy(), each._parameters.copy())
             for each, *_ in self.states.values()
         ]
-        self.running.append((present, values))
+        buffers = {id(each.module): copied["_buffers"].copy() for each, copied in zip(present, copies, strict=True)}
+        self.running.append(_Recomputation(present, values, buffers))
         this_thread.begin_preserving(self)
         if self.hears:
             _torch.hear_entering(_entered, 1)
@@ -227,7 +242,7 @@ class Region(_torch.Listener):
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
         this_thread.end_preserving()
-        present, values = self.running.pop()
+        present, values, _ = self.running.pop()
         for module, everything, hooks, children, parameters in present:
             put(module, everything)
             put_hooks(module, hooks)
@@ -241,6 +256,12 @@ class Region(_torch.Listener):
             _torch.hear_entering(_entered, -1)
         with _torch.hidden_from_modes():
             _refuse_writes(values)
+
+
+def _parameters(module: Any) -> dict[str, nn.Parameter | None]:
+    """Give a module's parameters, but not a weight that an embedding renormalizes: to do so twice is to do so once."""
+    renormalizes = type(module) in (nn.Embedding, nn.EmbeddingBag) and module.max_norm is not None
+    return {} if renormalizes else module._parameters
 
 
 def _copied(kept: _Parameter, copier: Copier) -> nn.Parameter:

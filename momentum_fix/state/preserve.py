@@ -24,7 +24,7 @@ def preserve_state(*mistaken: Any) -> tuple[AbstractContextManager[None], Abstra
     normalization, Batch Renormalization, codebooks, quantization-aware training, spiking neurons, step counters.
     State is what modules keep in buffers, in plain attributes (numbers, tensors, arrays, generators of random numbers,
     and containers of these) and in parameters of up to 64 KiB that no gradient trains. All modules that run in the
-    checkpoint in training mode are preserved, and those below them.
+    checkpoint in training mode are preserved, those below them, and those that the function knows beside them.
 
     Exact for: state, gradients and all values, bit for bit, in any order of forwards and backwards. Not for: state in
     objects of your own, on classes or in globals; random numbers of Python and NumPy; a checkpoint inside this one that

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,59 +13,67 @@ from torch import nn
 
 from momentum_fix._torch import is_compiled
 
+_LIBRARIES = sys.stdlib_module_names | {"torch", "momentum_fix"}  # whose functions name no module of a user's
+_AROUND_FUNCTIONS = (property, functools.cached_property, classmethod, staticmethod)
 
-def modules_of(
-    value: Any, whole: bool = False, *, seen: set[int] | None = None, names: set[str] | None = None
-) -> Iterator[tuple[nn.Module, bool]]:
+
+def modules_of(value: Any, names: set[str] | None = None) -> Iterator[tuple[nn.Module, bool]]:
     """Give the modules that a function is, has, or is given: those that it can move without a hook being called.
 
     Each with whether that is true of all below it too: where a method of it is called, or where it is compiled, as such
-    code calls no hook. `names` receives the names that the functions use.
+    code calls no hook. `names` receives the names that the functions use, and the methods that they may call.
     """
-    seen = set() if seen is None else seen
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    whole = whole or is_compiled(value)
-    parts: list[Any] = []
-    if isinstance(value, nn.Module):
-        if names is not None:
-            names.update(_names_in_methods(type(value), names))
-        yield value, whole
-        yield from ((module, True) for module in value.modules() if is_compiled(module))
-    elif isinstance(value, types.MethodType):
-        owner, whole = value.__self__, True
-        parts = [owner] if isinstance(owner, nn.Module) else [owner, getattr(owner, "__dict__", None)]
-    elif isinstance(value, (list, tuple, dict)):
-        parts = [*(value.values() if isinstance(value, dict) else value)]
-    elif isinstance(value, functools.partial):
-        parts = [value.func, value.args, value.keywords]
-    elif isinstance(value, types.FunctionType):
-        parts = [value.__defaults__, value.__kwdefaults__]
-        if names is not None:
-            names.update(_names_in(value.__code__))
+    seen, classes, waiting = dict[tuple[int, bool], Any](), set[type](), [(value, False)]
+    while waiting:
+        value, whole = waiting.pop()
+        whole = whole or is_compiled(value)
+        if (id(value), whole) not in seen:
+            seen[id(value), whole] = value
+            if isinstance(value, nn.Module):
+                yield value, whole
+                yield from ((module, True) for module in value.modules() if is_compiled(module))
+            waiting += [(part, whole or type(value) is types.MethodType) for part in _parts(value, names)]
+            if callable(value):
+                classes.add(type(value))
+        if names is not None and not waiting:
+            own = [vars(base) for each in classes for base in each.__mro__ if not _is_of_library(base)]
+            called = [methods[name] for methods in own for name in {"__call__", *names} & methods.keys()]
+            waiting += [(each, False) for each in called if (id(each), False) not in seen]
+
+
+def _parts(value: Any, names: set[str] | None) -> list[Any]:
+    """Give what a function or a container has that may be, or have, a module; add the names that it uses."""
+    if isinstance(value, types.MethodType):
+        owner = value.__self__
+        return [owner] if isinstance(owner, nn.Module) else [owner, getattr(owner, "__dict__", None)]
+    if isinstance(value, (list, tuple, dict)):
+        return [*(value.values() if isinstance(value, dict) else value)]
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, _AROUND_FUNCTIONS):
+        return [getattr(value, name, None) for name in ("fget", "fset", "func", "__func__")]
+    if isinstance(value, types.FunctionType):
+        parts = [value.__defaults__, value.__kwdefaults__, vars(value)]  # what it wraps is there too
         for cell in value.__closure__ or ():
             with suppress(ValueError):  # it is empty
                 parts.append(cell.cell_contents)
-        by_name = (value.__globals__.get(name) for name in value.__code__.co_names)
-        parts += [each for each in by_name if isinstance(each, nn.Module) or is_compiled(each)]
-    elif not isinstance(value, type) and callable(value) and hasattr(value, "__dict__"):
-        parts = [vars(value)]  # an object of a class of one's own, with what its `__call__` may use
-    for part in parts:
-        yield from modules_of(part, whole, seen=seen, names=names)
+        used = set(_names_in(value.__code__))
+        if names is not None and not _is_of_library(value):
+            names |= used
+        by_name = (value.__globals__.get(name) for name in used)
+        return [*parts, *filter(_may_move_modules, by_name)]
+    if not isinstance(value, (type, nn.Module)) and callable(value):
+        return [getattr(value, "__dict__", None)]  # what its `__call__` may use
+    return []
 
 
-def _names_in_methods(kind: type, names: set[str]) -> set[str]:
-    """Give the names in those methods of a class that are named, and in those that these name."""
-    found = set(names)
-    waiting = [*names]
-    while waiting:
-        method = getattr(kind, waiting.pop(), None)
-        if isinstance(method, types.FunctionType) and not method.__module__.startswith("torch."):
-            more = set(_names_in(method.__code__)) - found
-            found |= more
-            waiting += more
-    return found
+def _may_move_modules(value: Any) -> bool:
+    is_helper = isinstance(value, types.FunctionType) and not _is_of_library(value)
+    return is_helper or isinstance(value, nn.Module) or is_compiled(value)
+
+
+def _is_of_library(value: Any) -> bool:
+    return (getattr(value, "__module__", None) or "").partition(".")[0] in _LIBRARIES
 
 
 def _names_in(code: types.CodeType) -> Iterator[str]:

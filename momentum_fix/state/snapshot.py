@@ -83,7 +83,8 @@ def reads_no_buffer(module: nn.Module) -> bool:
         return False
     if not _OPTIONS.issuperset(map(type, own.values())):  # a function may do anything
         return False
-    return type(module).__module__.startswith("torch.nn.modules.") and own["_buffers"].keys() <= _STATISTICS
+    is_torchs = type(module).__module__.startswith("torch.nn.modules.")
+    return is_torchs and own["_buffers"].keys() == (_STATISTICS if "momentum" in own else frozenset())
 
 
 def scratch(module: Any) -> dict[str, Any]:
@@ -110,8 +111,8 @@ class Copier:
         self.share, self.detach = share, detach
         self.modules: list[nn.Module] = []
         self._copies: dict[int, Any] = {}  # by the id of the value
-        self._storages: dict[Any, torch.Tensor] = {}  # by where the storage is
-        self._held: list[Any] = []  # values and storages, so that no other one gets their ids and places meanwhile
+        self._storages: dict[Any, tuple[torch.UntypedStorage, torch.Tensor]] = {}  # by where the storage was
+        self._held: list[Any] = []  # values, so that no other one gets their ids meanwhile
 
     def parameter(self, parameter: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
         """Give a parameter with a copy of this value, which from now on is the copy of the one given."""
@@ -147,7 +148,7 @@ class Copier:
             if value.flags.writeable and value.nbytes:
                 is_shared = self.share and kind in (np.ndarray, np.memmap) and value.nbytes > LARGE
                 copied = _shared_copy(value) if is_shared and value.dtype != object else deepcopy(value)
-        elif isinstance(value, _WHOLE) and kind is not SystemRandom:
+        elif isinstance(value, _WHOLE) and kind is not SystemRandom and not _is_torchs_generator(value):
             copied = deepcopy(value)
         elif isinstance(value, nn.Module):
             self.modules.append(value)
@@ -195,10 +196,11 @@ class Copier:
     def _with_storage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor together with its memory, which others may be views of too."""
         storage = tensor.untyped_storage()
-        place = _, address, size = storage.device, storage.data_ptr(), storage.nbytes()
+        place = _, address, size = _place(storage)
         if not address:  # it is empty, or on the meta device
             return tensor.clone()
-        if place not in self._storages:
+        held, whole = self._storages.get(place, (None, tensor))
+        if held is None or _place(held) != place:  # `resize_` moves a storage elsewhere
             is_plain = not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
             is_whole = size == tensor.nbytes and is_plain and _is_dense(tensor)
             if self.share and min(size, tensor.nbytes) > LARGE and is_plain:
@@ -207,24 +209,28 @@ class Copier:
                 copied = tensor.clone()
             else:
                 memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-                self._remember(place, storage, memory.clone())
+                self._storages[place] = storage, memory.clone()
                 return self._with_storage(tensor)
             if is_whole:
-                self._remember(place, storage, copied)
+                self._storages[place] = storage, copied
             return copied
-        whole = self._storages[place].untyped_storage()
         copied = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        copied.set_(whole, tensor.storage_offset(), tensor.size(), tensor.stride())
+        copied.set_(whole.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
         copied = copied.conj() if tensor.is_conj() else copied
         return _torch.negated(copied) if tensor.is_neg() else copied
-
-    def _remember(self, place: Any, storage: torch.UntypedStorage, copied: torch.Tensor) -> None:
-        self._storages[place] = copied
-        self._held.append(storage)
 
 
 def _is_constant(value: Any) -> bool:
     return type(value) in FIXED or (type(value) is tuple and FIXED.issuperset(map(type, value)))
+
+
+def _place(storage: torch.UntypedStorage) -> tuple[torch.device, int, int]:
+    return storage.device, storage.data_ptr(), storage.nbytes()
+
+
+def _is_torchs_generator(value: Any) -> bool:
+    """Tell whether this draws torch's own random numbers, which torch's checkpoint rewinds itself."""
+    return value is torch.default_generator or any(value is each for each in torch.cuda.default_generators)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
