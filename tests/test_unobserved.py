@@ -216,6 +216,22 @@ def test_torchscript_in_a_reentrant_checkpoint_that_gets_no_gradient_is_not_call
     assert "a reentrant checkpoint was given no tensor that requires gradients (0)" in report.verdict
 
 
+def test_a_weight_that_a_function_knows_gets_no_gradient_either_if_no_input_requires_one():
+    model = nn.Linear(3, 3)
+    with diagnose(model) as report:
+        first = reentrant(lambda x: x @ model.weight, torch.rand(2, 3))
+        reentrant(torch.tanh, model(torch.rand(2, 3)) + first).sum().backward()
+    assert report.gradients_right is None
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+def test_norms_without_statistics_are_right(ckpt):
+    model = nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.InstanceNorm1d(3, affine=True), nn.Tanh())
+    with diagnose(model) as report:
+        ckpt(model, torch.rand(2, 3, 5, requires_grad=True)).sum().backward()
+    assert report.ok
+
+
 def test_random_numbers_inside_a_function_of_torchs_are_not_called_right_where_they_are_not_kept():
     class Attends(nn.Module):
         def __init__(self):
