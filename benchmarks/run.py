@@ -372,7 +372,7 @@ def markdown(cells, many, diagnosed, machine):
         "## `diagnose`",
         "",
         "A step in a block of `diagnose`, beside the same step without it. `diagnose` reads each tensor that autograd",
-        "saves twice, in the forward pass and in the recomputation, and keeps 160 bytes of each. What it needs beyond",
+        "saves twice, in the forward pass and in the recomputation, and keeps 232 bytes of each. What it needs beyond",
         "these is for the piece of a tensor that it reads at a time. It is for one step, not for a whole training.",
         "",
         "| network | times as long | more MiB | times as long, reentrant | more MiB, reentrant |",

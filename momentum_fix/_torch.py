@@ -9,6 +9,7 @@ own.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import threading
 import types
@@ -69,6 +70,7 @@ class Listener:
 Begin: TypeAlias = Callable[[Call], Listener | None]
 _lock = threading.RLock()
 _beginnings: list[Begin] = []  # the outermost first
+_present: dict[tuple[Any, str], Any] = {}  # what stood in each place before we came; None: nothing
 _hearing_hooks: list[Callable[[torch.Tensor], None]] = []
 
 
@@ -92,15 +94,18 @@ def listen(begin: Begin, *, outermost: bool = False) -> Callable[[], None]:
 def _begin(begin: Begin, outermost: bool) -> Callable[[], None]:
     with _lock:
         _beginnings.insert(0 if outermost else len(_beginnings), begin)
-        for (owner, name), (_, ours) in _places().items():
-            setattr(owner, name, ours)
+        for (owner, name), ours in _places().items():
+            if vars(owner).get(name) is not ours:
+                _present[owner, name] = vars(owner).get(name)
+                setattr(owner, name, ours)
 
     def stop() -> None:
         with _lock:
             _beginnings.remove(begin)
             if not _beginnings:
-                for (owner, name), (theirs, _) in _places().items():
-                    delattr(owner, name) if theirs is None else setattr(owner, name, theirs)
+                for (owner, name), theirs in _present.items():
+                    if vars(owner).get(name) is _places()[owner, name]:  # and not what somebody has put there since
+                        delattr(owner, name) if theirs is None else setattr(owner, name, theirs)
 
     return stop
 
@@ -113,8 +118,8 @@ def _listeners(call: Call) -> list[Listener]:
 
 
 @functools.cache
-def _places() -> dict[tuple[Any, str], tuple[Any, Any]]:
-    """Give where torch is changed while somebody listens: what stands there, and what is put there instead."""
+def _places() -> dict[tuple[Any, str], Any]:
+    """Give where torch is changed while somebody listens, and what is put there."""
     torchs_frame, torchs_hook, function = torchs._CheckpointFrame, torchs._checkpoint_hook, torchs.CheckpointFunction
     torchs_forward = function.forward
 
@@ -175,10 +180,10 @@ def _places() -> dict[tuple[Any, str], tuple[Any, Any]]:
         return torchs_forward(ctx, run if listeners else run_function, preserve_rng_state, *args)  # type: ignore[no-untyped-call]
 
     return {
-        (torchs, "_CheckpointFrame"): (torchs_frame, Frame),
-        (torchs, "_checkpoint_hook"): (torchs_hook, ForwardHook),
-        (function, "apply"): (vars(function).get("apply"), classmethod(apply)),  # None: it inherits its own
-        (function, "forward"): (staticmethod(torchs_forward), staticmethod(forward)),
+        (torchs, "_CheckpointFrame"): Frame,
+        (torchs, "_checkpoint_hook"): ForwardHook,
+        (function, "apply"): classmethod(apply),  # of which it has none of its own
+        (function, "forward"): staticmethod(forward),
         **{(torch.Tensor, name): _heard(name) for name in ("register_hook", "register_post_accumulate_grad_hook")},
     }
 
@@ -188,17 +193,19 @@ def called(function: Any, args: tuple[Any, ...]) -> Any:
     return function(*args)
 
 
-def _heard(name: str) -> tuple[Any, Any]:
-    """Give a method of tensors that registers a hook, and one that tells of it first."""
-    theirs = vars(torch.Tensor)[name]
+def _heard(name: str) -> Any:
+    """Give a method of tensors that registers a hook, and tells of it first."""
 
-    @functools.wraps(theirs)
+    @functools.wraps(vars(torch.Tensor)[name])
     def register(tensor: torch.Tensor, hook: Any) -> Any:
-        for hear in _hearing_hooks:
-            hear(tensor)
-        return theirs(tensor, hook)
+        if not any(
+            each.f_globals.get("__name__") == "torch.utils.module_tracker" for each in _callers()
+        ):  # it looks on
+            for hear in _hearing_hooks:
+                hear(tensor)
+        return _present[torch.Tensor, name](tensor, hook)
 
-    return theirs, register
+    return register
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled code saves tensors too
@@ -306,16 +313,18 @@ def role_of_saved(tensor: torch.Tensor) -> Literal["read", "unread", "unfilled"]
     """Tell of a tensor that autograd is saving whether no gradient depends on its values, or these come later.
 
     torch's batch norm and instance norm save running statistics, in their own memory or repeated, and do not read them
-    in training. An LSTM saves its memory to work in, of which some parts are never written. RReLU saves its slopes
-    before it draws them.
+    in training. An LSTM and CTC save their memory to work in, of which some parts are never written, and RReLU its
+    slopes before it draws them, if it draws any.
     """
     passed = ("momentum_fix.", "torch._dynamo.", torchs.__name__)
     frame = next((each for each in _callers() if not each.f_globals.get("__name__", "").startswith(passed)), None)
     code, given, unread = frame and frame.f_code, frame.f_locals if frame else {}, False
     if frame is not None and frame.f_globals.get("__name__") == "torch.nn.modules.rnn":
         unread = tensor.dtype == torch.uint8
-    elif code is functional.rrelu.__code__:
-        return "read" if tensor.data_ptr() == given["input"].data_ptr() else "unfilled"
+    elif code is functional.rrelu.__code__ and tensor.data_ptr() != given["input"].data_ptr():
+        return "unfilled" if given["training"] else "unread"
+    elif code is functional.ctc_loss.__code__:
+        unread = tensor.data_ptr() not in {given[name].data_ptr() for name in ("log_probs", "targets")}
     elif code in (functional.batch_norm.__code__, functional.instance_norm.__code__):
         statistics = [given[name] for name in ("running_mean", "running_var") if given[name] is not None]
         if code is functional.batch_norm.__code__:
@@ -357,8 +366,8 @@ def nodes_so_far() -> int:
 
 
 def is_older(tensor: torch.Tensor, number: int) -> bool:
-    """Tell whether a tensor is a leaf of autograd's graph, or belongs to a node with a lower number than this."""
-    return tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < number
+    """Tell whether a tensor is a leaf of autograd's graph, or its node is none that this thread has made since then."""
+    return tensor.grad_fn is None or not number <= tensor.grad_fn._sequence_nr() < nodes_so_far()
 
 
 def hear_hooks(hear: Callable[[torch.Tensor], None]) -> Callable[[], None]:
@@ -442,10 +451,14 @@ class _Leaving:
             self.leave(module)
 
 
+_blocks = itertools.count()
+
+
 @contextmanager
 def no_warning_of_hooks() -> Iterator[None]:
     """Leave out what torch says of global hooks and compiled modules: ours only look. Other filters may come and go."""
-    warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks")
+    words = r"Using `torch.compile\(module\)` when there are global hooks"
+    warnings.filterwarnings("ignore", rf"{words}(?#{next(_blocks)})")  # equal to no other filter
     ours = warnings.filters[0]
     try:
         yield

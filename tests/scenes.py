@@ -786,9 +786,7 @@ def plain_state(net):
 
     def kept(module):
         state = pieces(module).items()
-        return {
-            name: value for name, value in state if not getattr(value, "requires_grad", isinstance(value, nn.Module))
-        }
+        return {name: value for name, value in state if not getattr(value, "requires_grad", isinstance(value, type))}
 
     listed = [each for module in net.modules() for each in vars(module).get("keeper", ())]
     state = [{name: mark(value) for name, value in kept(module).items()} for module in [*net.modules(), *listed]]

@@ -27,7 +27,8 @@ _GIVE_NOTHING = (torch.Tensor.__setitem__, _SWITCHES[1])  # and change what they
 _UNCHANGED = frozenset(  # operations that give their input itself if that is as it has to be, or else a copy
     ("contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda", "flatten")
 )
-_OF_FULL_BACKWARD_HOOKS = ("torch.autograd.function", "torch.utils.hooks")  # which are not on without gradients
+_OF_HOOKS = ("torch.autograd.function", "torch.autograd.graph", "torch.utils.hooks")  # not on without gradients
+_EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _NOTHING: Any = nullcontext()
 _GIVEN = -1  # instead of the number of an operation: what the function was given
 _ADDITIONS = ("AddBackward", "SubBackward", "RsubBackward")  # where it does not read numbers
@@ -49,6 +50,9 @@ class Origin(NamedTuple):
     parameter: int | None  # its id, if it is a parameter that gets a gradient
     outside: int | None  # its id, if it is another tensor from outside that gets one
     requires_grad: bool
+
+
+_CONSTANT = Origin(None, None, None, False)  # or what an engine has given back of its input, without a graph
 
 
 class Operation(NamedTuple):
@@ -79,6 +83,7 @@ class Tracing(TorchFunctionMode):
         self.nodes = _torch.nodes_so_far()
         self.escaped = set[Any]()  # the origins of what somebody keeps that the function does not return
         self.made_by: Any = WeakIdKeyDictionary()  # tensors, each with the operation that gave it
+        self.copied: Any = WeakIdKeyDictionary()  # those with the origin of what they are a copy of, each with its own
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and keep what gradients may depend on."""
@@ -89,7 +94,7 @@ class Tracing(TorchFunctionMode):
         caller = frame.f_globals.get("__name__", "")
         if caller.startswith("momentum_fix.") and frame.f_code is not _torch.called.__code__:
             return func(*args, **kwargs)
-        if func is torch.Tensor.view_as and caller in _OF_FULL_BACKWARD_HOOKS:
+        if func is torch.Tensor.view_as and caller in _OF_HOOKS:
             output = func(*args, **kwargs)
             if args[0] in self.made_by:
                 self.made_by[output] = self.made_by[args[0]]
@@ -99,6 +104,7 @@ class Tracing(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         name = getattr(func, "__self__", func).__name__ if name == "__get__" else name  # the property's
+        before = {id(each): _torch.version(each) for each in tensors_in([args, kwargs])}
         kept = set[Any]()
         allowed = _torch.allows_saved_hooks()
         self.hides |= not allowed
@@ -113,19 +119,24 @@ class Tracing(TorchFunctionMode):
             bound = inspect.signature(func).bind(*args, **kwargs).arguments
             given = [value for name, value in bound.items() if name not in _UNREAD]
         outputs = [*tensors_in(args[0] if func in _GIVE_NOTHING else output)]
+        if func not in _SWITCHES and name not in _UNCHANGED:  # a dropout that drops nothing gives its input itself
+            outputs = [each for each in outputs if before.get(id(each)) != _torch.version(each)]
         if any(each.is_floating_point() or each.is_complex() for each in outputs):
             tensors = [*tensors_in(given), *outputs]
             graph = [type(each.grad_fn).__name__ for each in outputs if each.requires_grad]
             reads_options = "alpha" in kwargs or func in _SWITCHES
             reads_options |= any(not name.startswith(_ADDITIONS) for name in graph)
             matter: list[bool | None] = [*_matter(tensors, kept, reads_options)]
-            if self.inside:  # its own recomputation will show what autograd keeps, but not here
+            if self.inside and name not in _EMPTY:  # its own recomputation will show what autograd keeps, but not here
                 matter, reads_options = [None] * len(tensors), True
             options = _options(given), reads_options, func in _DETACHING
             self._keep(name, tensors, matter, len(outputs), *options)
             number = len(self.operations) - 1
             if name in _UNCHANGED and (tensors[0] in self.made_by or outputs[0] is tensors[0]):
                 self.made_by.update((each, self.made_by[tensors[0]]) for each in outputs if tensors[0] in self.made_by)
+                self.copied.update(
+                    (each, (number, place)) for place, each in enumerate(outputs) if id(each) not in before
+                )
             else:
                 self.made_by.update((each, (number, place)) for place, each in enumerate(outputs))
         return output
@@ -153,7 +164,8 @@ class Tracing(TorchFunctionMode):
         ]
         passed_on = without | {id(each) for tensor in direct for each in (tensor, _torch.base_of(tensor))}
         alive = [(each, place) for each, place in self.made_by.items() if not isinstance(each, nn.Parameter)]
-        self.escaped = {place for each, place in alive if place[0] != _GIVEN and id(each) not in passed_on}
+        places = {self.copied.get(each, place) for each, place in alive if id(each) not in passed_on}
+        self.escaped = {place for place in places if place[0] != _GIVEN}
 
     def _keep(
         self, name: str, tensors: list[torch.Tensor], matter: list[bool | None], results: int, *others: Any
@@ -244,7 +256,8 @@ def _is_rewired(old: Origin, new: Origin, partner: dict[int, int], flows: list[b
         return False
     if not new.requires_grad and old.made_by and old.made_by[0] != _GIVEN and flows[old.made_by[0]]:
         return True if new.made_by else None
-    return new.requires_grad
+    is_known = new.outside is not None or (new.made_by is not None and (old != _CONSTANT or new.made_by[0] != _GIVEN))
+    return None if new.requires_grad and not is_known else new.requires_grad
 
 
 def _place(tensor: torch.Tensor) -> Any:

@@ -61,7 +61,7 @@ class _Running(threading.local):
         self.regions: list[Region] = []
         self.recomputing: list[Counter[Piece]] = []  # how often calls of modules have moved what, in each recomputation
         self.before: dict[int, Marks] | None = None  # the state before a recomputation by another engine
-        self.reached = 0  # how often a backward pass has reached a parameter of the model
+        self.added = 0  # how often a backward pass has added to a gradient of the model
 
 
 class Watch:
@@ -87,7 +87,10 @@ class Watch:
     def in_backward(self, _: torch.Tensor) -> None:
         """Hear that a backward pass has reached a parameter."""
         self.backward = True
-        self.running.reached += 1
+
+    def accumulated(self, _: torch.Tensor) -> None:
+        """Hear that a backward pass has added to the gradient of a parameter."""
+        self.running.added += 1
 
     def hear_hook(self, tensor: torch.Tensor) -> None:
         """Hear that a hook is put on a tensor."""
@@ -164,7 +167,8 @@ class Region(_torch.Listener):
     """A call of torch's checkpoint."""
 
     def __init__(self, watch: Watch, call: _torch.Call) -> None:
-        function = getattr(call.function, "preserves_state", call.function)  # what momentum_fix.checkpoint was given
+        own = getattr(call.function, "__dict__", {})
+        function = own.get("preserves_state", call.function)  # what momentum_fix.checkpoint was given
         self.watch, self.function, self.reentrant = watch, _described(function, watch), call.reentrant
         self.keeps_random_numbers, self.by_library = call.keeps_random_numbers, _torch.is_called_by_library()
         # The reentrant engine recomputes only if a tensor that it is given requires gradients.
@@ -189,6 +193,7 @@ class Region(_torch.Listener):
         before = _random_numbers()
         with self._running():
             yield
+        self.trains |= self.trace.hides or self.is_compiled
         self.trains |= any(each.requires_grad for op in self.trace.operations for each in op.origins)
         if self.gets_no_gradient and self.trains:
             self.watch.lost.append(self)
@@ -205,7 +210,7 @@ class Region(_torch.Listener):
             watch.regions.append(self)
         self.recomputations.append(Recomputation())
         watch.latest = self
-        begun, reached = this_thread.begun, running.reached
+        begun, added = this_thread.begun, running.added
         with _torch.hidden_from_modes():
             inside = self.parts.copy()  # more are found when they are called
             before, gradients = watch.look(inside), self._gradients()
@@ -217,7 +222,7 @@ class Region(_torch.Listener):
             self.recomputations[-1].preserved = this_thread.begun > begun
             self.recomputations[-1].given.clear()
             now = self._gradients()
-            adds = running.reached > reached or any(now.get(key, each) != each for key, each in gradients.items())
+            adds = running.added > added or any(now.get(key, each) != each for key, each in gradients.items())
             self.recomputations[-1].adds_gradients = adds
             with _torch.hidden_from_modes():
                 watch.count(before, watch.look(inside), running.recomputing.pop(), self)

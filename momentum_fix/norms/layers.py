@@ -54,9 +54,9 @@ def tracks(module: nn.Module) -> bool:
     momentum and a running_mean or running_var buffer.
     """
     return (
-        hasattr(module, "momentum")
+        any(module._buffers.get(name) is not None for name in norm_of(module).statistics)
+        and hasattr(module, "momentum")
         and getattr(module, "track_running_stats", True)
-        and any(module._buffers.get(name) is not None for name in norm_of(module).statistics)
     )
 
 

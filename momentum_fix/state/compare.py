@@ -49,7 +49,7 @@ def mark(value: Any, *, by_value: bool = True, within: tuple[int, ...] = ()) -> 
         with hidden_from_function_modes():
             what = _of_tensor(value) if by_value or nn.parameter.is_lazy(value) else (id(value), version(value))
     elif isinstance(value, np.ndarray):
-        what = value.shape, value.dtype.str, down(value.tolist()) if value.dtype == object else _digest(value)
+        what = value.shape, value.dtype.str, down(value.tolist()) if value.dtype.hasobject else _digest(value)
     elif isinstance(value, dict):
         what = tuple((down(key), down(item)) for key, item in value.items())
     elif isinstance(value, (list, tuple, deque)):

@@ -1,13 +1,14 @@
-"""A tensor's values in 160 bytes: enough to tell whether another tensor is equal to the bit and, if not, how far it is.
+"""A tensor's values in 232 bytes: enough to tell whether another tensor is equal to the bit and, if not, how far it is.
 
     hash(x) = sum_r u_r sum_c v_c x_rc  modulo 2**64, of the bits of x in words of at most 32 bits
     |x - y|**2 is the mean of (p_j(x) - p_j(y))**2, where p_j(x) = sum_i s_ij x_i for eight fixed vectors s_j of signs
 
 The weights u and v are fixed and look random, so tensors that differ have one hash with a probability of about
 2**-32. (An exclusive or of all words would not see values that change places.) The distance is right to some 40 %. It
-is measured twice, and the larger one counts: with the values up to 8192, and with log(1 + |x|), since beside
-coordinates of a thousand, or a mask of -1e9 or -inf, nothing else would be seen. A tensor is read on its own device, in
-slices: nothing as large as it is copied, unless it has gaps or another order in memory.
+is measured three times, and the largest one counts: with the values, with their logarithms, as little would be seen
+beside coordinates of a thousand, and with the logarithms of what is beyond 8192, which the others leave out, as nothing
+else would be seen beside a mask of -1e9 or -inf. A tensor is read on its own device, in slices: nothing as large as it
+is copied, unless it has gaps or another order in memory.
 
 Source: multilinear hashing, Lemire and Kaser 2014, "Strongly universal string hashing is fast"; random projections,
 Johnson and Lindenstrauss 1984, with the signs of Achlioptas 2003.
@@ -24,6 +25,7 @@ import torch
 from momentum_fix._torch import hidden_from_function_modes, hidden_from_modes, is_in_transform
 
 _COLUMNS, _PROJECTIONS = 4096, 8  # values in a row
+_STARTS = (2, 3 + _PROJECTIONS, 4 + 2 * _PROJECTIONS)
 _LARGE, _NAN = 8192.0, math.e**650  # a NaN counts as a number that no other is
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # by the bytes of a value
 _HALF = 0xFFFFFFFF
@@ -31,9 +33,10 @@ _OPERATIONS = 64  # the roundings of so many may add up within a block
 
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Give 20 numbers of float64 on the tensor's device.
+    """Give 29 numbers of float64 on the tensor's device.
 
-    The hash in two halves; the squared norm and the projections, of the values and of their logarithms.
+    The hash in two halves; and three times the squared norm and the projections: of the values that are not large, of
+    their logarithms, and of the logarithms of those that are.
 
     None if there are no values to read: a tensor on the meta device, a fake or a sparse one.
 
@@ -56,12 +59,17 @@ def difference(one: Sequence[float], other: Sequence[float]) -> float | None:
     """Give how far two tensors are from each other, relative to the larger norm; None if they are equal to the bit."""
     if one[:2] == other[:2]:
         return None
-    return max(_distance(one[2:11], other[2:11]), _distance(one[11:], other[11:]))
+    (values, size), (logarithms, of_logarithms), (large, of_large) = (
+        _distance(one[start : start + 1 + _PROJECTIONS], other[start : start + 1 + _PROJECTIONS]) for start in _STARTS
+    )
+    # Rounding is as large as the values ask for, also where one of them is so small that its logarithm shows it.
+    return max(values / (size or 1), logarithms / (of_logarithms + size / 2 or 1), large / (of_large or 1))
 
 
-def _distance(one: Sequence[float], other: Sequence[float]) -> float:
+def _distance(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """Give the distance of two tensors, and the norm of the larger one."""
     squares = sum((p - q) ** 2 for p, q in zip(one[1:], other[1:], strict=True)) / _PROJECTIONS
-    return math.sqrt(squares / (max(one[0], other[0]) or 1.0))
+    return math.sqrt(squares), math.sqrt(max(one[0], other[0]))
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -94,15 +102,19 @@ def _of_memory(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None
     flat = (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(-1)
     flat = flat if flat.stride() == (1,) else flat.clone(memory_format=torch.contiguous_format)
     hashed = torch.zeros((), dtype=torch.int64, device=flat.device)
-    numbers = torch.zeros(2, 1 + _PROJECTIONS, dtype=torch.float64, device=flat.device)
+    numbers = torch.zeros(3, 1 + _PROJECTIONS, dtype=torch.float64, device=flat.device)
     weights, signs = _of_columns(flat.device)
     for block, (factors, _) in _blocks(flat.view(_WORDS[flat.itemsize])):
         hashed += ((block * weights[: block.shape[1]]).sum(1) * factors[: len(block)]).sum()
     for block, (_, flips) in _blocks(flat):
         values = block.double().nan_to_num(nan=_NAN)
-        logarithms = values.abs().log1p().copysign(values)
-        for row, part in zip(numbers, (values.clamp(-_LARGE, _LARGE), logarithms), strict=True):
-            row[0] += part.square().sum()
+        beyond = (values.abs() / _LARGE).clamp(min=1)
+        small = values / beyond / beyond  # which goes on from 8192 downwards, so that a last bit makes no leap
+        large = beyond.log()
+        parts = (small, small.abs().log1p().copysign(values), large.copysign(values))
+        sizes = (small.square(), parts[1].square(), (2 + large).square() * (beyond > 1))
+        for row, part, size in zip(numbers, parts, sizes, strict=True):
+            row[0] += size.sum()
             row[1:] += (part @ signs[: block.shape[1]] * flips[: len(block)]).sum(0)
     return hashed, numbers.reshape(-1)
 

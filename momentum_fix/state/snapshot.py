@@ -35,8 +35,15 @@ def pieces(module: nn.Module) -> dict[str, Any]:
     """List the state of a module by name: buffers, parameters, children, attributes, hooks, and its mode."""
     own = vars(module)
     plain = {name: value for name, value in own.items() if name not in _SKELETON and name not in _FRAMEWORKS}
-    registered = own["_buffers"] | own["_parameters"] | own["_modules"]
-    return {"training": module.training, **plain, **hooks_of(module), **registered}
+    children = {name: type(child) for name, child in own["_modules"].items()}  # one may be made anew each time
+    return {
+        "training": module.training,
+        **plain,
+        **hooks_of(module),
+        **children,
+        **own["_buffers"],
+        **own["_parameters"],
+    }
 
 
 def keep(module: nn.Module, copier: Copier) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -147,7 +154,7 @@ class Copier:
         elif isinstance(value, np.ndarray):
             if value.flags.writeable and value.nbytes:
                 is_shared = self.share and kind in (np.ndarray, np.memmap) and value.nbytes > LARGE
-                copied = _shared_copy(value) if is_shared and value.dtype != object else deepcopy(value)
+                copied = _shared_copy(value) if is_shared and not value.dtype.hasobject else deepcopy(value)
         elif isinstance(value, _WHOLE) and kind is not SystemRandom and not _is_torchs_generator(value):
             copied = deepcopy(value)
         elif isinstance(value, nn.Module):
