@@ -41,6 +41,8 @@ def mark(value: Any, *, by_value: bool = True, within: tuple[int, ...] = ()) -> 
             write to it.
         within: the ids of the containers that this value is in.
     """
+    if isinstance(value, type):
+        return type(value), id(value)
     if id(value) in within:
         return "itself", within.index(id(value))
     down = functools.partial(mark, by_value=by_value, within=(*within, id(value)))
