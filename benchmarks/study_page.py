@@ -182,8 +182,8 @@ def brief(study: Study) -> str:
         f"{h['annealed', few, 2]} (two updates per batch) and {h['annealed', few, 5]} (five) at batch size {few}, and "
         f"by {h['annealed', many, 2]} and {h['annealed', many, 5]} at batch size {many}. With a constant rate it was "
         f"{h['constant', few, 2]} and {h['constant', few, 5]} at batch size {few}, but {h['constant', many, 2]} and "
-        f"{h['constant', many, 5]} at batch size {many}: there a momentum of {ONE.momentum} is too small. Raise "
-        "it, and use `update_once`."
+        f"{h['constant', many, 5]} at batch size {many}: there a momentum of {ONE.momentum} is too small, and more "
+        "updates act as a larger one. Raise it yourself there, and use `update_once`."
     )
 
 

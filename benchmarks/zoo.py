@@ -168,10 +168,10 @@ def sentence(data: dict[str, Any]) -> str:
     """Say what came of it."""
     return (
         f"Of {len(data['models'])} torchvision and timm models with their built-in checkpointing turned on, "
-        f"{right(data, 'nothing')} keep the right running statistics on their own, and "
-        f"{right(data, 'two passes everywhere')} with the textbook momentum for two passes in every layer: "
-        f"{right(data, '`calibrate`')} do with `calibrate` and "
-        f"{right(data, '`update_once`')} with `update_once`."
+        f"{right(data, 'nothing')} keep the right running statistics without a fix, and "
+        f"{right(data, 'two passes everywhere')} with a momentum that is corrected for two passes in every layer. "
+        f"`calibrate` makes {right(data, '`calibrate`')} of them right, and "
+        f"`update_once` {right(data, '`update_once`')} of them."
     )
 
 
