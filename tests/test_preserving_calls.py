@@ -45,6 +45,7 @@ from states import (
 )
 from twins import (
     EXACT,
+    TORCHS_WARNINGS,
     batches,
     by_context,
     drop_in,
@@ -55,12 +56,7 @@ from twins import (
     train,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:Lazy modules are a new feature"),
-    pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated"),
-]
+pytestmark = TORCHS_WARNINGS
 
 
 # Where else it goes.

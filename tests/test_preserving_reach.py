@@ -19,6 +19,7 @@ from states import (
 )
 from twins import (
     EXACT,
+    TORCHS_WARNINGS,
     by_context,
     counters,
     drop_in,
@@ -28,12 +29,7 @@ from twins import (
     reentrant,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:Lazy modules are a new feature"),
-    pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated"),
-]
+pytestmark = TORCHS_WARNINGS
 
 
 def test_the_modules_among_the_arguments_are_known():

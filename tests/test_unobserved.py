@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import momentum_fix
 from momentum_fix import diagnose
 from momentum_fix.state.fingerprint import difference, fingerprint, rounding
-from scenes import WIDTH, Net, data, linearly, once, same_gradients, seed
+from scenes import WIDTH, Net, Scene, data, linearly, once, run, same_gradients
 from twins import non_reentrant, plainly, reentrant
 
 BOTH = (non_reentrant, reentrant)
@@ -174,15 +174,7 @@ KINDS = {  # with the step, and what is said of each engine if the number moves,
 
 
 def stepped(make, step, ckpt, moves, watched=False):
-    torch.manual_seed(0)
-    net, report = Net(make(moves)), None
-    seed()
-    if watched:
-        with diagnose(net) as report:
-            step(net, ckpt)
-    else:
-        step(net, ckpt)
-    return net, report
+    return run(Scene(lambda: make(moves), gradients=not moves, step=step), ckpt, watched)
 
 
 @pytest.mark.parametrize(("name", "ckpt"), [(name, ckpt) for name, kind in KINDS.items() for ckpt in kind[2]])

@@ -15,6 +15,13 @@ import momentum_fix
 from momentum_fix import calibrate, preserve_state
 from momentum_fix.norms.layers import tracked_layers
 
+TORCHS_WARNINGS = [  # for `pytestmark`: what torch says of what these tests do on purpose
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:Lazy modules are a new feature"),
+    pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated"),
+]
+
 ROUNDING = 1e-12  # relative, in float64
 
 
