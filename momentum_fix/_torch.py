@@ -198,9 +198,8 @@ def _heard(name: str) -> Any:
 
     @functools.wraps(vars(torch.Tensor)[name])
     def register(tensor: torch.Tensor, hook: Any) -> Any:
-        if not any(
-            each.f_globals.get("__name__") == "torch.utils.module_tracker" for each in _callers()
-        ):  # it looks on
+        looks_on = any(each.f_globals.get("__name__") == "torch.utils.module_tracker" for each in _callers())
+        if not looks_on:
             for hear in _hearing_hooks:
                 hear(tensor)
         return _present[torch.Tensor, name](tensor, hook)

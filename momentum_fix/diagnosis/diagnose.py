@@ -17,7 +17,7 @@ from momentum_fix._torch import is_compiled
 from momentum_fix.diagnosis.advice import RESTORE, differences_of, findings_of, fixes_of
 from momentum_fix.diagnosis.report import Diagnosis
 from momentum_fix.diagnosis.watch import ITSELF, Judgement, Region, Watch, judge
-from momentum_fix.norms.layers import at_gradients, join_names
+from momentum_fix.norms.layers import at_gradients, join_names, trained
 
 
 def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
@@ -85,8 +85,7 @@ def _diagnosing(model: nn.Module) -> Iterator[Diagnosis]:
         _torch.hear_entering(watch.enter, 1)
         ends += [functools.partial(_torch.hear_entering, watch.enter, -1), _torch.hear_leaving(watch.leave)]
         ends += [hook.remove for hook in at_gradients(model, watch.in_backward)]
-        trained = [each for each in model.parameters() if each.requires_grad and not nn.parameter.is_lazy(each)]
-        ends += [each.register_post_accumulate_grad_hook(watch.accumulated).remove for each in trained]  # type: ignore[no-untyped-call]
+        ends += [p.register_post_accumulate_grad_hook(watch.accumulated).remove for p in trained(model)]  # type: ignore[no-untyped-call]
         ends.append(_torch.hear_hooks(watch.hear_hook))
         with _torch.no_warning_of_hooks():
             yield report

@@ -221,14 +221,18 @@ def compared(before: Tracing, after: Tracing) -> Iterator[tuple[Value, Value | N
         results = enumerate(now.origins[inputs:])
         lost = any(each.requires_grad and (partner[place], i) in before.escaped for i, each in results)
         if lost or None in rewired:
-            yield now.values[-1]._replace(numbers=None), now.values[-1]  # which cannot be compared
+            yield _unknown(now)
         yield from (pair for pair in zip(then.values, now.values, strict=False) if pair[1].matters is not False)
 
 
 def _other(now: Operation) -> tuple[Value, Value | None]:
     """Give what stands for an operation that is another one than in the forward pass."""
-    value = now.values[-1]
-    return (value, None) if value.matters is not None else (value._replace(numbers=None), value)
+    return (now.values[-1], None) if now.values[-1].matters is not None else _unknown(now)
+
+
+def _unknown(now: Operation) -> tuple[Value, Value]:
+    """Give what stands for an operation that cannot be compared."""
+    return now.values[-1]._replace(numbers=None), now.values[-1]
 
 
 def _flows(operations: list[Operation]) -> list[bool]:

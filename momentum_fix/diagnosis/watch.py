@@ -103,7 +103,8 @@ class Watch:
         with _torch.hidden_from_modes():
             for region in running.regions:
                 region.first_module()
-                region.trains |= any(each.requires_grad for each in module.parameters(recurse=False))
+                if region.gets_no_gradient:
+                    region.trains |= any(each.requires_grad for each in module.parameters(recurse=False))
                 if not isinstance(module, _UNWATCHED):  # it may have been found where nobody looks, as in a dictionary
                     region.parts.setdefault(
                         id(module), self.parts.get(id(module), Part(module, self.name(module), True))
@@ -159,7 +160,6 @@ class Recomputation:
         self.adds_gradients = False  # whether a backward pass has run in it
         self.hides = False  # whether something ran that nobody sees: torch.func, or an autograd.Function of a user's
         self.hooks_again = False  # whether it has put a hook on a tensor that the forward pass has put one on
-        self.nodes = _torch.nodes_so_far()  # what has a lower number is none of its own
         self.given = set[Any]()  # the nodes of what it is given
 
 
@@ -174,7 +174,7 @@ class Region(_torch.Listener):
         # The reentrant engine recomputes only if a tensor that it is given requires gradients.
         inputs = [each for each in call.args if isinstance(each, torch.Tensor)]
         self.gets_no_gradient = call.reentrant and call.gradients and not any(each.requires_grad for each in inputs)
-        self.trains = False  # whether a module with parameters that get gradients runs in it
+        self.trains = False  # whether there is something to train in it, of one that gets no gradient
         self.parts: dict[int, Part] = {}
         for module, _ in modules_of((function, call.args, call.kwargs)):
             self.parts |= {key: watch.parts.get(key, part) for key, part in parts_of(module).items()}
@@ -193,10 +193,10 @@ class Region(_torch.Listener):
         before = _random_numbers()
         with self._running():
             yield
-        self.trains |= self.trace.hides or self.is_compiled
-        self.trains |= any(each.requires_grad for op in self.trace.operations for each in op.origins)
-        if self.gets_no_gradient and self.trains:
-            self.watch.lost.append(self)
+        if self.gets_no_gradient:
+            seen = any(each.requires_grad for op in self.trace.operations for each in op.origins)
+            if self.trains or seen or self.trace.hides or self.is_compiled:
+                self.watch.lost.append(self)
         for value, tensor in self.unfilled:
             value.numbers.copy_(fingerprint(tensor))
         self.unfilled.clear()
@@ -291,7 +291,7 @@ class Region(_torch.Listener):
         self.trace.hides = True  # of the reentrant engine, whose forward pass has no graph for it to be in
         if self.recomputations:
             last = self.recomputations[-1]
-            last.hooks_again |= tensor.grad_fn in last.given or _torch.is_older(tensor, last.nodes)
+            last.hooks_again |= tensor.grad_fn in last.given or _torch.is_older(tensor, self.trace.nodes)
 
     def given(self, args: tuple[Any, ...]) -> None:
         """Note what the function is given."""

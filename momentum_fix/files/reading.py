@@ -123,11 +123,7 @@ def _errors_as_sentences(path: Path) -> Iterator[None]:
         if isinstance(error, OSError):
             reason = f"cannot be read ({error.strerror or error})"
         traceback.clear_frames(error.__traceback__)  # they hold what was read
-        raise _unreadable(path, reason) from error
-
-
-def _unreadable(path: Path, reason: str) -> UnreadableError:
-    return UnreadableError(printable(f"{shortened(str(path))}: {reason}"))
+        raise UnreadableError(printable(f"{shortened(str(path))}: {reason}")) from error
 
 
 def _read(path: Path) -> list[tuple[str, Layers]]:

@@ -113,8 +113,12 @@ def warn_of_hidden(model: nn.Module) -> None:
 
 def at_gradients(model: nn.Module, hook: Callable[[torch.Tensor], None]) -> list[RemovableHandle]:
     """Have a hook called whenever a backward pass reaches a parameter; none for a model that is frozen."""
-    reached = [p for p in model.parameters() if p.requires_grad and not nn.parameter.is_lazy(p)]
-    return [p.register_hook(hook) for p in reached]  # type: ignore[no-untyped-call]
+    return [p.register_hook(hook) for p in trained(model)]  # type: ignore[no-untyped-call]
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """Give the parameters that gradients train and that hooks can be put on."""
+    return [p for p in model.parameters() if p.requires_grad and not nn.parameter.is_lazy(p)]
 
 
 def describe_layer(name: str) -> str:

@@ -154,8 +154,7 @@ def end(wrappers: Iterable[ForwardWrapper]) -> None:
     wrappers = [each for each in wrappers if wrapper_of(each.layer) is each]
     for each in wrappers:
         each.ended = True
-    for each in [each for each in wrappers if wrapper_of(each.layer) is each]:
-        refuse_foreign_forward(each.layer, each.name)
+    unwrap(wrappers)
 
 
 def wrapper_of(layer: nn.Module) -> ForwardWrapper | None:
