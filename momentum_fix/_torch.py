@@ -529,15 +529,16 @@ def is_watched_by_mode() -> bool:
     return not all(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
 
 
-@contextmanager
-def hidden_from_modes() -> Iterator[None]:
+def hidden_from_modes() -> AbstractContextManager[None]:
     """Run operations of this package's own, which selective checkpointing does not know from the forward pass.
 
     Fake and proxy modes stay: they decide what a tensor is.
     """
-    if not is_watched_by_mode():
-        yield
-        return
+    return _without_modes() if is_watched_by_mode() else nullcontext()
+
+
+@contextmanager
+def _without_modes() -> Iterator[None]:
     from torch.utils._python_dispatch import _disable_current_modes
 
     with _disable_current_modes() as modes, ExitStack() as kept:

@@ -502,3 +502,45 @@ def test_a_hook_that_comes_after_the_forward_pass_is_none_of_the_recomputation(c
 
     assert torch.equal(gradient(ckpt), gradient(plainly))
     assert not torch.equal(gradient(reentrant), gradient(plainly))
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_a_backward_hook_on_a_layer_of_torchs_is_called_once_and_its_gradients_count(ckpt):
+    def trained(ckpt):
+        torch.manual_seed(0)
+        block, x, calls = nn.Sequential(nn.BatchNorm1d(3), nn.Tanh()).double(), torch.rand(4, 3).double(), []
+        block[1].register_full_backward_hook(lambda module, given, wanted: calls.append(1) or (given[0] * 2,))
+        ckpt(block, x.requires_grad_()).sum().backward()
+        return x.grad, block[0].weight.grad, torch.tensor(len(calls))
+
+    assert all(map(torch.equal, trained(ckpt), trained(plainly)))
+
+
+class WritesToItsLayers(nn.Module):
+    """Keeps what it needs to know in lists and options of torch's own layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.0), nn.BatchNorm1d(3))
+        self.layers[0].seen = []
+
+    def forward(self, x):
+        self.layers[0].seen.append(1)
+        self.layers[1].p = self.layers[1].p + 0.1
+        x = self.layers(x) * len(self.layers[0].seen)
+        return x + self.layers[2].running_mean
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_what_a_forward_writes_to_layers_of_torchs_is_preserved(ckpt):
+    def trained(ckpt):
+        torch.manual_seed(0)
+        block = WritesToItsLayers().double()
+        for _ in range(2):
+            ckpt(block, torch.rand(4, 3).double().requires_grad_()).sum().backward()
+        return [*(each.grad for each in block.parameters()), *block.buffers()], block.layers[0].seen, block.layers[1].p
+
+    (mine, *rest), (true, *there), (wrong, *_) = trained(ckpt), trained(plainly), trained(reentrant)
+    assert all(map(torch.equal, mine, true))
+    assert rest == there
+    assert not all(map(torch.equal, wrong, true))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -22,21 +22,12 @@ from momentum_fix.state.snapshot import LARGE, Copier, hooks_of, keep, pieces, p
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # what a function names of them is what it calls
 
 
-class _Parameter(NamedTuple):
-    """A parameter as it was: one that no gradient trains may be state, a teacher's weights or a codebook."""
+class _Kept(NamedTuple):
+    """A module as it was."""
 
     module: nn.Module
-    name: str
-    parameter: nn.Parameter
-    version: int
-    value: torch.Tensor | None  # a copy, if it is small and no gradient trains it
-
-
-class _Present(NamedTuple):
-    """What a module has when a recomputation begins."""
-
-    module: nn.Module
-    everything: dict[str, Any]
+    everything: dict[str, Any]  # on it
+    copied: dict[str, Any]  # what of that is a copy
     hooks: dict[str, dict[int, Any]]
     children: dict[str, nn.Module | None]
     parameters: dict[str, nn.Parameter | None]
@@ -45,25 +36,24 @@ class _Present(NamedTuple):
 class _Recomputation(NamedTuple):
     """What a recomputation has replaced, by what."""
 
-    present: list[_Present]
+    present: list[_Kept]
     values: list[tuple[nn.Parameter, torch.Tensor]]
     buffers: dict[int, dict[str, torch.Tensor | None]]  # that it has put on each module, by its id
 
 
 def begin(function: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None) -> Region | RegionOfTorchs:
     """Begin a call of a checkpoint; its function is None if that is not known."""
-    if isinstance(function, nn.Module) and reads_no_buffer(function) and not _torch.others_hear_modules():
+    if isinstance(function, nn.Module) and _is_torchs(function) and not _torch.others_hear_modules():
         modules = [function]
         for each in modules:
             modules += [child for child in each._modules.values() if child is not None]
-        parameters = [each for module in modules for each in _parameters(module).values() if each is not None]
-        if all(map(reads_no_buffer, modules[1:])) and all(p.requires_grad and _is_plain(p) for p in parameters):
-            return RegionOfTorchs(modules, parameters)
+        if all(map(_is_torchs, modules[1:])):
+            return RegionOfTorchs(modules)
     return Region(function, args, kwargs)
 
 
-class RegionOfTorchs(_torch.Listener):
-    """A call of a checkpoint around torch's own modules alone. What they compute reads no buffer, so none is copied.
+class Torchs:
+    """Modules of torch's own, in training mode and without hooks, whose forward reads no buffer; and what is on them.
 
     A process may hold thousands of these, so each is few objects. Python's garbage collector goes through all objects
     again and again; that is why a checkpoint costs more the more of them there are, a plain one of torch's too.
@@ -71,13 +61,39 @@ class RegionOfTorchs(_torch.Listener):
 
     __slots__ = ("everything", "hooks", "modules", "parameters", "present", "versions")
 
-    def __init__(self, modules: list[nn.Module], parameters: list[nn.Parameter]) -> None:
+    def __init__(self, modules: list[nn.Module]) -> None:
         self.modules, self.everything = modules, [vars(each).copy() for each in modules]
         for own in self.everything:
             for name in ("_buffers", "_parameters"):
                 if own[name]:
                     own[name] = own[name].copy()  # one may be replaced, or removed
-        self.parameters, self.versions = parameters, tuple(map(version, parameters))
+        self.parameters = [each for module in modules for each in _parameters(module).values() if each is not None]
+        self.versions = [*map(version, self.parameters)]
+
+    def put(self, to_write_to: Callable[[nn.Module], dict[str, Any]]) -> None:
+        """Put back what was on the modules, with buffers that they may write to."""
+        _warn_of_writes(self.parameters, self.versions)
+        self.present = [vars(each).copy() for each in self.modules]  # no checkpoint recomputes while it recomputes
+        self.hooks = [hooks_of(each) for each in self.modules]  # there were none
+        for module, everything, hooks in zip(self.modules, self.everything, self.hooks, strict=True):
+            if hooks:
+                put_hooks(module, {})
+            put(module, everything)
+            if everything["_buffers"]:
+                vars(module)["_buffers"] = to_write_to(module)
+
+    def put_back(self) -> None:
+        """Put back what they have now."""
+        for module, own, hooks in zip(self.modules, self.present, self.hooks, strict=True):
+            put(module, own)
+            put_hooks(module, hooks)
+        del self.present, self.hooks
+
+
+class RegionOfTorchs(Torchs, _torch.Listener):
+    """A call of a checkpoint around torch's own modules alone. What they compute reads no buffer, so none is copied."""
+
+    __slots__ = ()
 
     def holds(self, module: nn.Module) -> bool:
         """Tell whether recomputations drop what they change on a module."""
@@ -89,25 +105,14 @@ class RegionOfTorchs(_torch.Listener):
 
     def __enter__(self) -> None:
         """Let the modules write to memory of which nobody reads the values."""
-        for parameter, then in zip(self.parameters, self.versions, strict=True):
-            _warn_of_write(parameter, then)
-        self.present = [vars(each).copy() for each in self.modules]  # no checkpoint recomputes while it recomputes
-        self.hooks = [hooks_of(each) for each in self.modules]  # which the forward pass had none of
         this_thread.begin_preserving(self)
         with _torch.hidden_from_modes():
-            for module, everything in zip(self.modules, self.everything, strict=True):
-                put(module, everything)
-                put_hooks(module, {})
-                if everything["_buffers"]:
-                    vars(module)["_buffers"] = scratch(module)
+            self.put(scratch)
 
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
         this_thread.end_preserving()
-        for module, own, hooks in zip(self.modules, self.present, self.hooks, strict=True):
-            put(module, own)
-            put_hooks(module, hooks)
-        del self.present, self.hooks
+        self.put_back()
 
 
 class Region(_torch.Listener):
@@ -115,10 +120,12 @@ class Region(_torch.Listener):
 
     def __init__(self, function: Any, args: tuple[Any, ...], kwargs: Any) -> None:
         self.inputs: Any = function, args, kwargs
-        # By id, as a module's own hash may follow its state: the module, all that is on it, and what of that is copied.
-        self.states: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {}
-        self.hooks: dict[int, dict[str, dict[int, Any]]] = {}
-        self.parameters: list[_Parameter] = []
+        self.known: set[int] = set()  # the ids of those, as a module's own hash may follow its state
+        self.torchs, self.kept = list[Torchs](), list[_Kept]()
+        # A parameter that no gradient trains may be state, a teacher's weights or a codebook. It is copied if it is
+        # small; of the others, the version is kept.
+        self.values: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self.parameters, self.versions = list[nn.Parameter](), list[int]()
         # Whether the hook is on in recomputations too, where it does nothing: code that is compiled inside of the
         # checkpoint would be compiled again without it.
         self.hears = False
@@ -139,7 +146,7 @@ class Region(_torch.Listener):
         else:
             inputs = [function, *inputs]
         found = list(modules_of(inputs, names=names))
-        moves = bool(self.states) or any(module.training for module, _ in found)  # what trains may move all of them
+        moves = bool(self.known) or any(module.training for module, _ in found)  # what trains may move all of them
         for module, whole in found:
             self.hears |= whole
             self.enter(module, whole, moves)
@@ -163,9 +170,9 @@ class Region(_torch.Listener):
 
     def enter(self, module: nn.Module, whole: bool = True, moves: bool = False) -> None:
         """Copy the state of a module, and of all below it: a parent may move a child's before it calls it."""
-        if not whole and id(module) in self.states:
+        if not whole and id(module) in self.known:
             return
-        below, moves, seen = [module], moves or module.training, set[int]()
+        below, moves, seen, torchs = [module], moves or module.training, set[int](), list[nn.Module]()
         with _torch.hidden_from_modes():
             while below:
                 each = below.pop()
@@ -175,30 +182,42 @@ class Region(_torch.Listener):
                 if isinstance(each, torch.jit.ScriptModule):
                     _refuse_state(each)
                     continue
-                self.hears |= is_compiled(each)
+                own, trains = vars(each), moves or each.training  # its parent may put it into training mode later
                 if whole:
-                    if moves or each.training:  # its parent may put it into training mode later
+                    if trains:
                         self.entered[id(each)] = each
-                    below += [child for child in each._modules.values() if child is not None]
+                    below += [child for child in own["_modules"].values() if child is not None]
+                is_new = trains and id(each) not in self.known
+                if is_new:
+                    self.known.add(id(each))
+                    if not self.hears and _is_torchs(each):  # compiled code would be compiled again for it
+                        torchs.append(each)
+                        continue
+                self.hears |= is_compiled(each)
                 hooks = hooks_of(each)
-                if (moves or each.training) and id(each) not in self.states:
-                    self.states[id(each)] = each, *keep(each, self.copier)
-                    if "_initialize_hook" not in vars(each):  # which a lazy module removes in its first call
-                        self.hooks[id(each)] = hooks
+                if is_new:
+                    self.kept.append(_Kept(each, *keep(each, self.copier), hooks, {}, own["_parameters"].copy()))
                     self._keep_parameters(each)
-                    if not reads_no_buffer(each):
-                        self.marks.append((each, mark(_guards(each), by_value=False)))
+                    self.marks.append((each, mark(_guards(each), by_value=False)))
                 below += self.copier.modules + ([module for module, _ in modules_of(hooks)] if hooks else [])
                 self.copier.modules = []
+            if torchs:
+                self.torchs.append(Torchs(torchs))
+                for everything in self.torchs[-1].everything:  # which others may read, or add to
+                    buffers, everything["_modules"] = everything["_buffers"], everything["_modules"].copy()
+                    everything["_buffers"] = {name: self.copier.copy(each) for name, each in buffers.items()}
 
     def _keep_parameters(self, module: nn.Module) -> None:
-        for name, each in _parameters(module).items():
-            if each is not None and _is_plain(each):
-                value = None
-                if not each.requires_grad and each.layout is torch.strided and each.nbytes <= LARGE:
-                    value = self.copier.copy(each.detach())
-                    vars(value).update(vars(each))
-                self.parameters.append(_Parameter(module, name, each, version(each), value))
+        for each in _parameters(module).values():
+            if each is None or not _is_plain(each):
+                continue
+            if each.requires_grad or each.layout is not torch.strided or each.nbytes > LARGE:
+                self.parameters.append(each)
+                self.versions.append(version(each))
+            else:
+                value = self.copier.copy(each.detach())
+                vars(value).update(vars(each))
+                self.values.append((each, value))
 
     def holds(self, module: nn.Module) -> bool:
         """Tell whether recomputations drop what they change on a module, with the buffers that it has now."""
@@ -215,47 +234,63 @@ class Region(_torch.Listener):
         """Let the modules work on copies of what they had."""
         with _torch.hidden_from_modes():
             copier = Copier(share=False, detach=self.detach)
-            parameters = [_copied(kept, copier) for kept in self.parameters]  # first, as lists may have them too
-            copies = [
-                {name: copier.copy(value) for name, value in copied.items()} for *_, copied in self.states.values()
-            ]
-            guarded = parameters if self.changes and _torch.has_values() else []
-            trained = {id(each): each for each in guarded if each.requires_grad and not is_odd(each)}
-            values = [(each, each.detach().clone()) for each in trained.values()]
-        present = [
-            _Present(each, vars(each).copy(), hooks_of(each), each._modules.copy(), each._parameters.copy())
-            for each, *_ in self.states.values()
-        ]
-        buffers = {id(each.module): copied["_buffers"].copy() for each, copied in zip(present, copies, strict=True)}
+            replaced = {
+                id(each): copier.parameter(each, value) for each, value in self.values
+            }  # lists may have them too
+            _warn_of_writes(self.parameters, self.versions)
+            copies = [{name: copier.copy(value) for name, value in each.copied.items()} for each in self.kept]
+            guarded: list[Region | Torchs] = [self, *self.torchs] if self.changes and _torch.has_values() else []
+            trained = {id(each): each for group in guarded for each in group.parameters if each.requires_grad}
+            values = [(each, each.detach().clone()) for each in trained.values() if not is_odd(each)]
+            present, buffers = list[_Kept](), dict[int, Any]()
+
+            def copies_of(module: nn.Module) -> dict[str, Any]:
+                copied = {name: copier.copy(each) for name, each in module._buffers.items()}
+                buffers[id(module)] = copied.copy()
+                return copied
+
+            for torchs in self.torchs:
+                torchs.put(copies_of)
         self.running.append(_Recomputation(present, values, buffers))
         this_thread.begin_preserving(self)
         if self.hears:
             _torch.hear_entering(_entered, 1)
-        for (module, everything, _), copied in zip(self.states.values(), copies, strict=True):
+        for (module, everything, _, hooks, _, parameters), copied in zip(self.kept, copies, strict=True):
+            own = vars(module)
+            children, present_parameters = own["_modules"].copy(), own["_parameters"].copy()
+            present.append(_Kept(module, own.copy(), {}, hooks_of(module), children, present_parameters))
             put(module, everything)
-            vars(module).update(copied)
-            if id(module) in self.hooks:
-                put_hooks(module, self.hooks[id(module)])
-        for kept, parameter in zip(self.parameters, parameters, strict=True):
-            _put_parameter(kept.module, kept.name, parameter)
+            buffers[id(module)] = copied.get("_buffers", {}).copy()
+            own.update({"_buffers": {}} | copied)
+            if "_initialize_hook" not in everything:  # which a lazy module removes in its first call
+                put_hooks(module, hooks)
+            _put_parameters(module, {name: replaced.get(id(each), each) for name, each in parameters.items()})
 
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
         this_thread.end_preserving()
         present, values, _ = self.running.pop()
-        for module, everything, hooks, children, parameters in present:
+        for torchs in self.torchs:
+            torchs.put_back()
+        for module, everything, _, hooks, children, parameters in present:
             put(module, everything)
             put_hooks(module, hooks)
             if self.detach:  # the recomputation's are not what the forward pass has
                 _drop(module._parameters, parameters)
                 _drop(module._modules, children)
                 module._modules.update(children)
-            for name, parameter in parameters.items():
-                _put_parameter(module, name, parameter)
+            _put_parameters(module, parameters)
         if self.hears:
             _torch.hear_entering(_entered, -1)
         with _torch.hidden_from_modes():
             _refuse_writes(values)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    """Tell whether a module is one for `Torchs`, and its parameters are trained, so none of them is state."""
+    if not reads_no_buffer(module):
+        return False
+    return all(each is None or (each.requires_grad and _is_plain(each)) for each in _parameters(module).values())
 
 
 def _parameters(module: Any) -> dict[str, nn.Parameter | None]:
@@ -264,22 +299,17 @@ def _parameters(module: Any) -> dict[str, nn.Parameter | None]:
     return {} if renormalizes else module._parameters
 
 
-def _copied(kept: _Parameter, copier: Copier) -> nn.Parameter:
-    """Give a parameter with the value that it had; it itself if that is not kept, with a warning if it has changed."""
-    if kept.value is not None:
-        return copier.parameter(kept.parameter, kept.value)
-    _warn_of_write(kept.parameter, kept.version)
-    return kept.parameter
-
-
-def _warn_of_write(parameter: nn.Parameter, then: int) -> None:
-    """Warn if a parameter, which is not preserved, has another version than then."""
-    if version(parameter) != then:
-        warnings.warn(
-            f"a parameter of shape {tuple(parameter.shape)} was written to after the forward pass of its "
-            "checkpoint had begun, and is not preserved, so gradients may be wrong: keep such state in a buffer",
-            stacklevel=2,
-        )
+def _warn_of_writes(parameters: list[nn.Parameter], versions: list[int]) -> None:
+    """Warn of parameters, which are not preserved, that have other versions than then."""
+    if [*map(version, parameters)] == versions:
+        return
+    for parameter, then in zip(parameters, versions, strict=True):
+        if version(parameter) != then:
+            warnings.warn(
+                f"a parameter of shape {tuple(parameter.shape)} was written to after the forward pass of its "
+                "checkpoint had begun, and is not preserved, so gradients may be wrong: keep such state in a buffer",
+                stacklevel=2,
+            )
 
 
 def _guards(module: nn.Module) -> dict[str, Any]:
@@ -313,11 +343,12 @@ def _refuse_state(scripted: torch.jit.ScriptModule) -> None:
         )
 
 
-def _put_parameter(module: nn.Module, name: str, parameter: Any) -> None:
-    """Let a module have this parameter, if both it and the one that it has are plain ones."""
-    present = module._parameters.get(name)
-    if present is not parameter and _is_plain(parameter) and _is_plain(present):
-        module._parameters[name] = parameter
+def _put_parameters(module: nn.Module, parameters: dict[str, Any]) -> None:
+    """Let a module have these parameters instead of others, where both are plain ones."""
+    present = module._parameters
+    for name, parameter in parameters.items():
+        if present.get(name) is not parameter and _is_plain(parameter) and _is_plain(present.get(name)):
+            present[name] = parameter
 
 
 def _drop(registered: dict[str, Any], before: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from momentum_fix.state.fingerprint import fingerprint
 FIXED: frozenset[type] = frozenset(
     (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 )
+_EXACT = FIXED - {float, complex}  # equal by `==` if they are to the bit
 _HASHED = 1 << 16  # bytes; larger tensors have a fingerprint, which is read where they are
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a value
@@ -41,6 +42,8 @@ def mark(value: Any, *, by_value: bool = True, within: tuple[int, ...] = ()) -> 
             write to it.
         within: the ids of the containers that this value is in.
     """
+    if type(value) in _EXACT:
+        return type(value), value
     if isinstance(value, type):
         return type(value), id(value)
     if id(value) in within:

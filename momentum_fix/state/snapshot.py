@@ -27,8 +27,19 @@ HOOKS = (
 _hooks = operator.itemgetter(*HOOKS)
 _FRAMEWORKS = frozenset(["_current_fx_name"])  # what a trainer (Lightning) sets on a module to know what is running
 _WHOLE = (torch.Generator, np.random.Generator, np.random.RandomState, Random, bytearray, array)
-_OPTIONS = FIXED | {tuple, list} | set(map(type, vars(nn.Module()).values()))  # of what torch sets on its modules
-_STATISTICS = frozenset(("running_mean", "running_var", "num_batches_tracked"))
+_OPTIONS = frozenset(  # what layers of torch's have in tuples and lists, and do not write to
+    (
+        *("kernel_size", "stride", "padding", "dilation", "output_padding", "normalized_shape"),
+        *(
+            "_reversed_padding_repeated_twice",
+            "_flat_weights",
+            "_flat_weights_names",
+            "_flat_weight_refs",
+            "_all_weights",
+        ),
+    )
+)
+_STATISTICS, _NONE = frozenset(("running_mean", "running_var", "num_batches_tracked")), frozenset[str]()
 
 
 def pieces(module: nn.Module) -> dict[str, Any]:
@@ -49,7 +60,7 @@ def pieces(module: nn.Module) -> dict[str, Any]:
 def keep(module: nn.Module, copier: Copier) -> tuple[dict[str, Any], dict[str, Any]]:
     """Give all that is on a module, with copies of what can be written to; and these copies alone, by name."""
     own = vars(module)
-    copied = {"_buffers": copier.copy(own["_buffers"])} if own["_buffers"] else {"_buffers": {}}
+    copied = {"_buffers": copier.copy(own["_buffers"])} if own["_buffers"] else {}
     for name, value in own.items():
         if type(value) not in FIXED and name not in _SKELETON and not _is_constant(value):
             copied[name] = copier.copy(value)
@@ -86,12 +97,14 @@ def put_hooks(module: nn.Module, hooks: dict[str, dict[int, Any]]) -> None:
 def reads_no_buffer(module: nn.Module) -> bool:
     """Tell whether a module runs torch's code alone, in training mode, and its output reads none of its buffers."""
     own = vars(module)
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or not module.training:
+    if not module.training or any(_hooks(own)) or not type(module).__module__.startswith("torch.nn.modules."):
         return False
-    if not _OPTIONS.issuperset(map(type, own.values())):  # a function may do anything
+    if own["_buffers"].keys() != (_STATISTICS if "momentum" in own else _NONE):
         return False
-    is_torchs = type(module).__module__.startswith("torch.nn.modules.")
-    return is_torchs and own["_buffers"].keys() == (_STATISTICS if "momentum" in own else frozenset())
+    for name in own.keys() - _SKELETON:
+        if type(own[name]) not in FIXED and name not in _OPTIONS and not _is_constant(own[name]):
+            return False
+    return True
 
 
 def scratch(module: Any) -> dict[str, Any]:
@@ -132,9 +145,9 @@ class Copier:
 
     def copy(self, value: Any) -> Any:
         """Give the copy of a value."""
-        if _is_constant(value):
-            return value
         kind = type(value)
+        if kind in FIXED or (kind is tuple and FIXED.issuperset(map(type, value))):
+            return value
         if id(value) in self._copies:
             return self._copies[id(value)]
         copied = value
@@ -203,16 +216,17 @@ class Copier:
     def _with_storage(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor together with its memory, which others may be views of too."""
         storage = tensor.untyped_storage()
-        place = _, address, size = _place(storage)
+        place = address, size = storage.data_ptr(), storage.nbytes()
         if not address:  # it is empty, or on the meta device
             return tensor.clone()
         held, whole = self._storages.get(place, (None, tensor))
-        if held is None or _place(held) != place:  # `resize_` moves a storage elsewhere
+        if held is None or _moved(held, place) or held.device != storage.device:
             is_plain = not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
-            is_whole = size == tensor.nbytes and is_plain and _is_dense(tensor)
-            if self.share and min(size, tensor.nbytes) > LARGE and is_plain:
+            own_size = tensor.nbytes
+            is_whole = size == own_size and is_plain and (tensor.is_contiguous() or _is_dense(tensor))
+            if self.share and own_size > LARGE and size > LARGE and is_plain:
                 copied: torch.Tensor = _shared_copy(tensor)
-            elif is_whole or size > max(tensor.nbytes, LARGE):
+            elif is_whole or size > max(own_size, LARGE):
                 copied = tensor.clone()
             else:
                 memory = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
@@ -231,8 +245,9 @@ def _is_constant(value: Any) -> bool:
     return type(value) in FIXED or (type(value) is tuple and FIXED.issuperset(map(type, value)))
 
 
-def _place(storage: torch.UntypedStorage) -> tuple[torch.device, int, int]:
-    return storage.device, storage.data_ptr(), storage.nbytes()
+def _moved(storage: torch.UntypedStorage, place: tuple[int, int]) -> bool:
+    """Tell whether a storage is in another place by now, as `resize_` moves it."""
+    return (storage.data_ptr(), storage.nbytes()) != place
 
 
 def _is_torchs_generator(value: Any) -> bool:
