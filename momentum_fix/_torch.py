@@ -422,6 +422,11 @@ def hear_entering(enter: Enter, wanted: int) -> None:
             handle.remove()
 
 
+def is_heard(enter: Enter) -> bool:
+    """Tell whether `enter` is called with each module that is called."""
+    return enter in _entering
+
+
 @functools.cache
 def _entering_handle() -> Any:
     return torchs_module.register_module_forward_pre_hook(_on_entering)
@@ -600,6 +605,11 @@ def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
 def negated(tensor: torch.Tensor) -> torch.Tensor:
     """Give a view of a tensor that stands for its negative, as the imaginary part of a conjugate does."""
     return torch._neg_view(tensor)
+
+
+def has_compiled() -> bool:
+    """Tell whether this process has compiled any code so far; yes, if torch does not tell."""
+    return bool(getattr(sys.modules.get("torch._dynamo.convert_frame"), "FRAME_COUNTER", "unknown"))
 
 
 def is_compiled(value: Any) -> bool:

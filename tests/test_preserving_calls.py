@@ -257,7 +257,7 @@ def test_threads_do_not_see_each_others_modules(ckpt):
     def function(x):
         inside.set()
         assert outside.wait(10)
-        found.append(elsewhere.layer.steps)
+        found.append(vars(elsewhere)["layer"].steps)  # which is not found by its name
         return layer(x).sin()
 
     thread = threading.Thread(target=other_thread)
@@ -370,6 +370,60 @@ def test_compiled_modules_and_functions_inside_are_exact_and_are_not_compiled_ag
         assert same_gradients(wrong, truth) == (kind not in READ)
         assert graphs == graphs_of_torchs
         assert len(set(graphs)) == 1
+
+
+class CompiledInside(nn.Module):
+    """A block that has a part compiled: a method, a function that is an attribute, or one that is given the module."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.layer, self.norm = how, nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.compiled = [torch.compile(self.core, backend="aot_eager")] if how == "in a list" else None
+
+    def core(self, x):
+        return self.norm(self.layer(x)).tanh()
+
+    @functools.partial(torch.compile, backend="aot_eager")
+    def method(self, x):
+        return self.core(x)
+
+    def forward(self, x):
+        run = {"a method": self.method, "in a list": self.compiled and self.compiled[0], "a helper": in_a_helper(self)}
+        return run[self.how](x).square()
+
+
+@functools.partial(torch.compile, backend="aot_eager")
+def helper(module, x):
+    return module.core(x)
+
+
+def in_a_helper(module):
+    return functools.partial(helper, module)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("how", ["a method", "in a list", "a helper"])
+def test_a_block_that_has_a_part_compiled_is_exact(how, ckpt):
+    def trained(ckpt):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        block = nn.Sequential(CompiledInside(how))
+        for x in batches(3, 6, 3):
+            ckpt(lambda x: block[0](x), x.requires_grad_()).sum().backward()
+        return [*(each.grad for each in block.parameters()), *block.buffers()]
+
+    true = trained(plainly)
+    assert all(map(torch.equal, trained(ckpt), true))
+    assert not all(map(torch.equal, trained(non_reentrant), true))
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_a_function_that_names_a_compiled_method_is_looked_at_once(ckpt):
+    block, x = CompiledInside("a method"), torch.rand(6, 3, requires_grad=True)
+    ckpt(lambda x: block.method(x), x).sum().backward()
+    assert int(block.norm.num_batches_tracked) == 1
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

@@ -365,6 +365,7 @@ def test_what_is_of_another_class_stands_for_itself(make):
         (lambda: np.random.default_rng(0), lambda held: held.random()),
         (lambda: np.random.RandomState(0), lambda held: held.random()),
         (lambda: random.Random(0), lambda held: held.random()),
+        (lambda: np.random.PCG64(0), lambda held: np.random.Generator(held).random()),
         (lambda: np.arange(3), lambda held: held.__iadd__(1)),
         (lambda: np.array([[1], "a", None], dtype=object), lambda held: held[0].append(1)),
         (lambda: np.ma.masked_array([1.0, 2.0], [True, False]), lambda held: held.__iadd__(1)),
@@ -373,7 +374,17 @@ def test_what_is_of_another_class_stands_for_itself(make):
         (lambda: bytearray(b"1"), lambda held: held.append(2)),
     ],
     ids=[
-        *("torch", "NumPy", "NumPy, old", "Python", "array", "array of objects", "masked array", "record array"),
+        *(
+            "torch",
+            "NumPy",
+            "NumPy, old",
+            "Python",
+            "NumPy, bits",
+            "array",
+            "array of objects",
+            "masked array",
+            "record array",
+        ),
         *("Python's array", "bytes"),
     ],
 )
@@ -401,6 +412,90 @@ def test_torchs_own_generator_stays_the_one_that_dropout_draws_from(ckpt):
     assert torch.equal(gradient(torch.default_generator, ckpt), gradient(torch.default_generator, plainly))
     true, wrong = (gradient(torch.Generator().manual_seed(0), by) for by in (plainly, PLAIN.get(ckpt, non_reentrant)))
     assert not torch.equal(wrong, true)
+
+
+class DrawsTwice(nn.Module):
+    """Draws from one stream by two generators."""
+
+    def __init__(self):
+        super().__init__()
+        stream = np.random.PCG64(0)
+        self.one, self.other = np.random.Generator(stream), np.random.Generator(stream)
+
+    def forward(self, x):
+        return (x * self.one.random() * self.other.random()).sin()
+
+
+class CountsByWeight(nn.Module):
+    """Keeps a number for each weight, frozen or not, in a dictionary that has the weights as keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.frozen = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)
+        self.counts = dict.fromkeys(self.parameters(), 0)
+
+    def forward(self, x):
+        for each in self.parameters():
+            self.counts[each] += 1
+        return (self.frozen(self.layer(x)) * sum(self.counts.values())).sin()
+
+
+class ScaledBuffer(nn.Module):
+    """Writes to an attribute of a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.ones(3))
+        self.table.scale = torch.ones(3)
+
+    def forward(self, x):
+        self.table.scale.mul_(1.1)
+        return (x * self.table * self.table.scale.clone()).sin()
+
+
+class RegistersAgain(nn.Module):
+    """Takes a buffer and a weight away, and gives them back at the end, which a recomputation does not reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.steps = nn.Parameter(torch.ones(3)), 0
+        self.register_buffer("cache", torch.ones(3), persistent=False)
+
+    def forward(self, x):
+        weight, cache = self.weight, self.cache
+        del self.weight, self.cache
+        self.steps += 1
+        y = (x * weight * self.steps).tanh() + cache
+        self.weight = weight
+        self.register_buffer("cache", cache + 1, persistent=False)
+        return y
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+@pytest.mark.parametrize("make", [DrawsTwice, CountsByWeight, ScaledBuffer, RegistersAgain])
+def test_rare_kinds_of_state_are_preserved(make, ckpt):
+    def trained(ckpt):
+        torch.manual_seed(0)
+        module, x = make().double(), torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
+        for _ in range(2):
+            ckpt(module, x).square().sum().backward()
+        return x.grad, [*module.state_dict()], sorted(dict(module.named_parameters())), sorted(vars(module))
+
+    true = trained(plainly)
+    mine = trained(ckpt)
+    assert torch.equal(mine[0], true[0])
+    assert mine[1:] == true[1:]
+    if make is RegistersAgain:
+        with pytest.raises(AttributeError, match="has no attribute 'weight'"):
+            trained(non_reentrant)
+    else:
+        assert not torch.equal(trained(non_reentrant)[0], true[0])
+
+
+def test_the_function_may_have_an_argument_of_any_name():
+    x = torch.ones(3, requires_grad=True)
+    drop_in(lambda x, engine: x * engine, x, engine=2).sum().backward()
+    assert x.grad.tolist() == [2, 2, 2]
 
 
 # Tensors and the memory that they share.

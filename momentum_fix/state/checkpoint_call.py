@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -52,8 +52,8 @@ def begin(function: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None) 
     return Region(function, args, kwargs)
 
 
-class Torchs:
-    """Modules of torch's own, in training mode and without hooks, whose forward reads no buffer; and what is on them.
+class RegionOfTorchs(_torch.Listener):
+    """A call of a checkpoint around torch's own modules alone. What they compute reads no buffer, so none is copied.
 
     A process may hold thousands of these, so each is few objects. Python's garbage collector goes through all objects
     again and again; that is why a checkpoint costs more the more of them there are, a plain one of torch's too.
@@ -70,31 +70,6 @@ class Torchs:
         self.parameters = [each for module in modules for each in _parameters(module).values() if each is not None]
         self.versions = [*map(version, self.parameters)]
 
-    def put(self, to_write_to: Callable[[nn.Module], dict[str, Any]]) -> None:
-        """Put back what was on the modules, with buffers that they may write to."""
-        _warn_of_writes(self.parameters, self.versions)
-        self.present = [vars(each).copy() for each in self.modules]  # no checkpoint recomputes while it recomputes
-        self.hooks = [hooks_of(each) for each in self.modules]  # there were none
-        for module, everything, hooks in zip(self.modules, self.everything, self.hooks, strict=True):
-            if hooks:
-                put_hooks(module, {})
-            put(module, everything)
-            if everything["_buffers"]:
-                vars(module)["_buffers"] = to_write_to(module)
-
-    def put_back(self) -> None:
-        """Put back what they have now."""
-        for module, own, hooks in zip(self.modules, self.present, self.hooks, strict=True):
-            put(module, own)
-            put_hooks(module, hooks)
-        del self.present, self.hooks
-
-
-class RegionOfTorchs(Torchs, _torch.Listener):
-    """A call of a checkpoint around torch's own modules alone. What they compute reads no buffer, so none is copied."""
-
-    __slots__ = ()
-
     def holds(self, module: nn.Module) -> bool:
         """Tell whether recomputations drop what they change on a module."""
         return any(each is module for each in self.modules)
@@ -105,14 +80,24 @@ class RegionOfTorchs(Torchs, _torch.Listener):
 
     def __enter__(self) -> None:
         """Let the modules write to memory of which nobody reads the values."""
+        _warn_of_writes(self.parameters, self.versions)
+        self.present = [vars(each).copy() for each in self.modules]  # no checkpoint recomputes while it recomputes
+        self.hooks = [hooks_of(each) for each in self.modules]  # which the forward pass had none of
         this_thread.begin_preserving(self)
         with _torch.hidden_from_modes():
-            self.put(scratch)
+            for module, everything in zip(self.modules, self.everything, strict=True):
+                put(module, everything)
+                put_hooks(module, {})
+                if everything["_buffers"]:
+                    vars(module)["_buffers"] = scratch(module)
 
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
         this_thread.end_preserving()
-        self.put_back()
+        for module, own, hooks in zip(self.modules, self.present, self.hooks, strict=True):
+            put(module, own)
+            put_hooks(module, hooks)
+        del self.present, self.hooks
 
 
 class Region(_torch.Listener):
@@ -121,13 +106,13 @@ class Region(_torch.Listener):
     def __init__(self, function: Any, args: tuple[Any, ...], kwargs: Any) -> None:
         self.inputs: Any = function, args, kwargs
         self.known: set[int] = set()  # the ids of those, as a module's own hash may follow its state
-        self.torchs, self.kept = list[Torchs](), list[_Kept]()
+        self.kept = list[_Kept]()
         # A parameter that no gradient trains may be state, a teacher's weights or a codebook. It is copied if it is
         # small; of the others, the version is kept.
         self.values: list[tuple[nn.Parameter, torch.Tensor]] = []
         self.parameters, self.versions = list[nn.Parameter](), list[int]()
-        # Whether the hook is on in recomputations too, where it does nothing: code that is compiled inside of the
-        # checkpoint would be compiled again without it.
+        # Whether the hook is on in recomputations too, where it does nothing: compiled code inside of the checkpoint
+        # would be compiled again without it.
         self.hears = False
         self.changes = False  # whether the forward pass has changed any state but the statistics of torch's own norms
         self.running: list[_Recomputation] = []
@@ -148,22 +133,22 @@ class Region(_torch.Listener):
         found = list(modules_of(inputs, names=names))
         moves = bool(self.known) or any(module.training for module, _ in found)  # what trains may move all of them
         for module, whole in found:
-            self.hears |= whole
             self.enter(module, whole, moves)
-            for name, child in module._modules.items():  # the function may move one that it names before it calls it
-                if name in names and child is not None:
-                    is_list = type(child) in _CONTAINERS  # of which the function may call other methods than `__call__`
-                    for each in child.children() if is_list else [child]:
-                        if not is_list or any(_is_own_method(each, method) for method in names):
-                            self.enter(each, moves=moves)
+            # The function may move a child that it names before it calls it.
+            named = [child for name, child in module._modules.items() if name in names and child is not None]
+            for child in [module, *named] if type(module) in _CONTAINERS else named:
+                is_list = type(child) in _CONTAINERS  # of which the function may call other methods than `__call__`
+                for each in child.children() if is_list else [child]:
+                    if not is_list or any(_is_own_method(each, method) for method in names):
+                        self.enter(each, moves=moves)
         outer, hears = _running.regions, not is_compiled(function)  # such code calls no hook
         _running.regions = (*outer, self)
         _torch.hear_entering(_entered, hears)
         try:
             yield
         finally:
+            self.hears = _torch.has_compiled() and _torch.is_heard(_entered)
             _torch.hear_entering(_entered, -hears)
-            self.hears &= hears
             _running.regions = outer
             self.changes = any(mark(_guards(module), by_value=False) != before for module, before in self.marks)
             del self.copier, self.entered, self.marks
@@ -172,7 +157,7 @@ class Region(_torch.Listener):
         """Copy the state of a module, and of all below it: a parent may move a child's before it calls it."""
         if not whole and id(module) in self.known:
             return
-        below, moves, seen, torchs = [module], moves or module.training, set[int](), list[nn.Module]()
+        below, moves, seen = [module], moves or module.training, set[int]()
         with _torch.hidden_from_modes():
             while below:
                 each = below.pop()
@@ -190,10 +175,11 @@ class Region(_torch.Listener):
                 is_new = trains and id(each) not in self.known
                 if is_new:
                     self.known.add(id(each))
-                    if not self.hears and _is_torchs(each):  # compiled code would be compiled again for it
-                        torchs.append(each)
+                    if _is_torchs(each):
+                        copied = {"_buffers": self.copier.copy(own["_buffers"])} if own["_buffers"] else {}
+                        self.kept.append(_Kept(each, own.copy(), copied, {}, {}, own["_parameters"].copy()))
+                        self._keep_versions(_parameters(each).values())
                         continue
-                self.hears |= is_compiled(each)
                 hooks = hooks_of(each)
                 if is_new:
                     self.kept.append(_Kept(each, *keep(each, self.copier), hooks, {}, own["_parameters"].copy()))
@@ -201,19 +187,18 @@ class Region(_torch.Listener):
                     self.marks.append((each, mark(_guards(each), by_value=False)))
                 below += self.copier.modules + ([module for module, _ in modules_of(hooks)] if hooks else [])
                 self.copier.modules = []
-            if torchs:
-                self.torchs.append(Torchs(torchs))
-                for everything in self.torchs[-1].everything:  # which others may read, or add to
-                    buffers, everything["_modules"] = everything["_buffers"], everything["_modules"].copy()
-                    everything["_buffers"] = {name: self.copier.copy(each) for name, each in buffers.items()}
+
+    def _keep_versions(self, parameters: Iterable[nn.Parameter | None]) -> None:
+        known = [each for each in parameters if each is not None]
+        self.parameters += known
+        self.versions += map(version, known)
 
     def _keep_parameters(self, module: nn.Module) -> None:
         for each in _parameters(module).values():
             if each is None or not _is_plain(each):
                 continue
             if each.requires_grad or each.layout is not torch.strided or each.nbytes > LARGE:
-                self.parameters.append(each)
-                self.versions.append(version(each))
+                self._keep_versions([each])
             else:
                 value = self.copier.copy(each.detach())
                 vars(value).update(vars(each))
@@ -239,18 +224,10 @@ class Region(_torch.Listener):
             }  # lists may have them too
             _warn_of_writes(self.parameters, self.versions)
             copies = [{name: copier.copy(value) for name, value in each.copied.items()} for each in self.kept]
-            guarded: list[Region | Torchs] = [self, *self.torchs] if self.changes and _torch.has_values() else []
-            trained = {id(each): each for group in guarded for each in group.parameters if each.requires_grad}
+            guarded = self.parameters if self.changes and _torch.has_values() else []
+            trained = {id(each): each for each in guarded if each.requires_grad}
             values = [(each, each.detach().clone()) for each in trained.values() if not is_odd(each)]
-            present, buffers = list[_Kept](), dict[int, Any]()
-
-            def copies_of(module: nn.Module) -> dict[str, Any]:
-                copied = {name: copier.copy(each) for name, each in module._buffers.items()}
-                buffers[id(module)] = copied.copy()
-                return copied
-
-            for torchs in self.torchs:
-                torchs.put(copies_of)
+        present, buffers = list[_Kept](), dict[int, Any]()
         self.running.append(_Recomputation(present, values, buffers))
         this_thread.begin_preserving(self)
         if self.hears:
@@ -264,14 +241,14 @@ class Region(_torch.Listener):
             own.update({"_buffers": {}} | copied)
             if "_initialize_hook" not in everything:  # which a lazy module removes in its first call
                 put_hooks(module, hooks)
-            _put_parameters(module, {name: replaced.get(id(each), each) for name, each in parameters.items()})
+            if replaced:
+                parameters = {name: replaced.get(id(each), each) for name, each in parameters.items()}
+            _put_parameters(module, parameters)
 
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
         this_thread.end_preserving()
         present, values, _ = self.running.pop()
-        for torchs in self.torchs:
-            torchs.put_back()
         for module, everything, _, hooks, children, parameters in present:
             put(module, everything)
             put_hooks(module, hooks)
@@ -279,6 +256,8 @@ class Region(_torch.Listener):
                 _drop(module._parameters, parameters)
                 _drop(module._modules, children)
                 module._modules.update(children)
+            for name in parameters.keys() - module._parameters.keys():  # an early stop came before it was set again
+                module._parameters[name] = parameters[name]
             _put_parameters(module, parameters)
         if self.hears:
             _torch.hear_entering(_entered, -1)
@@ -287,7 +266,7 @@ class Region(_torch.Listener):
 
 
 def _is_torchs(module: nn.Module) -> bool:
-    """Tell whether a module is one for `Torchs`, and its parameters are trained, so none of them is state."""
+    """Tell whether a module's output reads no state of its own: it reads no buffer, and its parameters are trained."""
     if not reads_no_buffer(module):
         return False
     return all(each is None or (each.requires_grad and _is_plain(each)) for each in _parameters(module).values())

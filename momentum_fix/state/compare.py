@@ -29,6 +29,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by t
 _STATES: dict[type, Any] = {
     torch.Generator: torch.Generator.get_state,
     np.random.Generator: lambda generator: generator.bit_generator.state,
+    np.random.BitGenerator: lambda generator: generator.state,
     np.random.RandomState: np.random.RandomState.get_state,
     Random: Random.getstate,
 }

@@ -141,7 +141,7 @@ def checkpoint(function: Callable[..., Any] | None = None, *args: Any, **kwargs:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _outside_of_compiled_code(engine: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+def _outside_of_compiled_code(engine: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return engine(function, *args, **kwargs)
     contexts = _in_turn(lambda: begin(function, args, kwargs))

@@ -23,7 +23,7 @@ def modules_of(value: Any, names: set[str] | None = None) -> Iterator[tuple[nn.M
     Each with whether that is true of all below it too: where a method of it is called, or where it is compiled, as such
     code calls no hook. `names` receives the names that the functions use, and the methods that they may call.
     """
-    seen, classes, waiting = dict[tuple[int, bool], Any](), set[type](), [(value, False)]
+    seen, classes, objects, waiting = dict[tuple[int, bool], Any](), set[type](), list[Any](), [(value, False)]
     while waiting:
         value, whole = waiting.pop()
         whole = whole or is_compiled(value)
@@ -35,10 +35,14 @@ def modules_of(value: Any, names: set[str] | None = None) -> Iterator[tuple[nn.M
             waiting += [(part, whole or type(value) is types.MethodType) for part in _parts(value, names)]
             if callable(value):
                 classes.add(type(value))
+            if isinstance(getattr(value, "__dict__", None), dict):
+                classes.add(type(value))
+                objects.append(value)
         if names is not None and not waiting:
             own = [vars(base) for each in classes for base in each.__mro__ if not _is_of_library(base)]
             called = [methods[name] for methods in own for name in {"__call__", *names} & methods.keys()]
-            waiting += [(each, False) for each in called if (id(each), False) not in seen]
+            called += [vars(each)[name] for each in objects for name in names & vars(each).keys()]
+            waiting += [(each, False) for each in called if (id(each), is_compiled(each)) not in seen]
 
 
 def _parts(value: Any, names: set[str] | None) -> list[Any]:

@@ -26,7 +26,7 @@ HOOKS = (
 )
 _hooks = operator.itemgetter(*HOOKS)
 _FRAMEWORKS = frozenset(["_current_fx_name"])  # what a trainer (Lightning) sets on a module to know what is running
-_WHOLE = (torch.Generator, np.random.Generator, np.random.RandomState, Random, bytearray, array)
+_WHOLE = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, Random, bytearray, array)
 _OPTIONS = frozenset(  # what layers of torch's have in tuples and lists, and do not write to
     (
         *("kernel_size", "stride", "padding", "dilation", "output_padding", "normalized_shape"),
@@ -60,7 +60,7 @@ def pieces(module: nn.Module) -> dict[str, Any]:
 def keep(module: nn.Module, copier: Copier) -> tuple[dict[str, Any], dict[str, Any]]:
     """Give all that is on a module, with copies of what can be written to; and these copies alone, by name."""
     own = vars(module)
-    copied = {"_buffers": copier.copy(own["_buffers"])} if own["_buffers"] else {}
+    copied = {name: copier.copy(own[name]) for name in ("_buffers", "_non_persistent_buffers_set") if own[name]}
     for name, value in own.items():
         if type(value) not in FIXED and name not in _SKELETON and not _is_constant(value):
             copied[name] = copier.copy(value)
@@ -132,6 +132,7 @@ class Copier:
         self.modules: list[nn.Module] = []
         self._copies: dict[int, Any] = {}  # by the id of the value
         self._storages: dict[Any, tuple[torch.UntypedStorage, torch.Tensor]] = {}  # by where the storage was
+        self._memo: dict[int, Any] = {}
         self._held: list[Any] = []  # values, so that no other one gets their ids meanwhile
 
     def parameter(self, parameter: nn.Parameter, value: torch.Tensor) -> nn.Parameter:
@@ -157,7 +158,8 @@ class Copier:
             if copied is not value and vars(value):
                 copied = copied.detach() if copied.is_leaf else copied  # it may be shared
                 # The copy of a tensor that is made of tensors has copies of these already.
-                vars(copied).update({name: each for name, each in vars(value).items() if name not in vars(copied)})
+                new = vars(value).keys() - vars(copied).keys()
+                vars(copied).update({name: self.copy(vars(value)[name]) for name in new})
         elif isinstance(value, (list, deque, dict, set, frozenset)):
             copied = self._container(value)
         elif isinstance(value, tuple):
@@ -169,7 +171,7 @@ class Copier:
                 is_shared = self.share and kind in (np.ndarray, np.memmap) and value.nbytes > LARGE
                 copied = _shared_copy(value) if is_shared and not value.dtype.hasobject else deepcopy(value)
         elif isinstance(value, _WHOLE) and kind is not SystemRandom and not _is_torchs_generator(value):
-            copied = deepcopy(value)
+            copied = deepcopy(value, self._memo)  # two NumPy generators may draw from one stream
         elif isinstance(value, nn.Module):
             self.modules.append(value)
         self._copies[id(value)] = copied
@@ -186,6 +188,8 @@ class Copier:
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 if (item_copied := self.copy(item)) is not item:
                     copied[key] = item_copied
+                if isinstance(key, torch.Tensor) and self.copy(key) is not key:  # which is looked up by what it is
+                    copied[self.copy(key)] = copied.pop(key)
         except Exception as refusal:  # a frozen configuration: each such class refuses with an exception of its own
             if kind in (dict, list, set, frozenset, deque):
                 raise
