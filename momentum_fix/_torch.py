@@ -359,6 +359,11 @@ def hidden_from_function_modes() -> AbstractContextManager[Any]:
     return torch._C.DisableTorchFunction()
 
 
+def may_be_seed(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor that autograd saves may be a seed, or the offset, that an attention kernel draws from."""
+    return torch.accelerator.is_available() and tensor.dtype in (torch.int64, torch.uint64) and tensor.numel() <= 2
+
+
 def nodes_so_far() -> int:
     """Give the number that the next node of an autograd graph will get in this thread."""
     return torch._C._autograd._get_sequence_nr()
@@ -600,6 +605,12 @@ def runs_own_function(outputs: Iterable[torch.Tensor]) -> bool:
 def base_of(tensor: torch.Tensor) -> torch.Tensor | None:
     """Give the tensor that this one is a view of."""
     return tensor._base
+
+
+def is_base_kept(view: torch.Tensor) -> bool:
+    """Tell whether anybody has the tensor that this one is a view of, besides the view."""
+    alone = torch.ones(1)[0]
+    return sys.getrefcount(base_of(view)) > sys.getrefcount(base_of(alone))
 
 
 def negated(tensor: torch.Tensor) -> torch.Tensor:

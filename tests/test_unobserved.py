@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import momentum_fix
-from momentum_fix import diagnose
+from momentum_fix import diagnose, update_once
 from momentum_fix.state.fingerprint import difference, fingerprint, rounding
 from scenes import WIDTH, Net, Scene, data, linearly, once, run, same_gradients
 from twins import non_reentrant, plainly, reentrant
@@ -152,6 +152,58 @@ def with_outside(net, ckpt):
     linearly(net, ckpt)
 
 
+class KeepsTheWhole(HooksItsInput):
+    """Returns a part of what it keeps for the loss."""
+
+    def forward(self, x):
+        both = torch.stack([self.layer(x), x], 1).tanh()
+        if self.moves:
+            self.kept = both
+        return both[:, 0]
+
+
+class WritesThroughAView(HooksItsInput):
+    """Writes to a part of a tensor from outside, which the loss has."""
+
+    def forward(self, x):
+        y = self.layer(x).tanh()
+        self.kept[:, 0].copy_(y if self.moves else y.detach())
+        return y.sin()
+
+
+def with_what_it_keeps(net, ckpt):
+    block = net.body[1]
+    if isinstance(block, WritesThroughAView):
+        block.kept = torch.zeros(6, 2, WIDTH)
+    y = ckpt(block, net.body[0](net.stem(data()[0])))
+    (net.body[2:](y).square().mean() + getattr(block, "kept", torch.zeros(())).square().mean()).backward()
+
+
+class AddsFromOutside(HooksItsInput):
+    def forward(self, x):
+        return self.layer(x + OUTSIDE.other).tanh()
+
+
+def in_parts(net, ckpt):
+    OUTSIDE.other = net.stem.weight[:, 0] + 1  # which saves nothing, so that backward may come twice
+    if net.body[1].moves:
+        OUTSIDE.other.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+    y = net.stem(data()[0])
+    for _ in range(2):
+        y = ckpt(net.body[1], y)
+    net.body[2:](y).square().mean().backward()
+
+
+def masked(net, x, n):
+    return x + (net.layer.weight * OUTSIDE.tensors[n % 2]).sum(0)
+
+
+def with_masks(net, ckpt):
+    mask = torch.arange(float(WIDTH))
+    OUTSIDE.tensors = [mask.view(1, -1), mask.view(-1, 1)]
+    linearly(net, ckpt)
+
+
 def of(function):
     return lambda moves: Numbered(function, moves)
 
@@ -170,6 +222,10 @@ KINDS = {  # with the step, and what is said of each engine if the number moves,
     "TorchScript": (of(scripted), linearly, {reentrant: (None, None)}),
     "an operator of a user's": (of(operated), linearly, {reentrant: (None, None)}),
     "a compiled part": (WithACompiledPart, once, {reentrant: (None, None)}),
+    "the whole of what is returned is kept": (KeepsTheWhole, with_what_it_keeps, {reentrant: (None, True)}),
+    "a write through a view": (WritesThroughAView, with_what_it_keeps, {reentrant: (None, True)}),
+    "a hook on a tensor from outside": (AddsFromOutside, in_parts, {reentrant: (None, True)}),
+    "a mask of another shape": (of(masked), with_masks, {reentrant: (False, True)}),
 }
 
 
@@ -295,6 +351,124 @@ def test_in_float32_a_difference_beside_coordinates_is_none_of_rounding():
         with diagnose(net) as report:
             non_reentrant(net.body, net.stem(data()[0].double())).sum().backward()
         assert report.gradients_right is not moves
+
+
+class Floors(nn.Module):
+    """Takes logarithms of values that are large or zero, above a floor that becomes smaller."""
+
+    def __init__(self, moves):
+        super().__init__()
+        self.weight, self.moves = nn.Parameter(torch.ones(WIDTH)), moves
+        self.register_buffer("floor", torch.tensor(1e-6))
+
+    def forward(self, x):
+        self.floor.mul_(0.5 if self.moves else 1)
+        return ((x * self.weight).square() + self.floor).log()
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+def test_a_difference_of_the_size_of_rounding_is_not_taken_for_it_where_state_has_changed(ckpt):
+    x = torch.tensor([[30.0, 0.0, 30.0, 0.0, 30.0]]) + 1e-4
+    for moves in (True, False):
+        gradients = []
+        for engine in (plainly, ckpt):
+            block = Floors(moves).float()
+            with diagnose(block) as report:
+                engine(block, x.float().requires_grad_()).sum().backward()
+            gradients.append(block.weight.grad)
+        assert torch.allclose(*gradients, rtol=1e-3) is not moves
+        assert report.gradients_right is (None if moves else True)
+        assert ("That may be rounding, or the state that had changed since" in str(report)) is moves
+
+
+def test_values_that_change_places_are_no_rounding():
+    values = torch.zeros(3000)
+    values[7] = 1
+    first = fingerprint(values).tolist()
+    for place in range(8, 3000):
+        others = torch.zeros(3000)
+        others[place] = 1
+        assert difference(first, fingerprint(others).tolist()) > rounding(torch.float32)
+
+
+@pytest.mark.parametrize("repair", [None, update_once])
+@pytest.mark.parametrize("ckpt", BOTH)
+def test_a_forward_pass_in_evaluation_mode_after_a_recomputation_may_have_read_what_it_moved(repair, ckpt):
+    def trained(ckpt):
+        torch.manual_seed(0)
+        net = Net(nn.BatchNorm1d(WIDTH))
+        handle = repair(net) if repair else None
+        with diagnose(net) as report:
+            for x in data():
+                net.eval()
+                target = net.body(net.stem(x)).detach()
+                net.train()
+                (ckpt(net.body, net.stem(x + 0.1)) - target).square().mean().backward()
+        if handle:
+            handle.remove()
+        return report, net
+
+    (report, net), (_, truth) = trained(ckpt), trained(plainly)
+    assert same_gradients(net, truth) is (repair is not None)
+    assert report.gradients_right is (True if repair else None)
+    assert ("has read state that a recomputation before it had moved again" in str(report)) is (repair is None)
+
+
+class SavesSeeds(torch.autograd.Function):
+    """Saves memory that nobody has filled, as attention on a GPU does where nothing is dropped."""
+
+    @staticmethod
+    def forward(ctx, x, kinds):
+        seeds = [torch.full(shape, next(OUTSIDE.numbers)).to(dtype) for dtype, shape in kinds]
+        ctx.save_for_backward(x, *seeds)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].cos(), None
+
+
+@pytest.mark.parametrize(
+    ("kinds", "has_accelerator", "right"),
+    [
+        ([(torch.int64, ())] * 2, True, True),
+        ([(torch.int64, ())], True, False),  # the place of a maximum, say
+        ([(torch.uint64, (2,)), (torch.uint64, ())], True, True),
+        ([(torch.int64, ())] * 2, False, False),
+    ],
+)
+def test_seeds_that_an_attention_kernel_has_not_drawn_are_no_difference(kinds, has_accelerator, right, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
+    monkeypatch.setattr("momentum_fix.diagnosis.watch._random_numbers", dict)
+    OUTSIDE.numbers = count(1)
+    layer = nn.Linear(3, 3)
+    with diagnose(layer) as report:
+        non_reentrant(lambda x: SavesSeeds.apply(layer(x), kinds), torch.rand(2, 3)).sum().backward()
+    assert report.gradients_right is right
+
+
+class SetsAnew(nn.Module):
+    """Sets attributes to the same in each forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.strided = torch.nested.nested_tensor([torch.ones(2), torch.zeros(3)])
+        if hasattr(torch, "float4_e2m1fn_x2"):
+            self.packed = torch.zeros(70_000, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+
+    def forward(self, x):
+        self.jagged = torch.nested.nested_tensor([torch.ones(2), torch.zeros(3)], layout=torch.jagged)
+        self.method, self.function = self.layer.forward, lambda y: y.sin()
+        return self.function(self.method(x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("ckpt", BOTH)
+def test_what_is_set_to_the_same_again_has_not_moved(ckpt):
+    with diagnose(block := SetsAnew()) as report:
+        ckpt(block, torch.rand(2, 3, requires_grad=True)).sum().backward()
+    assert report.ok
 
 
 @pytest.mark.parametrize("scale", [1000.0, 8192.0, 1e5])

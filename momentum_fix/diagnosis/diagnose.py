@@ -158,6 +158,17 @@ def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
         instead = "Register it outside of the checkpoint, or on a new tensor (`x * 1`)."
         what = f"the function puts a hook on a tensor from outside (in the checkpoint of {doubled[0].function})"
         return f"{what}, and each recomputation puts another one there, so that it runs twice. {instead}"
+    if watch.reads_moved:
+        return (
+            "a forward pass in evaluation mode has read state that a recomputation before it had moved again. Make "
+            "the state right first."
+        )
+    if small := [(region, each) for region, each in judged if each.size and each.recomputation.found_read]:
+        size = f"{small[0][1].size:.1g}"
+        return (
+            f"what the checkpoint of {small[0][0].function} handed to autograd differs by {size}. That may be "
+            "rounding, or the state that had changed since the forward pass. Make the state right first."
+        )
     if not_compared:
         instead = " Run a step with use_reentrant=False." if not_compared[0].reentrant else ""
         return f"what the checkpoint of {not_compared[0].function} handed to autograd could not be compared.{instead}"

@@ -39,6 +39,7 @@ class Value(NamedTuple):
 
     numbers: torch.Tensor | None  # its fingerprint
     dtype: torch.dtype
+    shape: Any  # and which of its dimensions are expanded
     where: str  # the module that it was computed in
     matters: bool | None  # whether gradients depend on it; None: that is not known
 
@@ -139,6 +140,8 @@ class Tracing(TorchFunctionMode):
                 )
             else:
                 self.made_by.update((each, (number, place)) for place, each in enumerate(outputs))
+                bases = [(_torch.base_of(each), place) for place, each in enumerate(outputs) if id(each) in before]
+                self.made_by.update((each, (number, place)) for each, place in bases if each is not None)
         return output
 
     def given(self, args: tuple[Any, ...], first: list[int] | None) -> list[int]:
@@ -162,7 +165,8 @@ class Tracing(TorchFunctionMode):
         direct = [
             each for each in (output if isinstance(output, tuple) else [output]) if isinstance(each, torch.Tensor)
         ]
-        passed_on = without | {id(each) for tensor in direct for each in (tensor, _torch.base_of(tensor))}
+        views = [each for each in direct if not _torch.is_base_kept(each)]
+        passed_on = without | {id(each) for each in direct} | {id(_torch.base_of(each)) for each in views}
         alive = [(each, place) for each, place in self.made_by.items() if not isinstance(each, nn.Parameter)]
         places = {self.copied.get(each, place) for each, place in alive if id(each) not in passed_on}
         self.escaped = {place for place in places if place[0] != _GIVEN}
@@ -178,6 +182,7 @@ class Tracing(TorchFunctionMode):
             is_outside = trains and parameter is None and made_by is None and place < len(tensors) - results
             if is_outside and not _torch.is_older(tensor, self.nodes):  # nobody has seen what has made it
                 is_outside, self.hides = False, True
+            self.hides |= is_outside and bool(tensor._backward_hooks)  # where its gradient comes in parts
             origins.append(Origin(made_by, parameter, id(tensor) if is_outside else None, trains))
             is_input = is_given or (trains and tensor.is_leaf and parameter is None and made_by is None)
             values.append(value_of(tensor, where, True if is_input else matters))
@@ -272,7 +277,13 @@ def _place(tensor: torch.Tensor) -> Any:
 
 def value_of(tensor: torch.Tensor, where: str, matters: bool | None) -> Value:
     """Keep of a tensor what is needed to compare it."""
-    return Value(fingerprint(tensor), tensor.dtype, where, matters)
+    is_plain = tensor.layout is torch.strided and not tensor.is_nested
+    once = (
+        [stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
+        if is_plain
+        else ()
+    )
+    return Value(fingerprint(tensor), tensor.dtype, (tuple(tensor.shape), *once) if is_plain else None, where, matters)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -18,7 +18,7 @@ from torch import nn
 from momentum_fix import _torch
 from momentum_fix._torch import is_compiled
 from momentum_fix.diagnosis.tracing import Tracing, Value, compared, tensors_in, value_of
-from momentum_fix.norms.layers import in_plain_lists
+from momentum_fix.norms.layers import in_plain_lists, only_writes, tracks
 from momentum_fix.recomputation import is_recomputation, this_thread
 from momentum_fix.state.compare import mark
 from momentum_fix.state.fingerprint import difference, fingerprint, rounding
@@ -74,6 +74,7 @@ class Watch:
         self.passes = Counter[Piece]()  # how often calls of its module have moved a piece of state in forward passes
         self.lost: list[Region] = []  # the calls that pass no gradient on to their parameters
         self.moved: dict[Piece, Moved] = {}
+        self.reads_moved = False  # whether a forward pass in evaluation mode came after a recomputation had moved state
         self.ran: list[bool] = []  # of each call of a module: whether that is in training mode
         self.elsewhere: dict[str, None] = {}  # what has run in a backward pass, but not in a checkpoint that was seen
         self.backward = self.compiles = False  # whether a backward pass was seen, and a checkpoint being compiled
@@ -109,7 +110,10 @@ class Watch:
                     region.parts.setdefault(
                         id(module), self.parts.get(id(module), Part(module, self.name(module), True))
                     )
-            if is_recomputation() and is_part and not running.recomputing:
+            if not is_recomputation():
+                # In training mode, what it reads of its state shows in its own recomputation.
+                self.reads_moved |= not module.training and any(id(module) == key for key, _ in self.moved)
+            elif is_part and not running.recomputing:
                 self.elsewhere[self.name(module)] = None
                 running.before, running.recomputing = self.look({}), [Counter()]
             self.ran.append(module.training)
@@ -156,6 +160,7 @@ class Recomputation:
     def __init__(self) -> None:
         self.pairs: list[tuple[Value, Value | None]] = []  # None: other code ran
         self.found_moved: list[Piece] = []  # what was another state than in the forward pass
+        self.found_read = False  # whether outputs may depend on that
         self.preserved = False  # whether preserve_state had put state back
         self.adds_gradients = False  # whether a backward pass has run in it
         self.hides = False  # whether something ran that nobody sees: torch.func, or an autograd.Function of a user's
@@ -186,6 +191,8 @@ class Region(_torch.Listener):
         self.untouched = False  # no module has run yet in the pass that is running
         self.same: list[int] | None = None  # for each tensor that the function is given, which one is the same
         self.unfilled: list[Any] = []  # saved tensors whose values come later, and what is kept of each
+        self.seeds = set[int]()  # the ids of saved values that are seeds
+        self.seed: Value | None = None  # the value that was saved last, if it may be one
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -267,6 +274,12 @@ class Region(_torch.Listener):
         self.recomputations[-1].found_moved = [
             (key, name) for key, marks in state.items() for name in differing(self.state.get(key, marks), marks)
         ]
+        found = [(self.parts[key].module, name) for key, name in self.recomputations[-1].found_moved]
+        # A tensor in a plain attribute is what the forward pass keeps of itself, more often than not.
+        self.recomputations[-1].found_read = any(
+            not (_is_statistic(module, name) or isinstance(vars(module).get(name), torch.Tensor))
+            for module, name in found
+        )
 
     def where(self) -> str:
         """Name the module of this checkpoint that is running."""
@@ -279,11 +292,18 @@ class Region(_torch.Listener):
         value = value_of(tensor, self.where(), role != "unread")
         if role == "unfilled":
             self.unfilled.append((value, tensor))
+        # Attention on a GPU saves a seed and an offset, in memory that is not filled where nothing is dropped. What
+        # they do shows in its output, which is saved too.
+        if _torch.may_be_seed(tensor) and not self.recomputations:
+            self.seeds |= {id(value), id(self.seed)} if self.seed or tensor.dtype == torch.uint64 else set()
+            self.seed = value
+        else:
+            self.seed = None
         return value
 
     def compare(self, forward: Value, recomputed: Value) -> None:
         """Keep two saved tensors that belong together."""
-        if forward.matters:
+        if forward.matters and id(forward) not in self.seeds:
             self.recomputations[-1].pairs.append((forward, recomputed))
 
     def hear_hook(self, tensor: torch.Tensor) -> None:
@@ -339,7 +359,7 @@ def _judge(recomputation: Recomputation, numbers: dict[int, list[float]]) -> Jud
     tolerance = largest = 0.0
     known = bool(recomputation.pairs) and not (recomputation.hides or recomputation.hooks_again)
     for forward, recomputed in recomputation.pairs:
-        if recomputed is None or recomputed.dtype != forward.dtype:
+        if recomputed is None or (recomputed.dtype, recomputed.shape) != (forward.dtype, forward.shape):
             return Judgement(recomputation, forward.where, math.inf, True)
         if forward.numbers is None or recomputed.numbers is None:
             known = False
@@ -353,7 +373,7 @@ def _judge(recomputation: Recomputation, numbers: dict[int, list[float]]) -> Jud
         elif size > tolerance or not rounding(forward.dtype):
             return Judgement(recomputation, forward.where, size, True)
         largest = max(largest, size)
-    return Judgement(recomputation, "", largest, known)
+    return Judgement(recomputation, "", largest, known and not (largest and recomputation.found_read))
 
 
 def _numbers(tensors: list[torch.Tensor]) -> dict[int, list[float]]:
@@ -380,6 +400,11 @@ def differing(one: Marks, other: Marks) -> list[str]:
     if one == other:
         return []
     return [name for name in {**one, **other} if name not in one or name not in other or one[name] != other[name]]
+
+
+def _is_statistic(module: nn.Module, name: str) -> bool:
+    """Tell whether a piece of state is a running statistic that no output in training mode depends on."""
+    return name in module._buffers and tracks(module) and only_writes(module)
 
 
 def _marks(module: nn.Module, by_value: bool) -> Marks:

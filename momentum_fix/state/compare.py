@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import types
 from array import array
 from collections import deque
 from dataclasses import fields, is_dataclass
@@ -76,6 +77,10 @@ def mark(value: Any, *, by_value: bool = True, within: tuple[int, ...] = ()) -> 
         what = down([getattr(value, each.name) for each in fields(value)])
     elif isinstance(value, tuple(_STATES)) and not isinstance(value, SystemRandom):
         what = down(next(read(value) for kind, read in _STATES.items() if isinstance(value, kind)))
+    elif isinstance(value, types.MethodType):
+        what = id(value.__self__), id(value.__func__)
+    elif isinstance(value, types.FunctionType):  # one that is made anew in each forward pass is the same
+        what = id(value.__code__), down([value.__defaults__, value.__kwdefaults__])
     elif isinstance(value, nn.Module) or callable(value):
         what = id(value)
     return type(value), what
@@ -95,6 +100,8 @@ def is_odd(tensor: torch.Tensor) -> bool:
 def _of_tensor(tensor: torch.Tensor) -> Any:
     if nn.parameter.is_lazy(tensor):
         return "not initialized"
+    if tensor.is_nested:
+        return tuple(map(_of_tensor, tensor.detach().unbind()))
     seen = tensor.shape, tensor.dtype, tensor.device
     plain = type(tensor) in (torch.Tensor, nn.Parameter) and not is_odd(tensor)
     if plain and tensor.nbytes <= _HASHED and not tensor.is_meta:

@@ -1,10 +1,11 @@
 """A tensor's values in 232 bytes: enough to tell whether another tensor is equal to the bit and, if not, how far it is.
 
     hash(x) = sum_r u_r sum_c v_c x_rc  modulo 2**64, of the bits of x in words of at most 32 bits
-    |x - y|**2 is the mean of (p_j(x) - p_j(y))**2, where p_j(x) = sum_i s_ij x_i for eight fixed vectors s_j of signs
+    |x - y|**2 is the mean of (p_j(x) - p_j(y))**2, where p_j(x) = sum_i s_ij x_i for eight fixed vectors s_j
 
 The weights u and v are fixed and look random, so tensors that differ have one hash with a probability of about
-2**-32. (An exclusive or of all words would not see values that change places.) The distance is right to some 40 %. It
+2**-32. (An exclusive or of all words would not see values that change places.) The s_ij are signs, with sizes around 1:
+signs alone would not tell if two values change places where all of them agree. The distance is right to some 40 %. It
 is measured three times, and the largest one counts: with the values, with their logarithms, as little would be seen
 beside coordinates of a thousand, and with the logarithms of what is beyond 8192, which the others leave out, as nothing
 else would be seen beside a mask of -1e9 or -inf. A tensor is read on its own device, in slices: nothing as large as it
@@ -29,6 +30,7 @@ _STARTS = (2, 3 + _PROJECTIONS, 4 + 2 * _PROJECTIONS)
 _LARGE, _NAN = 8192.0, math.e**650  # a NaN counts as a number that no other is
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # by the bytes of a value
 _HALF = 0xFFFFFFFF
+_PACKED = (getattr(torch, "float4_e2m1fn_x2", None),)  # dtypes of two values, which torch does not read
 _OPERATIONS = 64  # the roundings of so many may add up within a block
 
 
@@ -101,6 +103,7 @@ def _of_memory(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None
     flat = tensor.resolve_conj().resolve_neg()[once]
     flat = (torch.view_as_real(flat) if flat.is_complex() else flat).reshape(-1)
     flat = flat if flat.stride() == (1,) else flat.clone(memory_format=torch.contiguous_format)
+    flat = flat.view(torch.uint8) if flat.dtype in _PACKED else flat
     hashed = torch.zeros((), dtype=torch.int64, device=flat.device)
     numbers = torch.zeros(3, 1 + _PROJECTIONS, dtype=torch.float64, device=flat.device)
     weights, signs = _of_columns(flat.device)
@@ -149,11 +152,12 @@ def _rows_of(device: torch.device) -> int:
 
 
 def _random(count: int, seed: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give odd numbers of 64 bits, and signs."""
+    """Give odd numbers of 64 bits, and signs with sizes."""
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator, dtype=torch.int64, device="cpu") | 1
     signs = torch.randint(0, 2, (count, _PROJECTIONS), generator=generator, dtype=torch.float64, device="cpu") * 2 - 1
-    return numbers.to(device), signs.to(device)
+    sizes = torch.rand((count, _PROJECTIONS), generator=generator, dtype=torch.float64, device="cpu") / 2 + 0.75
+    return numbers.to(device), (signs * sizes).to(device)
 
 
 def _joined(
