@@ -237,8 +237,9 @@ class Region(_torch.Listener):
             children, present_parameters = own["_modules"].copy(), own["_parameters"].copy()
             present.append(_Kept(module, own.copy(), {}, hooks_of(module), children, present_parameters))
             put(module, everything)
-            buffers[id(module)] = copied.get("_buffers", {}).copy()
-            own.update({"_buffers": {}} | copied)
+            own["_buffers"] = {}
+            own.update(copied)
+            buffers[id(module)] = own["_buffers"].copy()
             if "_initialize_hook" not in everything:  # which a lazy module removes in its first call
                 put_hooks(module, hooks)
             if replaced:
