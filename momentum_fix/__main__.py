@@ -149,11 +149,14 @@ def audit(paths: tuple[Path, ...], steps: int | None, momentum: float, as_json: 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and exit: with status 0 if all is well, 1 for a finding (a failed proof, say), 2 for an error."""
+    """Run one command and exit: status 0 if all is well, 1 for a finding, 2 for an error, 141 for a closed pipe."""
+    stdout = sys.stdout
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a tick must not break a terminal that cannot show it
     try:
         commands.main(argv, prog_name="momentum-fix")
+    except SystemExit as end:  # of a closed pipe click makes a 1, which would be a finding, and another stdout
+        sys.exit(end.code if sys.stdout is stdout else 141)  # as shells do: 128 + SIGPIPE
     except (ImportError, OSError, TypeError, ValueError) as error:
         reason = f"needs {error.name}: {_INSTALL}" if isinstance(error, ModuleNotFoundError) else str(error)
         with suppress(OSError):

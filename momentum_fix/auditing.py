@@ -67,15 +67,19 @@ def audit(
         raise TypeError(f"source is a {type(source).__name__}, but must be a model, a state dict or a path")
     rows: list[LayerAudit] = []
     for prefix, found in search(source, models=models):
-        layers = _layers(found) if isinstance(found, models) else with_momentum(found, momentum)
+        layers = _layers(found, prefix) if isinstance(found, models) else with_momentum(found, momentum)
         rows += judge("", prefix, layers, steps)
     return Audit(tuple(rows))
 
 
-def _layers(model: Any) -> dict[str, tuple[Any, Any, Any]]:
+def _layers(model: Any, prefix: str) -> dict[str, tuple[Any, ...]]:
     """Give a model's layers: the counter of each, its momentum, and what that was corrected from."""
+    from momentum_fix.norms.correct import corrected_for
     from momentum_fix.norms.layers import tracked_layers
     from momentum_fix.norms.momenta import uncorrected
 
-    layers = {names[0]: layer for layer, names in tracked_layers(model).items()}
-    return {name: (layer._buffers.get(COUNTER), layer.momentum, uncorrected(layer)) for name, layer in layers.items()}
+    layers = {}
+    for layer, (name, *_) in tracked_layers(model).items():
+        momenta = (corrected_for(prefix + name, each, 1) for each in (layer.momentum, uncorrected(layer)))  # as floats
+        layers[name] = layer._buffers.get(COUNTER), *momenta
+    return layers

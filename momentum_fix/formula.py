@@ -124,14 +124,16 @@ def read_momentum(momentum: SupportsFloat) -> float:
             raise TypeError
         inside = bool(0 <= value <= 1)  # before converting, which would round what lies just outside
         m = float(value) if inside else 0.0
+    except ArithmeticError:  # a NaN of decimal's
+        inside = False
     except TypeError:
         raise TypeError(
-            f"momentum is {momentum!r}, but must be one real number in 0 to 1, or None for a cumulative average"
+            f"momentum is {_shown(momentum)}, but must be one real number in 0 to 1, or None for a cumulative average"
         ) from None
     if not inside:
         raise ValueError(
-            f"momentum is {momentum!r}, but must lie in 0 to 1: it is the weight of the new value (0.1 by default in "
-            "PyTorch; for a Keras or TensorFlow decay d, pass 1 - d)"
+            f"momentum is {_shown(momentum)}, but must lie in 0 to 1: it is the weight of the new value (0.1 by "
+            "default in PyTorch; for a Keras or TensorFlow decay d, pass 1 - d)"
         )
     return abs(m)  # -0.0 becomes 0.0
 
@@ -145,7 +147,7 @@ def read_passes(passes: SupportsIndex) -> int:
 
 def positive_integer(name: str, value: SupportsIndex, meaning: str) -> int:
     """Read a count, or raise an error that says what it is."""
-    message = f"{name} is {value!r}, but must be an integer of at least 1: {meaning}"
+    message = f"{name} is {_shown(value)}, but must be an integer of at least 1: {meaning}"
     scalar = _scalar(value)
     try:
         if isinstance(scalar, bool):
@@ -159,7 +161,21 @@ def positive_integer(name: str, value: SupportsIndex, meaning: str) -> int:
 
 
 def _scalar(value: Any) -> Any:
-    """Unpack a NumPy scalar or a 0-d array or tensor; give None for a longer one, which no reader accepts."""
+    """Unpack a NumPy scalar or a 0-d array or tensor; give None, which no reader accepts, for what is not one number.
+
+    That is a longer one, one that is masked, a time, or a tensor without a value.
+    """
     if hasattr(value, "item") and getattr(value, "shape", None) == ():
-        return value.item()
+        is_time = getattr(getattr(value, "dtype", None), "kind", "") in ("m", "M")
+        try:
+            return None if is_time or getattr(value, "mask", False) else value.item()
+        except RuntimeError:
+            return None
     return None if getattr(value, "shape", ()) else value
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no integer of thousands of digits
+        return "a number of thousands of digits"

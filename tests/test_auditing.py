@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import pickle
 import pty
@@ -452,12 +453,21 @@ def test_a_wrong_momentum_or_source_is_refused():
         audit(3)
 
 
-@pytest.mark.parametrize("momentum", [1.5, "much"])
-def test_a_layer_of_a_model_with_a_wrong_momentum_is_named(momentum):
+@pytest.mark.parametrize(("momentum", "error"), [(1.5, ValueError), (math.nan, ValueError), ("much", TypeError)])
+def test_a_layer_of_a_model_with_a_wrong_momentum_is_named(momentum, error):
     model = trained()
     model[1][1].momentum = momentum
-    with pytest.raises(ValueError, match=rf"layer '1\.1': .*{momentum}"):
-        audit(model)
+    for source, name in ((model, "1.1"), ({"net": model}, "net/1.1")):
+        with pytest.raises(error, match=f"layer '{re.escape(name)}': momentum is {momentum!r}, but must"):
+            audit(source)
+
+
+@pytest.mark.parametrize(("momentum", "passes"), [(5e-324, 3), (0.1, 10**322), (0.1, 10**400)])
+def test_a_momentum_that_is_corrected_to_almost_nothing_is_no_error(momentum, passes):
+    model = nn.Sequential(nn.BatchNorm2d(3, momentum=momentum))
+    correct(model, passes)[0].num_batches_tracked.fill_(6)
+    (row,) = audit(model, steps=2).rows
+    assert (row.passes, row.correction) == (3, "")
 
 
 class Harmful:

@@ -6,6 +6,7 @@ import threading
 import warnings
 from contextlib import nullcontext
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -236,6 +237,74 @@ def test_a_layer_that_loses_its_statistics_in_the_block_is_left_alone():
     assert report.passes == {"b.1": 2, "c.1": 2}
     assert report.rows[0].note == "left alone: no longer tracks running statistics"
     assert model.a[1].momentum == 0.1
+
+
+def beside(model, change):
+    """A block around a step of one part of a model; in it, something is done to the part that does not run."""
+    with warnings.catch_warnings(record=True) as caught, calibrate(model) as report:
+        warnings.simplefilter("always")
+        one_forward(model[0]).backward()
+        change(model[1])
+    return report.rows[-1].note, [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.to("meta"),
+        nn.Module.half,
+        lambda layer: setattr(layer, "running_mean", torch.ones(3).to_sparse()),
+    ],
+    ids=["to the meta device", "to another precision", "to a sparse layout"],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_statistics_that_go_elsewhere_in_the_block_have_not_moved(change, training):
+    model = nn.Sequential(Net(), nn.BatchNorm2d(3, dtype=torch.float64).train(training))
+    model[1].running_mean += 0.1
+    assert beside(model, change) == ("left alone: did not run" if training else "left alone: in evaluation mode", [])
+    assert momenta(model) == {f"0.{name}": corrected_momentum(0.1, 2) for name in same(2)} | {"1": 0.1}
+    assert set(momenta(restore(model)).values()) == {0.1}
+
+
+def test_statistics_that_move_and_go_elsewhere_in_the_block_have_moved():
+    note, caught = beside(
+        nn.Sequential(Net(), nn.BatchNorm2d(3)), lambda layer: layer.running_mean.add_(1) + layer.half().eps
+    )
+    assert "its statistics moved, but its forward did not run" in note
+    assert "its statistics moved, but its forward did not run" in caught[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda layer: delattr(layer, "momentum"), None),
+        (lambda layer: setattr(layer, "momentum", torch.tensor([0.1, 0.1])), "must be one real number"),
+        (lambda layer: setattr(layer, "momentum", numpy.array([0.1, 0.1])), "must be one real number"),
+    ],
+    ids=["none", "a tensor", "an array"],
+)
+@pytest.mark.parametrize("earlier", [1, 2])
+def test_a_momentum_of_any_kind_that_the_block_leaves_does_not_keep_the_model_in_it(change, error, earlier):
+    model = correct(Net(), earlier)
+    with warnings.catch_warnings(), pytest.raises(TypeError, match=error) if error else nullcontext():
+        warnings.simplefilter("ignore")
+        with calibrate(model) as report:
+            one(model, *data(1), non_reentrant)
+            change(model.b[1])
+    assert "calibrate" not in applied(model).values()
+    if error is None:
+        assert report.rows[1].note == "left alone: no longer tracks running statistics"
+        assert report.passes == {"a.1": 2, "c.1": 2}
+    assert model.a[1].momentum == corrected_momentum(0.1, earlier if error else 2)
+
+
+def test_a_counter_that_a_cumulative_average_gets_in_the_block_tells_nothing():
+    model = Net(by.cumulative)
+    counter, model.a[1].num_batches_tracked = model.a[1].num_batches_tracked, None
+    with calibrate(model) as report:
+        one(model, *data(1), non_reentrant)
+        model.a[1].num_batches_tracked = counter + 9
+    assert report.passes == same(2)
 
 
 @pytest.mark.parametrize("tool", [calibrate, diagnose])

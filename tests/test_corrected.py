@@ -249,6 +249,15 @@ def test_a_momentum_that_is_a_fraction_can_be_shown():
     assert applied(correct(nn.BatchNorm2d(3, momentum=Fraction(19, 100)))) == {"": "momentum 0.1, corrected from 0.19"}
 
 
+@pytest.mark.parametrize("momentum", [np.float32(0.1), torch.tensor(0.1), 0.1], ids=repr)
+def test_one_pass_gives_the_very_momentum_back_and_restore_does_so_afterwards(momentum):
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=momentum))
+    for passes in (2, 1, 2, 3, 1):
+        correct(model, passes)
+        assert (model[0].momentum is momentum) == (passes == 1)
+    assert restore(correct(model, 2))[0].momentum is momentum
+
+
 def test_a_momentum_that_cannot_be_hashed_is_corrected_too():
     assert correct(nn.BatchNorm2d(3, momentum=np.array(0.1))).momentum == corrected_momentum(0.1)
 

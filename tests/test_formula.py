@@ -223,6 +223,10 @@ def test_a_number_may_have_an_item_that_is_something_else():
     assert corrected_momentum(Priced(0.1)) == corrected_momentum(0.1)
 
 
+def test_a_masked_array_without_a_masked_value_is_its_number():
+    assert corrected_momentum(np.ma.array(0.1), np.ma.array(3)) == corrected_momentum(0.1, 3)
+
+
 @pytest.mark.parametrize("single", [np.float32(0.1), torch.tensor(0.1, dtype=torch.float32)], ids=repr)
 def test_a_float32_stands_for_its_own_value(single):
     assert corrected_momentum(single) == corrected_momentum(float(np.float32(0.1))) != corrected_momentum(0.1)
@@ -243,6 +247,8 @@ def test_a_float32_stands_for_its_own_value(single):
         Fraction(10**20 + 1, 10**20),  # as a float it would be 1
         Fraction(-1, 10**400),  # as a float it would be 0
         decimal.Decimal("1.00000000000000000001"),
+        decimal.Decimal("NaN"),
+        decimal.Decimal("sNaN"),
     ],
 )
 @pytest.mark.parametrize("function", [corrected_momentum, effective_momentum])
@@ -253,7 +259,17 @@ def test_momentum_out_of_range_is_refused_with_value_range_and_remedy(function, 
 
 
 @pytest.mark.parametrize(
-    "momentum", [True, np.True_, "0.1", b"0.1", 1j, [0.1], np.array([0.1]), torch.tensor([0.1]), torch.tensor(True)]
+    "momentum",
+    [
+        *(True, np.True_, "0.1", b"0.1", 1j, [0.1], np.array([0.1]), torch.tensor([0.1]), torch.tensor(True)),
+        *(
+            torch.empty((), device="meta"),
+            np.ma.masked,
+            np.timedelta64(0),
+            np.timedelta64(0, "s"),
+            np.datetime64("NaT"),
+        ),
+    ],
 )
 def test_momentum_that_is_no_real_number_is_a_type_error(momentum):
     with pytest.raises(TypeError, match="must be one real number in 0 to 1, or None for a cumulative") as caught:
@@ -271,7 +287,10 @@ def test_fewer_than_one_pass_is_refused(momentum, passes):
 
 @pytest.mark.parametrize(
     "passes",
-    [2.0, True, np.True_, "2", None, math.nan, Fraction(2), np.float64(2), torch.tensor(2.0), torch.tensor([2])],
+    [
+        *(2.0, True, np.True_, "2", None, math.nan, Fraction(2), np.float64(2), torch.tensor(2.0), torch.tensor([2])),
+        *(torch.empty((), dtype=torch.long, device="meta"), np.ma.masked, np.timedelta64(2)),
+    ],
     ids=repr,
 )
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -279,3 +298,14 @@ def test_passes_that_are_no_integer_are_a_type_error(momentum, passes):
     with pytest.raises(TypeError, match="must be an integer of at least 1") as caught:
         effective_momentum(momentum, passes)
     assert f"passes is {passes!r}, but" in str(caught.value)
+
+
+def test_numbers_that_python_does_not_write_are_numbers_like_any_others():
+    assert corrected_momentum(0.1, 10**5000) == corrected_momentum(0.1, 10**4000) == 0
+    assert effective_momentum(0.1, 10**5000) == 1
+    with pytest.raises(
+        ValueError, match="passes is a number of thousands of digits, but must be an integer of at least 1"
+    ):
+        corrected_momentum(0.1, -(10**5000))
+    with pytest.raises(ValueError, match="momentum is a number of thousands of digits, but must lie in 0 to 1"):
+        effective_momentum(10**5000)

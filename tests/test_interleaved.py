@@ -1,6 +1,7 @@
 """calibrate where the root is not exact or k cannot be known: it warns, names the layers, and does what can be done."""
 
 import copy
+from contextlib import nullcontext
 from fractions import Fraction
 
 import pytest
@@ -94,6 +95,29 @@ def test_unequal_passes_of_a_cumulative_average_are_warned_of():
         layer.momentum = None
     with pytest.warns(UserWarning, match="a cumulative average of batches with different numbers"), calibrate(model):
         train(model, by.once_inside_once_outside, data(1), non_reentrant)
+
+
+def nested_beside_plain(net, x, ckpt):
+    """One batch with one pass, one with three: their mean is a whole number."""
+    net(x)
+    ckpt(lambda y: ckpt(net, y).tanh(), x.square().requires_grad_()).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("step", "right"),
+    [(nested_beside_plain, False), (siamese, True), (one, True), (by.accumulating(by.nested), True)],
+    ids=["1 and 3 passes", "two in turn", "one", "one after the other"],
+)
+def test_passes_of_a_cumulative_average_that_may_be_unequal_are_warned_of_though_their_mean_is_whole(step, right):
+    truth, batches = Net(by.cumulative), data(4)
+    model = copy.deepcopy(truth)
+    train(truth, step, batches, plainly)
+    told = "left alone: a cumulative average, right only if batches have equally many passes; exact: `restore"
+    warned = step in (nested_beside_plain, siamese)
+    with pytest.warns(UserWarning, match=told) if warned else nullcontext(), calibrate(model):
+        train(model, step, batches[:1], non_reentrant)
+    train(model, step, batches[1:], non_reentrant)
+    assert (deviation(model, truth) < ROUNDING) == right
 
 
 def test_a_step_without_backward_is_warned_of_and_changes_nothing():

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import recipes
-from momentum_fix import calibrate, correct, norm_layer, restore, update_once
+from momentum_fix import applied, calibrate, correct, norm_layer, restore, update_once
 from momentum_fix.norms.wrapping import wrapper_of as covers
 from recipes import ENGINES, Net, OwnForward, block, data, instance_norm, one, siamese
 from twins import batches, counters, deviation, non_reentrant, plainly, reentrant, same_path, statistics, train
@@ -134,6 +134,17 @@ def test_a_layer_may_get_its_input_by_keyword(covered, training, ckpt):
 def test_a_warning_names_five_layers_at_most(count, named):
     with pytest.warns(UserWarning, match=f"^{named}: the class has a forward of its own"):
         update_once(nn.Sequential(*(OwnForward(3) for _ in range(count))))
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(OwnForward(3)), Hidden()], ids=["a class of its own", "a plain list"])
+def test_a_warning_turned_into_an_error_leaves_the_model_as_it_was(model):
+    said = r"forward of its own|in a plain list"
+    with pytest.raises(UserWarning, match=said):  # pytest makes errors of warnings
+        update_once(model)
+    assert applied(model) == {}
+    with pytest.warns(UserWarning, match=said):
+        update_once(model)
+    assert set(applied(model).values()) == {"update_once"}
 
 
 class LeavesAPenalty(nn.BatchNorm2d):

@@ -307,6 +307,20 @@ def test_a_closed_pipe_is_silent(command, tmp_path):
     assert in_a_shell(f"{command} | true", tmp_path) == (0, "", "")
 
 
+@pytest.mark.parametrize("command", ["value 0.1", "audit clean.pt --steps 5", "audit clean.pt --steps 2"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_is_no_finding(command, unbuffered, tmp_path):
+    torch.save({"0.num_batches_tracked": torch.tensor(5)}, tmp_path / "clean.pt")
+    read, write = os.pipe()
+    os.close(read)
+    run = [sys.executable, "-m", "momentum_fix", *command.split()]
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONUNBUFFERED": unbuffered}, "check": False}
+    done = subprocess.run(run, stdout=write, stderr=subprocess.PIPE, **options)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+    assert subprocess.run(run, stdout=subprocess.PIPE, **options).returncode == command.endswith("2")
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("command", ["value 0.1", "audit model.pt", "audit model.pt --json", "--help", "--version"])
 def test_a_full_disk_is_one_line(command, unbuffered, tmp_path):

@@ -18,6 +18,7 @@ from momentum_fix.files.reading import INDEX, NotANumber, UnreadableError, check
 from momentum_fix.formula import corrected_momentum, effective_momentum, positive_integer
 
 _MOST_BATCHES = 10**12  # batches: a thousand a second for thirty years
+_TOO_SMALL = 1e-300  # a momentum that is corrected for more updates than there can be
 _MOST_EXPLAINED = 5  # of a file for which causes are listed
 _ENOUGH, _TOO_LITTLE, _TOO_MUCH = "corrected already", "not corrected enough", "corrected too much"
 _SAYS = {  # of so many layers
@@ -164,6 +165,7 @@ def _judge_file(path: Path, steps: int | None, momentum: SupportsFloat | None) -
 
 def with_momentum(counters: Mapping[str, Any], momentum: SupportsFloat | None) -> dict[str, tuple[Any, Any, Any]]:
     """Give layers that count like this and were built with this momentum."""
+    momentum = corrected_momentum(momentum, 1)  # as a float
     return {name: (counter, momentum, momentum) for name, counter in counters.items()}
 
 
@@ -177,11 +179,7 @@ def judge(source: str, prefix: str, layers: Mapping[str, Sequence[Any]], steps: 
         if batches and assumed:
             found["passes"] = passes = Fraction(batches, assumed)
             if times := recomputed(batches, assumed):
-                try:
-                    momentum, plain = (None if value is None else float(value) for value in layers[name][1:])
-                    found |= _effect(momentum, plain, times)
-                except (TypeError, ValueError) as error:  # of a layer of a model
-                    raise type(error)(f"layer {prefix + name!r}: {error}") from None
+                found |= _effect(*layers[name][1:], times)
             if corrected_for[name] != 1:
                 wrong = _TOO_LITTLE if passes > corrected_for[name] else _TOO_MUCH
                 found["correction"] = how = _ENOUGH if nearly(batches, corrected_for[name], assumed) else wrong
@@ -192,8 +190,8 @@ def judge(source: str, prefix: str, layers: Mapping[str, Sequence[Any]], steps: 
 
 
 def _corrected_for(momentum: Any, plain: Any) -> int:
-    """Tell for how many updates per step a momentum is corrected: for 1 if it is not."""
-    return 1 if plain == momentum else round(math.log1p(-plain) / math.log1p(-momentum))
+    """Tell for how many updates per step a momentum is corrected: for 1 if it is not, or is too small to tell."""
+    return 1 if plain == momentum or momentum < _TOO_SMALL else round(math.log1p(-plain) / math.log1p(-momentum))
 
 
 def _infer_steps(counts: Mapping[str, int], corrected_for: Mapping[str, int]) -> int | None:

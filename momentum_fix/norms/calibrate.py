@@ -18,7 +18,7 @@ from momentum_fix._torch import check_recomputation
 from momentum_fix.norms.correct import correct, corrected_for
 from momentum_fix.norms.counting import Count, CountingForward, Finding
 from momentum_fix.norms.layers import at_gradients, join_names, norm_of, tracked_layers, warn_of_none
-from momentum_fix.norms.momenta import set_momenta, uncorrected
+from momentum_fix.norms.momenta import differ, set_momenta, uncorrected
 from momentum_fix.norms.notes import Note
 from momentum_fix.norms.wrapping import end, refuse_wrapped, wrap
 
@@ -158,13 +158,15 @@ def _calibrating(model: nn.Module) -> Iterator[Report]:
     finally:
         for hook in hooks:
             hook.remove()
-        for each in wrappers:
-            each.count.drain()
-        backward += [any(each.count.recomputations) for each in wrappers]
-        found = {each.name: each.finding(any(backward)) for each in wrappers}
-        set_momenta({each.layer: each.momentum for each in wrappers if each.layer.momentum == each.uncorrected})
+        # Before anything is found, which may fail: what the block has left on the layers may be of any kind.
+        there = [each for each in wrappers if hasattr(each.layer, "momentum")]
+        kept = [each for each in there if not differ(each.layer.momentum, each.uncorrected)]
+        set_momenta({each.layer: each.momentum for each in kept})
         end(every for each in wrappers for every in (each, *each.copies))
-    found = _agreed(found)
+    for each in wrappers:
+        each.count.drain()
+    backward += [any(each.count.recomputations) for each in wrappers]
+    found = _agreed({each.name: each.finding(any(backward), each in kept) for each in wrappers})
     _warn(found)
     momenta = {each.name: uncorrected(each.layer) for each in wrappers}
     report.update({name: passes for name, (passes, _) in found.items() if passes is not None})
@@ -172,8 +174,9 @@ def _calibrating(model: nn.Module) -> Iterator[Report]:
         correct(model, report)
     report._without_rows = _NO_ROWS
     report.rows = tuple(
-        Row(each.name, type(each.layer).__name__, *found[each.name], momenta[each.name], each.layer.momentum)
+        Row(each.name, type(layer).__name__, *found[each.name], momenta[each.name], getattr(layer, "momentum", None))
         for each in wrappers
+        for layer in [each.layer]
     )
 
 

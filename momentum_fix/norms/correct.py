@@ -75,8 +75,8 @@ def correct(model: Model, passes: Passes | Mapping[str, Passes] = 2) -> Model:
         plan[layer] = corrected_for(layers[layer][0], plain[layer], number_of)
         if plan[layer] != plain[layer]:
             refuse_wrapped(layer, layers[layer][0], "update_once", "calibrate")
-        elif plan[layer] == layer.momentum:
-            plan[layer] = layer.momentum  # the very number, an integer for one
+        else:
+            plan[layer] = plain[layer]  # the very number, an integer or NumPy's for one
     set_corrected(plan, plain)
     warn_of_none(layers, "to correct")
     return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from fractions import Fraction
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import nn
@@ -82,8 +82,11 @@ class CountingForward(ForwardWrapper):
         self.copies: list[CountingForward] = []
         self.start, self.momentum, self.uncorrected = values_of(layer), layer.momentum, uncorrected(layer)
 
-    def finding(self, backward_ran: bool) -> Finding:
-        """Give the passes per batch, None where they are not known, and what there is to say of the layer."""
+    def finding(self, backward_ran: bool, kept: bool) -> Finding:
+        """Give the passes per batch, None where they are not known, and what there is to say of the layer.
+
+        `kept` tells whether the block has left the layer's momentum as it was.
+        """
         layer, count = self.layer, self.count
         if not tracks(layer):
             return None, (Note.UNTRACKED,)
@@ -93,12 +96,13 @@ class CountingForward(ForwardWrapper):
         if not count.batches or not backward_ran:
             return None, (Note.NO_BACKWARD if count.batches else Note.ONLY_BACKWARD,)
         if layer.momentum is None:
-            counter = layer._buffers.get("num_batches_tracked")
+            first, last = (buffers.get("num_batches_tracked") for buffers in (self.start, layer._buffers))
             # Selective checkpointing recomputes the counter and not the statistics.
-            more = has_values(counter) and bool(counter - self.start["num_batches_tracked"] > count.updates)
-            return count.passes, (Note.UNEQUAL if more or isinstance(count.passes, Fraction) else Note.CUMULATIVE,)
+            more = has_values(first) and has_values(last) and int(last) - int(first) > count.updates
+            equal = Note.CUMULATIVE if len(set(count.batches)) == 1 else Note.PERHAPS_UNEQUAL
+            return count.passes, (Note.UNEQUAL if more or isinstance(count.passes, Fraction) else equal,)
         notes = {
-            Note.SET_BY_STEP: layer.momentum != self.uncorrected,
+            Note.SET_BY_STEP: not kept,
             Note.NOT_CONSECUTIVE: len(set(count.batches)) > 1,
             Note.OTHER_DATA: count.other_data,
             Note.MAY_READ: count.passes > 1 and not only_writes(layer),
@@ -168,15 +172,19 @@ def values_of(layer: nn.Module) -> Buffers:
 def have_moved(before: Buffers, now: Buffers, by_counter: bool = False) -> bool:
     """Tell whether the statistics have changed; those without values (on the meta device, fake) never do.
 
-    The counter may not tell: it is recomputed also where selective checkpointing gives a norm's saved result.
+    The counter may not tell: it is recomputed also where selective checkpointing gives a norm's saved result. Another
+    device or number format is no change.
     """
-    held = (k for k, value in before.items() if has_values(value) and (by_counter or k != "num_batches_tracked"))
-    return any(now.get(name) is None or not torch.equal(before[name], now[name]) for name in held)
+    pairs = ((b, now.get(name)) for name, b in before.items() if by_counter or name != "num_batches_tracked")
+    return any(
+        has_values(old) and (new is None or (has_values(new) and not torch.equal(old.to(new), new)))
+        for old, new in pairs
+    )
 
 
-def has_values(buffer: torch.Tensor | None) -> bool:
+def has_values(buffer: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
     """Tell whether a tensor is an ordinary one."""
-    return type(buffer) is torch.Tensor and not buffer.is_meta
+    return type(buffer) is torch.Tensor and not buffer.is_meta and buffer.layout is torch.strided
 
 
 def _added(layer: NormLayer, before: Buffers) -> tuple[torch.Tensor | None, float]:

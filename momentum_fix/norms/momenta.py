@@ -30,24 +30,28 @@ def original_momentum(layer: Any) -> Any:
 
 def is_corrected(layer: Any) -> bool:
     """Tell whether a layer's momentum is a corrected one, whoever corrected it."""
-    return _differ(uncorrected(layer), layer.momentum)
+    return differ(uncorrected(layer), layer.momentum)
 
 
 def is_changed(module: Any) -> bool:
     """Tell whether this package has set a module's momentum, and nobody else since."""
-    return _differ(original_momentum(module), getattr(module, "momentum", None))
+    return differ(original_momentum(module), getattr(module, "momentum", None))
 
 
 def _known(module: Any) -> tuple[Any, Any]:
     mark, momentum = vars(module).get(_MARK), getattr(module, "momentum", None)
-    if mark is not None and mark[2] == momentum:
+    if mark is not None and not differ(mark[2], momentum):
         return mark[0], mark[1]
     root, ours = corrected_by_hand(momentum), corrected_by_hand(momentum, rounding=0.0)
     return momentum if root is None else root, momentum if ours is None else ours
 
 
-def _differ(one: Any, other: Any) -> bool:
-    return one is not other and bool(one != other)
+def differ(one: Any, other: Any) -> bool:
+    """Tell whether two momenta differ; an array, which is no momentum, differs from each."""
+    try:
+        return one is not other and bool(one != other)
+    except (RuntimeError, ValueError):
+        return True
 
 
 def set_momenta(momenta: Mapping[Any, Any]) -> None:

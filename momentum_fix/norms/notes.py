@@ -15,6 +15,7 @@ class Note(Enum):
     OTHER_DATA = f"{_DECAY} a recomputation saw different data than its forward pass (random state?)", True, _EXACT
     SET_BY_STEP = "the step itself sets the momentum (a schedule, SAM), so a corrected one does not last", True, _EXACT
     UNEQUAL = "not corrected: a cumulative average of batches with different numbers of passes", True, _EXACT
+    PERHAPS_UNEQUAL = "left alone: a cumulative average, right only if batches have equally many passes", True, _EXACT
     UNSEEN = "not corrected: its statistics moved, but its forward did not run (F.batch_norm on its buffers?)", True
     NO_BACKWARD = "not corrected: no backward pass was seen in the block, so recomputations are not known", True
     ONLY_BACKWARD = "left alone: updated only inside a backward pass, so its batches are not known", True

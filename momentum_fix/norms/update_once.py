@@ -146,7 +146,6 @@ def update_once(model: nn.Module) -> Handle:
         refuse_wrapped(layer, name, "calibrate")
         if wrapper_of(layer) is None:
             added.append(UpdateOnceForward(layer, name))
-    wrap(added)
     warn_of_none(layers, "to update once")
     warn_of_hidden(model)
     own = [each.name for each in added if not only_writes(each.layer)]
@@ -158,6 +157,7 @@ def update_once(model: nn.Module) -> Handle:
             "does, and momentum_fix.checkpoint is exact there",
             stacklevel=2,
         )
+    wrap(added)  # after the warnings, which may be errors
     return Handle(model, added)
 
 

@@ -9,7 +9,7 @@ from functools import cache, reduce
 from typing import Any
 
 import sympy as sp
-from sympy import Derivative, Limit, Subs, Sum, oo
+from sympy import Derivative, Limit, Subs, Sum, exp, oo
 
 from momentum_fix.symbolic.letters import LETTERS, UNIT, n, old, q, x, x0
 
@@ -142,7 +142,39 @@ def range_of(formula: Any, known: Mapping[Any, Range] = FREE) -> Range:
             _need(not any(v.is_integer for v in formula.variables), f"{formula} is a derivative by an integer")
         case _:
             raise ProofError(f"{formula} is no formula that can be checked here")
-    return range_of(formula.doit(), known)  # what SymPy makes of a limit or a derivative, unless that is infinite
+    return range_of(_worked_out(formula), known)  # what becomes of a limit or a derivative
+
+
+def _worked_out(formula: Any) -> Any:
+    return formula.replace(Limit, _limit).doit()
+
+
+@cache
+def _limit(function: Any, symbol: Any, point: Any, side: Any) -> Any:
+    """Give a limit that holds whatever the other letters stand for.
+
+    SymPy's holds for almost all of that: 1 for m/(m + s) as s tends to 0, where m may be 0. Here u is the distance from
+    the point, or 1/u the symbol that grows. Numerator and denominator have to be defined at u = 0 as well, so that they
+    are continuous there. Where both are 0 for all letters, l'Hospital's rule goes on with their derivatives. exp(-b/u)
+    with b > 0 counts as 0: it is smaller than any power of u, and so are its derivatives.
+    """
+    u = sp.Dummy("u", positive=True)
+    place = sp.sign(point) / u if point.is_infinite else point + sp.Integer(f"{side}1") * u
+    near = _worked_out(function).subs(symbol, place)
+    at = {u: (ZERO, ZERO)}
+    flat = {part: sp.Dummy() for part in near.atoms(exp) if range_of(sp.expand(part.exp * u), at)[1] < ZERO}
+    top, bottom = sp.fraction(sp.together(near.xreplace(flat)))
+    for _ in range(9):
+        for part in (top, bottom):
+            range_of(part, at | dict.fromkeys(flat.values(), (ZERO, ZERO)))
+        top, bottom = (part.xreplace(dict.fromkeys(flat.values(), sp.Integer(0))) for part in (top, bottom))
+        ends = [sp.simplify(part.subs(u, 0)) for part in (top, bottom)]
+        if any(ends):
+            break
+        top, bottom = top.diff(u), bottom.diff(u)
+    low, high = range_of(ends[1])
+    _need(low > ZERO or high < ZERO, f"{function} may have no limit or another one: its denominator tends to {ends[1]}")
+    return ends[0] / ends[1]
 
 
 def _examine(*formulas: Any) -> tuple[Any, ...]:
@@ -317,7 +349,7 @@ def _is_zero(lhs: Any, rhs: Any) -> bool:
     """Tell whether SymPy reduces the difference of two sides to 0, under the assumptions on their symbols."""
     if not _is_zero_in_numbers(lhs - rhs):  # quicker than a search for a proof that is not there
         return False
-    done = [side.doit() for side in (lhs, rhs)]
+    done = [_worked_out(side) for side in (lhs, rhs)]
     for side in done:
         range_of(side)  # no case distinction
     difference = sp.numer(sp.together((done[0] - done[1]).replace(Sum, _split)))  # over what is not 0: it is defined
