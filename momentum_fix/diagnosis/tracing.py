@@ -277,13 +277,13 @@ def _place(tensor: torch.Tensor) -> Any:
 
 def value_of(tensor: torch.Tensor, where: str, matters: bool | None) -> Value:
     """Keep of a tensor what is needed to compare it."""
-    is_plain = tensor.layout is torch.strided and not tensor.is_nested
-    once = (
-        [stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
-        if is_plain
-        else ()
-    )
-    return Value(fingerprint(tensor), tensor.dtype, (tuple(tensor.shape), *once) if is_plain else None, where, matters)
+    shape: Any = None
+    if tensor.layout is torch.strided and not tensor.is_nested:
+        shape = (
+            *tensor.shape,
+            *(size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True)),
+        )
+    return Value(fingerprint(tensor), tensor.dtype, shape, where, matters)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

@@ -271,12 +271,13 @@ class Region(_torch.Listener):
         if not self.recomputations:
             self.state = state
             return
-        self.recomputations[-1].found_moved = [
+        last = self.recomputations[-1]
+        last.found_moved = [
             (key, name) for key, marks in state.items() for name in differing(self.state.get(key, marks), marks)
         ]
-        found = [(self.parts[key].module, name) for key, name in self.recomputations[-1].found_moved]
+        found = [(self.parts[key].module, name) for key, name in last.found_moved]
         # A tensor in a plain attribute is what the forward pass keeps of itself, more often than not.
-        self.recomputations[-1].found_read = any(
+        last.found_read = any(
             not (_is_statistic(module, name) or isinstance(vars(module).get(name), torch.Tensor))
             for module, name in found
         )
