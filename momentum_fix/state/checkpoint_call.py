@@ -85,9 +85,10 @@ class RegionOfTorchs(_torch.Listener):
         self.hooks = [hooks_of(each) for each in self.modules]  # which the forward pass had none of
         this_thread.begin_preserving(self)
         with _torch.hidden_from_modes():
-            for module, everything in zip(self.modules, self.everything, strict=True):
+            for module, everything, hooks in zip(self.modules, self.everything, self.hooks, strict=True):
                 put(module, everything)
-                put_hooks(module, {})
+                if hooks:
+                    put_hooks(module, {})
                 if everything["_buffers"]:
                     vars(module)["_buffers"] = scratch(module)
 
@@ -96,7 +97,8 @@ class RegionOfTorchs(_torch.Listener):
         this_thread.end_preserving()
         for module, own, hooks in zip(self.modules, self.present, self.hooks, strict=True):
             put(module, own)
-            put_hooks(module, hooks)
+            if hooks:
+                put_hooks(module, hooks)
         del self.present, self.hooks
 
 
