@@ -204,6 +204,12 @@ def with_masks(net, ckpt):
     linearly(net, ckpt)
 
 
+def with_expanded_masks(net, ckpt):
+    mask = torch.arange(float(WIDTH))
+    OUTSIDE.tensors = [mask.view(each).expand(WIDTH, WIDTH) for each in ((1, -1), (-1, 1))]
+    linearly(net, ckpt)
+
+
 def of(function):
     return lambda moves: Numbered(function, moves)
 
@@ -226,6 +232,7 @@ KINDS = {  # with the step, and what is said of each engine if the number moves,
     "a write through a view": (WritesThroughAView, with_what_it_keeps, {reentrant: (None, True)}),
     "a hook on a tensor from outside": (AddsFromOutside, in_parts, {reentrant: (None, True)}),
     "a mask of another shape": (of(masked), with_masks, {reentrant: (False, True)}),
+    "a mask that is expanded in another way": (of(masked), with_expanded_masks, dict.fromkeys(BOTH, (False, True))),
 }
 
 
