@@ -371,7 +371,7 @@ def hooking(net, ckpt):
     ckpt(function, net.stem(data()[0])).square().mean().backward()
 
 
-def evaluated_afterwards(net, ckpt):
+def evaluated_in_between(net, ckpt):
     once(net, ckpt)
     in_evaluation_mode(net, ckpt)
     net.train()
@@ -395,7 +395,7 @@ NOT_OBSERVED = [
     (given_data, "a reentrant checkpoint was given no tensor that requires gradients"),
     (hooking, "the function puts a hook on a tensor from outside"),
     (
-        evaluated_afterwards,
+        evaluated_in_between,
         "a forward pass in evaluation mode has read state that a recomputation before it had moved again",
     ),
     (in_the_last_digits, "differs by ... That may be rounding, or the state that had changed"),

@@ -421,6 +421,15 @@ def test_a_forward_pass_in_evaluation_mode_after_a_recomputation_may_have_read_w
     assert ("has read state that a recomputation before it had moved again" in str(report)) is (repair is None)
 
 
+def test_a_validation_at_the_end_changes_nothing_that_was_observed():
+    with diagnose(net := Net(nn.BatchNorm1d(WIDTH))) as report:
+        once(net, non_reentrant)
+        net.eval()
+        with torch.no_grad():
+            net.body(net.stem(data()[0]))
+    assert report.gradients_right
+
+
 class SavesSeeds(torch.autograd.Function):
     """Saves memory that nobody has filled, as attention on a GPU does where nothing is dropped."""
 

@@ -74,7 +74,8 @@ class Watch:
         self.passes = Counter[Piece]()  # how often calls of its module have moved a piece of state in forward passes
         self.lost: list[Region] = []  # the calls that pass no gradient on to their parameters
         self.moved: dict[Piece, Moved] = {}
-        self.reads_moved = False  # whether a forward pass in evaluation mode came after a recomputation had moved state
+        # Whether evaluation mode came after a recomputation had moved state, and a backward pass after that.
+        self.evaluates = self.reads_moved = False
         self.ran: list[bool] = []  # of each call of a module: whether that is in training mode
         self.elsewhere: dict[str, None] = {}  # what has run in a backward pass, but not in a checkpoint that was seen
         self.backward = self.compiles = False  # whether a backward pass was seen, and a checkpoint being compiled
@@ -88,6 +89,7 @@ class Watch:
     def in_backward(self, _: torch.Tensor) -> None:
         """Hear that a backward pass has reached a parameter."""
         self.backward = True
+        self.reads_moved |= self.evaluates
 
     def accumulated(self, _: torch.Tensor) -> None:
         """Hear that a backward pass has added to the gradient of a parameter."""
@@ -112,7 +114,7 @@ class Watch:
                     )
             if not is_recomputation():
                 # In training mode, what it reads of its state shows in its own recomputation.
-                self.reads_moved |= not module.training and any(id(module) == key for key, _ in self.moved)
+                self.evaluates |= not module.training and any(id(module) == key for key, _ in self.moved)
             elif is_part and not running.recomputing:
                 self.elsewhere[self.name(module)] = None
                 running.before, running.recomputing = self.look({}), [Counter()]
