@@ -361,7 +361,8 @@ def hidden_from_function_modes() -> AbstractContextManager[Any]:
 
 def may_be_seed(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor that autograd saves may be a seed, or the offset, that an attention kernel draws from."""
-    return torch.accelerator.is_available() and tensor.dtype in (torch.int64, torch.uint64) and tensor.numel() <= 2
+    is_one = tensor.dtype == torch.uint64 or (tensor.dtype == torch.int64 and not tensor.dim())
+    return is_one and torch.accelerator.is_available()
 
 
 def nodes_so_far() -> int:

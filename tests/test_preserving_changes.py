@@ -544,3 +544,54 @@ def test_what_a_forward_writes_to_layers_of_torchs_is_preserved(ckpt):
     assert all(map(torch.equal, mine, true))
     assert rest == there
     assert not all(map(torch.equal, wrong, true))
+
+
+class Twins(nn.Module):
+    """Two modules that share all that is on them, of which the forward moves a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = Taught()
+        self.other = copy.copy(self.one)
+        self.other.__dict__ = self.one.__dict__
+
+    def forward(self, x):
+        return self.other(self.one(x))
+
+
+class Taught(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.steps = nn.Linear(3, 3), 0
+        self.teacher = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, x):
+        self.steps += 1
+        with torch.no_grad():
+            self.teacher.mul_(1.1)
+        return (self.layer(x) * self.teacher.clone() * self.steps).sin()
+
+
+@pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
+def test_modules_that_share_what_is_on_them_are_preserved_and_have_it_afterwards(ckpt):
+    def trained(ckpt):
+        torch.manual_seed(0)
+        block = Twins().double()
+        teacher = block.one.teacher
+        for _ in range(2):
+            ckpt(block, torch.rand(4, 3).double().requires_grad_()).sum().backward()
+        assert block.one.teacher is block.other.teacher is teacher
+        return block.one.layer.weight.grad, teacher, torch.tensor(block.other.steps)
+
+    assert all(map(torch.equal, trained(ckpt), trained(plainly)))
+    assert not all(map(torch.equal, trained(non_reentrant), trained(plainly)))
+
+
+def test_trained_weights_are_compared_only_if_the_forward_has_changed_what_may_guard_them(monkeypatch):
+    compared = []
+    monkeypatch.setattr(
+        "momentum_fix.state.checkpoint_call._refuse_writes", lambda values: compared.append(len(values))
+    )
+    for block in (nn.BatchNorm1d(3).requires_grad_(False), Taught()):
+        by_context(nn.Sequential(nn.Linear(3, 3), block), torch.rand(4, 3, requires_grad=True)).sum().backward()
+    assert compared == [0, 4]

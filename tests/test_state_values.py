@@ -453,6 +453,27 @@ class ScaledBuffer(nn.Module):
         return (x * self.table * self.table.scale.clone()).sin()
 
 
+class Remembers(nn.Module):
+    """Looks up what it has computed for a tensor that it was given, in a dictionary with attributes in a circle."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.table, self.steps = nn.Linear(3, 3), {}, 0
+        self.register_buffer("one", torch.ones(3))
+        self.register_buffer("other", torch.ones(3))
+        self.one.other, self.other.one = self.other, self.one
+
+    def forward(self, x):
+        if POSITIONS in self.table:
+            self.steps += 1
+        self.table[POSITIONS] = self.table.get(POSITIONS, 0) + 1
+        self.one.other += 1
+        return (self.layer(x) * self.table[POSITIONS] * (1 + self.steps) + self.other).sin()
+
+
+POSITIONS = torch.arange(3)
+
+
 class RegistersAgain(nn.Module):
     """Takes a buffer and a weight away, and gives them back at the end, which a recomputation does not reach."""
 
@@ -472,7 +493,7 @@ class RegistersAgain(nn.Module):
 
 
 @pytest.mark.parametrize("ckpt", EXACT.values(), ids=EXACT)
-@pytest.mark.parametrize("make", [DrawsTwice, CountsByWeight, ScaledBuffer, RegistersAgain])
+@pytest.mark.parametrize("make", [DrawsTwice, CountsByWeight, ScaledBuffer, Remembers, RegistersAgain])
 def test_rare_kinds_of_state_are_preserved(make, ckpt):
     def trained(ckpt):
         torch.manual_seed(0)
@@ -490,6 +511,18 @@ def test_rare_kinds_of_state_are_preserved(make, ckpt):
             trained(non_reentrant)
     else:
         assert not torch.equal(trained(non_reentrant)[0], true[0])
+
+
+def test_a_large_buffer_that_is_expanded_stays_so():
+    layer, found = nn.Linear(3, 3), []
+    layer.register_buffer("table", torch.ones(20_000, 1).expand(20_000, 3))
+
+    def function(x):
+        found.append(layer.table.stride())
+        return layer(x).sin()
+
+    by_context(function, torch.rand(4, 3, requires_grad=True)).sum().backward()
+    assert found == [(1, 0)] * 2
 
 
 def test_the_function_may_have_an_argument_of_any_name():

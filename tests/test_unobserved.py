@@ -449,6 +449,7 @@ class SavesSeeds(torch.autograd.Function):
     [
         ([(torch.int64, ())] * 2, True, True),
         ([(torch.int64, ())], True, False),  # the place of a maximum, say
+        ([(torch.int64, (2,))] * 2, True, False),  # the places of two rows
         ([(torch.uint64, (2,)), (torch.uint64, ())], True, True),
         ([(torch.int64, ())] * 2, False, False),
     ],

@@ -186,7 +186,8 @@ class Region(_torch.Listener):
                 if is_new:
                     self.kept.append(_Kept(each, *keep(each, self.copier), hooks, {}, own["_parameters"].copy()))
                     self._keep_parameters(each)
-                    self.marks.append((each, mark(_guards(each), by_value=False)))
+                    if not reads_no_buffer(each):
+                        self.marks.append((each, mark(_guards(each), by_value=False)))
                 below += self.copier.modules + ([module for module, _ in modules_of(hooks)] if hooks else [])
                 self.copier.modules = []
 
@@ -252,15 +253,15 @@ class Region(_torch.Listener):
         """Put back what they have now."""
         this_thread.end_preserving()
         present, values, _ = self.running.pop()
-        for module, everything, _, hooks, children, parameters in present:
+        for module, everything, _, hooks, children, parameters in reversed(present):  # some may share what is on them
             put(module, everything)
             put_hooks(module, hooks)
             if self.detach:  # the recomputation's are not what the forward pass has
                 _drop(module._parameters, parameters)
                 _drop(module._modules, children)
                 module._modules.update(children)
-            for name in parameters.keys() - module._parameters.keys():  # an early stop came before it was set again
-                module._parameters[name] = parameters[name]
+            for name, each in parameters.items():  # an early stop came before it was set again
+                module._parameters.setdefault(name, each)
             _put_parameters(module, parameters)
         if self.hears:
             _torch.hear_entering(_entered, -1)

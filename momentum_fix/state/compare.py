@@ -79,7 +79,7 @@ def mark(value: Any, *, by_value: bool = True, within: tuple[int, ...] = ()) -> 
         what = down(next(read(value) for kind, read in _STATES.items() if isinstance(value, kind)))
     elif isinstance(value, types.MethodType):
         what = id(value.__self__), id(value.__func__)
-    elif isinstance(value, types.FunctionType):  # one that is made anew in each forward pass is the same
+    elif isinstance(value, types.FunctionType) and not value.__closure__:  # one that is made anew is the same
         what = id(value.__code__), down([value.__defaults__, value.__kwdefaults__])
     elif isinstance(value, nn.Module) or callable(value):
         what = id(value)

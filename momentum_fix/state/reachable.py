@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from momentum_fix._torch import is_compiled
+from momentum_fix.state.compare import FIXED
 
 _LIBRARIES = sys.stdlib_module_names | {"torch", "momentum_fix"}  # whose functions name no module of a user's
 _AROUND_FUNCTIONS = (property, functools.cached_property, classmethod, staticmethod)
@@ -23,26 +24,39 @@ def modules_of(value: Any, names: set[str] | None = None) -> Iterator[tuple[nn.M
     Each with whether that is true of all below it too: where a method of it is called, or where it is compiled, as such
     code calls no hook. `names` receives the names that the functions use, and the methods that they may call.
     """
-    seen, classes, objects, waiting = dict[tuple[int, bool], Any](), set[type](), list[Any](), [(value, False)]
+    held, seen, waiting = dict[int, Any](), set[tuple[int, bool]](), [(value, False)]
+    classes, objects = set[type](), list[dict[str, Any]]()
+    looked = done = 0  # how many names there were, and how many objects, when these were last looked into
     while waiting:
         value, whole = waiting.pop()
-        whole = whole or is_compiled(value)
+        held[id(value)] = value
+        try:
+            whole, is_module, own = whole or is_compiled(value), isinstance(value, nn.Module), _own(value)
+        except Exception:  # a proxy, to nothing that is there: each class refuses with an exception of its own
+            value, is_module, own = None, False, None
         if (id(value), whole) not in seen:
-            seen[id(value), whole] = value
-            if isinstance(value, nn.Module):
+            seen.add((id(value), whole))
+            if is_module:
                 yield value, whole
                 yield from ((module, True) for module in value.modules() if is_compiled(module))
             waiting += [(part, whole or type(value) is types.MethodType) for part in _parts(value, names)]
-            if callable(value):
+            if callable(value) or own is not None:
                 classes.add(type(value))
-            if isinstance(getattr(value, "__dict__", None), dict):
-                classes.add(type(value))
-                objects.append(value)
+            if own is not None:
+                objects.append(own)
         if names is not None and not waiting:
-            own = [vars(base) for each in classes for base in each.__mro__ if not _is_of_library(base)]
-            called = [methods[name] for methods in own for name in {"__call__", *names} & methods.keys()]
-            called += [vars(each)[name] for each in objects for name in names & vars(each).keys()]
-            waiting += [(each, False) for each in called if (id(each), is_compiled(each)) not in seen]
+            bases = [vars(base) for each in classes for base in each.__mro__ if not _is_of_library(base)]
+            called = [methods[name] for methods in bases for name in {"__call__", *names} & methods.keys()]
+            new = objects if len(names) > looked else objects[done:]
+            looked, done = len(names), len(objects)
+            called += [each[name] for each in new for name in names & each.keys()]
+            waiting += [(each, False) for each in called if id(each) not in held]
+
+
+def _own(value: Any) -> dict[str, Any] | None:
+    """Give what is on an object itself."""
+    own = getattr(value, "__dict__", None)
+    return own if isinstance(own, dict) else None
 
 
 def _parts(value: Any, names: set[str] | None) -> list[Any]:
@@ -51,7 +65,8 @@ def _parts(value: Any, names: set[str] | None) -> list[Any]:
         owner = value.__self__
         return [owner] if isinstance(owner, nn.Module) else [owner, getattr(owner, "__dict__", None)]
     if isinstance(value, (list, tuple, dict)):
-        return [*(value.values() if isinstance(value, dict) else value)]
+        items = value.values() if isinstance(value, dict) else value
+        return [each for each in items if type(each) not in FIXED]  # there may be millions
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords]
     if isinstance(value, _AROUND_FUNCTIONS):

@@ -27,18 +27,15 @@ HOOKS = (
 _hooks = operator.itemgetter(*HOOKS)
 _FRAMEWORKS = frozenset(["_current_fx_name"])  # what a trainer (Lightning) sets on a module to know what is running
 _WHOLE = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, Random, bytearray, array)
-_OPTIONS = frozenset(  # what layers of torch's have in tuples and lists, and do not write to
-    (
-        *("kernel_size", "stride", "padding", "dilation", "output_padding", "normalized_shape"),
-        *(
-            "_reversed_padding_repeated_twice",
-            "_flat_weights",
-            "_flat_weights_names",
-            "_flat_weight_refs",
-            "_all_weights",
-        ),
-    )
+_TUPLES = ("kernel_size", "stride", "padding", "dilation", "output_padding", "normalized_shape")
+_LISTS = (
+    "_flat_weights",
+    "_flat_weights_names",
+    "_flat_weight_refs",
+    "_all_weights",
+    "_reversed_padding_repeated_twice",
 )
+_OPTIONS = frozenset(_TUPLES + _LISTS)  # what layers of torch's have in tuples and lists, and do not write to
 _STATISTICS, _NONE = frozenset(("running_mean", "running_var", "num_batches_tracked")), frozenset[str]()
 
 
@@ -157,6 +154,7 @@ class Copier:
             copied = self._tensor(value)
             if copied is not value and vars(value):
                 copied = copied.detach() if copied.is_leaf else copied  # it may be shared
+                self._copies[id(value)] = copied  # now, as its attributes may lead back to it
                 # The copy of a tensor that is made of tensors has copies of these already.
                 new = vars(value).keys() - vars(copied).keys()
                 vars(copied).update({name: self.copy(vars(value)[name]) for name in new})
@@ -188,8 +186,11 @@ class Copier:
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 if (item_copied := self.copy(item)) is not item:
                     copied[key] = item_copied
-                if isinstance(key, torch.Tensor) and self.copy(key) is not key:  # which is looked up by what it is
-                    copied[self.copy(key)] = copied.pop(key)
+            if isinstance(value, dict) and any(self._copies.get(id(key), key) is not key for key in value):
+                # A tensor is looked up by what it is, in the same order; one from outside stays what it is.
+                items = [(self._copies.get(id(key), key), item) for key, item in copied.items()]
+                copied.clear()
+                copied.update(items)
         except Exception as refusal:  # a frozen configuration: each such class refuses with an exception of its own
             if kind in (dict, list, set, frozenset, deque):
                 raise
@@ -224,11 +225,11 @@ class Copier:
         if not address:  # it is empty, or on the meta device
             return tensor.clone()
         held, whole = self._storages.get(place, (None, tensor))
-        if held is None or _moved(held, place) or held.device != storage.device:
+        if held is None or (held.data_ptr(), held.nbytes(), held.device) != (*place, storage.device):  # it has moved
             is_plain = not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
             own_size = tensor.nbytes
             is_whole = size == own_size and is_plain and (tensor.is_contiguous() or _is_dense(tensor))
-            if self.share and own_size > LARGE and size > LARGE and is_plain:
+            if self.share and LARGE < own_size <= size and is_plain:
                 copied: torch.Tensor = _shared_copy(tensor)
             elif is_whole or size > max(own_size, LARGE):
                 copied = tensor.clone()
@@ -247,11 +248,6 @@ class Copier:
 
 def _is_constant(value: Any) -> bool:
     return type(value) in FIXED or (type(value) is tuple and FIXED.issuperset(map(type, value)))
-
-
-def _moved(storage: torch.UntypedStorage, place: tuple[int, int]) -> bool:
-    """Tell whether a storage is in another place by now, as `resize_` moves it."""
-    return (storage.data_ptr(), storage.nbytes()) != place
 
 
 def _is_torchs_generator(value: Any) -> bool:
