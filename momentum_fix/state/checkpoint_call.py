@@ -107,8 +107,8 @@ class Region(_torch.Listener):
 
     def __init__(self, function: Any, args: tuple[Any, ...], kwargs: Any) -> None:
         self.inputs: Any = function, args, kwargs
-        self.known: set[int] = set()  # the ids of those, as a module's own hash may follow its state
-        self.kept = list[_Kept]()
+        self.kept = list[_Kept]()  # the modules as the forward pass has entered them
+        self.known = set[int]()  # their ids, as a module's own hash may follow its state
         # A parameter that no gradient trains may be state, a teacher's weights or a codebook. It is copied if it is
         # small; of the others, the version is kept.
         self.values: list[tuple[nn.Parameter, torch.Tensor]] = []
@@ -177,7 +177,7 @@ class Region(_torch.Listener):
                 is_new = trains and id(each) not in self.known
                 if is_new:
                     self.known.add(id(each))
-                    if _is_torchs(each):
+                    if _is_torchs(each):  # a quicker way: only its buffers can be written to
                         copied = {"_buffers": self.copier.copy(own["_buffers"])} if own["_buffers"] else {}
                         self.kept.append(_Kept(each, own.copy(), copied, {}, {}, own["_parameters"].copy()))
                         self._keep_versions(_parameters(each).values())
@@ -222,9 +222,8 @@ class Region(_torch.Listener):
         """Let the modules work on copies of what they had."""
         with _torch.hidden_from_modes():
             copier = Copier(share=False, detach=self.detach)
-            replaced = {
-                id(each): copier.parameter(each, value) for each, value in self.values
-            }  # lists may have them too
+            # These first, as lists may have them too.
+            replaced = {id(each): copier.parameter(each, value) for each, value in self.values}
             _warn_of_writes(self.parameters, self.versions)
             copies = [{name: copier.copy(value) for name, value in each.copied.items()} for each in self.kept]
             guarded = self.parameters if self.changes and _torch.has_values() else []
