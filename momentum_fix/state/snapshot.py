@@ -228,7 +228,7 @@ class Copier:
         if held is None or (held.data_ptr(), held.nbytes(), held.device) != (*place, storage.device):  # it has moved
             is_plain = not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
             own_size = tensor.nbytes
-            is_whole = size == own_size and is_plain and (tensor.is_contiguous() or _is_dense(tensor))
+            is_whole = size == own_size and is_plain and _is_dense(tensor)
             if self.share and LARGE < own_size <= size and is_plain:
                 copied: torch.Tensor = _shared_copy(tensor)
             elif is_whole or size > max(own_size, LARGE):
