@@ -60,6 +60,9 @@ class Listener:
     def compare(self, forward: Any, recomputed: Any) -> None:
         """Hear the descriptions of a saved tensor and of the recomputed one."""
 
+    def reused(self) -> None:
+        """Hear that a gradient is computed by the graph of a recomputation itself. Of the non-reentrant engine."""
+
     def given(self, args: tuple[Any, ...]) -> None:
         """Hear what the function is given, in each recomputation; by the reentrant engine, in the forward pass too."""
 
@@ -121,6 +124,7 @@ def _listeners(call: Call) -> list[Listener]:
 def _places() -> dict[tuple[Any, str], Any]:
     """Give where torch is changed while somebody listens, and what is put there."""
     torchs_frame, torchs_hook, function = torchs._CheckpointFrame, torchs._checkpoint_hook, torchs.CheckpointFunction
+    torchs_recomputation = torchs._recomputation_hook
     torchs_forward = function.forward
 
     class Frame(torchs_frame):  # type: ignore[misc, valid-type]
@@ -160,6 +164,22 @@ def _places() -> dict[tuple[Any, str], Any]:
             super().__exit__(*error)
             self.contexts.__exit__(*error)
 
+    class RecomputationHook(torchs_recomputation):  # type: ignore[misc, valid-type]
+        """What torch enters around each recomputation of the non-reentrant engine."""
+
+        unpack_hook: Any
+
+        def __init__(self, frame: Any, *others: Any) -> None:
+            super().__init__(frame, *others)
+            unpack, listeners = self.unpack_hook, getattr(frame(), "listeners", ())
+
+            def unpacked(saved: Any) -> Any:
+                for each in listeners:
+                    each.reused()
+                return unpack(saved)
+
+            self.unpack_hook = unpacked
+
     def apply(cls: Any, *args: Any) -> Any:
         _this_thread.gradients = torch.is_grad_enabled()  # in `forward` they are always off
         return super(function, cls).apply(*args)
@@ -182,6 +202,7 @@ def _places() -> dict[tuple[Any, str], Any]:
     return {
         (torchs, "_CheckpointFrame"): Frame,
         (torchs, "_checkpoint_hook"): ForwardHook,
+        (torchs, "_recomputation_hook"): RecomputationHook,
         (function, "apply"): classmethod(apply),  # of which it has none of its own
         (function, "forward"): staticmethod(forward),
         **{(torch.Tensor, name): _heard(name) for name in ("register_hook", "register_post_accumulate_grad_hook")},

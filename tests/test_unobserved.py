@@ -421,6 +421,44 @@ def test_a_forward_pass_in_evaluation_mode_after_a_recomputation_may_have_read_w
     assert ("has read state that a recomputation before it had moved again" in str(report)) is (repair is None)
 
 
+class AddsALoss(Numbered):
+    def forward(self, x):
+        y = self.layer(x).softmax(-1)
+        OUTSIDE.tensors.append(y.square().sum())
+        return y
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_loss_that_a_recomputation_has_added_for_the_next_batch_is_not_called_right(batches):
+    def trained(ckpt):
+        torch.manual_seed(0)
+        net, OUTSIDE.tensors = Net(AddsALoss(None, False)), []
+        net.stem.requires_grad_(False)
+        with diagnose(net) as report:
+            for x in data()[:batches]:
+                loss = ckpt(net.body, net.stem(x).requires_grad_()).square().mean() + sum(OUTSIDE.tensors)
+                OUTSIDE.tensors.clear()
+                loss.backward()
+        return report.gradients_right, net
+
+    (right, net), (_, truth) = trained(non_reentrant), trained(plainly)
+    assert same_gradients(net, truth) is (batches == 1)
+    assert right is (True if batches == 1 else None)
+
+
+def test_a_gradient_inside_of_a_checkpoint_is_no_use_of_its_graph():
+    layer = nn.Linear(3, 3)
+
+    def function(x):
+        y = layer(x).sin()
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True) if x.requires_grad else (x,)
+        return y * slope
+
+    with diagnose(layer) as report:
+        non_reentrant(function, torch.rand(2, 3, requires_grad=True)).sum().backward()
+    assert report.gradients_right
+
+
 def test_a_validation_at_the_end_changes_nothing_that_was_observed():
     with diagnose(net := Net(nn.BatchNorm1d(WIDTH))) as report:
         once(net, non_reentrant)

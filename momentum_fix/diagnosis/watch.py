@@ -316,6 +316,11 @@ class Region(_torch.Listener):
             last = self.recomputations[-1]
             last.hooks_again |= tensor.grad_fn in last.given or _torch.is_older(tensor, self.trace.nodes)
 
+    def reused(self) -> None:
+        """Hear that the graph of a recomputation gives gradients, as something that was kept of it is in a loss."""
+        if self not in self.watch.running.regions:
+            self.recomputations[-1].hides = True
+
     def given(self, args: tuple[Any, ...]) -> None:
         """Note what the function is given."""
         if self.recomputations:
