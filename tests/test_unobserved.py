@@ -388,6 +388,22 @@ def test_a_difference_of_the_size_of_rounding_is_not_taken_for_it_where_state_ha
         assert ("That may be rounding, or the state that had changed since" in str(report)) is moves
 
 
+class LastDigits(Numbered):
+    """Stands for a kernel whose last digits are not always the same."""
+
+    def forward(self, x):
+        return x.sin() * (1 + next(self.numbers) * 2.0**-50)
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+def test_statistics_that_move_do_not_make_rounding_suspicious(ckpt):
+    block = nn.Sequential(nn.Linear(3, 3), LastDigits(None, True), nn.BatchNorm1d(3), nn.Tanh()).double()
+    with diagnose(block) as report:
+        ckpt(block, torch.rand(6, 3, dtype=torch.float64, requires_grad=True)).sum().backward()
+    assert report.gradients_right
+    assert 0 < report.rounding < rounding(torch.float64)
+
+
 def test_values_that_change_places_are_no_rounding():
     values = torch.zeros(3000)
     values[7] = 1
