@@ -392,7 +392,7 @@ class LastDigits(Numbered):
     """Stands for a kernel whose last digits are not always the same."""
 
     def forward(self, x):
-        return x.sin() * (1 + next(self.numbers) * 2.0**-50)
+        return x.sin() * torch.tensor(1 + next(self.numbers) * 2.0**-50, dtype=x.dtype)
 
 
 @pytest.mark.parametrize("ckpt", BOTH)
