@@ -388,17 +388,17 @@ class CompiledInside(nn.Module):
         return self.core(x)
 
     def forward(self, x):
-        run = {"a method": self.method, "in a list": self.compiled and self.compiled[0], "a helper": in_a_helper(self)}
+        run = {
+            "a method": self.method,
+            "in a list": self.compiled and self.compiled[0],
+            "a helper": functools.partial(helper, self),
+        }
         return run[self.how](x).square()
 
 
 @functools.partial(torch.compile, backend="aot_eager")
 def helper(module, x):
     return module.core(x)
-
-
-def in_a_helper(module):
-    return functools.partial(helper, module)
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

@@ -673,18 +673,6 @@ def test_a_hook_on_a_layer_of_torchs_may_read_its_statistics(put_on, ckpt):
     assert not torch.equal(gradient(non_reentrant), true)
 
 
-class Encoder(nn.Module):
-    """Has a method of another name, which counts."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.steps = nn.Linear(3, 3), 0
-
-    def encode(self, x):
-        self.steps += 1
-        return (self.layer(x) * self.steps).sin()
-
-
 class Holder:
     """No module, and not called."""
 
@@ -692,13 +680,13 @@ class Holder:
         self.blocks, self.first = blocks, blocks[0]
 
     def step(self, x):
-        return self.first.encode(x)
+        return self.first.scaled(x)
 
 
 def by_closure(blocks):
     def run(x):
         for block in blocks:
-            x = block.encode(x)
+            x = block.scaled(x)
         return x
 
     return run
@@ -711,13 +699,13 @@ def through_an_object(blocks):
 
 def through_a_namespace(blocks):
     holder = types.SimpleNamespace(net=blocks[0])
-    return lambda x: holder.net.encode(x)
+    return lambda x: holder.net.scaled(x)
 
 
 HELD = {
     "a closure over a ModuleList": by_closure,
     "a ModuleList that is given": lambda blocks: functools.partial(
-        lambda blocks, x: blocks[1].encode(blocks[0].encode(x)), blocks
+        lambda blocks, x: blocks[1].scaled(blocks[0].scaled(x)), blocks
     ),
     "a method of an object in a closure": through_an_object,
     "a namespace in a closure": through_a_namespace,
@@ -730,7 +718,7 @@ HELD = {
 def test_modules_in_what_a_function_closes_over_or_is_given_are_preserved(make, ckpt):
     def gradients(ckpt):
         torch.manual_seed(0)
-        blocks = nn.ModuleList([Encoder(), Encoder()])
+        blocks = nn.ModuleList([Scales(), Scales()])
         for _ in range(2):
             ckpt(make(blocks), torch.rand(4, 3, requires_grad=True)).sum().backward()
         return blocks[0].layer.weight.grad

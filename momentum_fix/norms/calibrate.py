@@ -174,9 +174,11 @@ def _calibrating(model: nn.Module) -> Iterator[Report]:
         correct(model, report)
     report._without_rows = _NO_ROWS
     report.rows = tuple(
-        Row(each.name, type(layer).__name__, *found[each.name], momenta[each.name], getattr(layer, "momentum", None))
+        Row(
+            *(each.name, type(each.layer).__name__, *found[each.name]),
+            *(momenta[each.name], getattr(each.layer, "momentum", None)),
+        )
         for each in wrappers
-        for layer in [each.layer]
     )
 
 

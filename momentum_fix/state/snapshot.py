@@ -143,9 +143,9 @@ class Copier:
 
     def copy(self, value: Any) -> Any:
         """Give the copy of a value."""
-        kind = type(value)
-        if kind in FIXED or (kind is tuple and FIXED.issuperset(map(type, value))):
+        if _is_constant(value):
             return value
+        kind = type(value)
         if id(value) in self._copies:
             return self._copies[id(value)]
         copied = value
