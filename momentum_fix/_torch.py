@@ -67,7 +67,7 @@ class Listener:
         """Hear what the function is given, in each recomputation; by the reentrant engine, in the forward pass too."""
 
     def returned(self, output: Any) -> None:
-        """Hear what the function gave, in the forward pass and in each recomputation. Of the reentrant engine."""
+        """Hear what the function gave in the forward pass; by the reentrant engine, in each recomputation too."""
 
 
 Begin: TypeAlias = Callable[[Call], Listener | None]
@@ -153,8 +153,9 @@ def _places() -> dict[tuple[Any, str], Any]:
             call = checkpoint_in_the_making()
             names = ("fn", "args", "kwargs", "preserve_rng_state")
             fn, args, kwargs, keeps = (call[name] for name in names)
-            frame.listeners += _listeners(Call(fn, args, kwargs, False, keeps))
-            self.contexts = _entered(each.forward() for each in frame.listeners)
+            self.listeners = frame.listeners
+            self.listeners += _listeners(Call(fn, args, kwargs, False, keeps))
+            self.contexts = _entered(each.forward() for each in self.listeners)
 
         def __enter__(self) -> None:
             self.contexts.__enter__()
@@ -163,6 +164,10 @@ def _places() -> dict[tuple[Any, str], Any]:
         def __exit__(self, *error: Any) -> None:
             super().__exit__(*error)
             self.contexts.__exit__(*error)
+            if error == (None, None, None):
+                for each in self.listeners:
+                    if type(each).returned is not Listener.returned:
+                        each.returned(_output_of_checkpoint())
 
     class RecomputationHook(torchs_recomputation):  # type: ignore[misc, valid-type]
         """What torch enters around each recomputation of the non-reentrant engine."""
@@ -258,7 +263,10 @@ def _entered(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
         yield
 
 
-_SEEN = ["noted 3", "forward", "saved 2 2", "recomputation", "forward", "returned 4", "recomputation", "returned 4"]
+_SEEN = [
+    *("noted 3", "forward", "returned 4", "saved 2 2", "recomputation"),
+    *("forward", "returned 4", "recomputation", "returned 4"),
+]
 
 
 @functools.cache
@@ -316,6 +324,12 @@ def checkpoint_in_the_making() -> Mapping[str, Any]:
     A `context_fn` is called without these, and there is no public way to ask. So they are read where torch has them.
     """
     return next((each.f_locals for each in _callers() if each.f_globals.get("__name__") == torchs.__name__), {})
+
+
+def _output_of_checkpoint() -> Any:
+    """Give what the function has returned to the call of torch's checkpoint that is ending; None if it was not told."""
+    frames = (each.f_locals for each in _callers() if each.f_globals.get("__name__") == torchs.__name__)
+    return next((each["ret"] for each in frames if "ret" in each), None)
 
 
 def is_called_by_library() -> bool:
@@ -610,12 +624,15 @@ def leaves_a_checkpoint(tensor: torch.Tensor) -> bool:
     return isinstance(tensor.grad_fn, torchs.CheckpointFunction._backward_cls)
 
 
-def runs_own_function(outputs: Iterable[torch.Tensor]) -> bool:
-    """Tell whether a class of a user's that derives from autograd.Function has part in these outputs."""
+def runs_own_function(outputs: Iterable[torch.Tensor], since: int) -> bool:
+    """Tell whether a class of a user's that derives from autograd.Function has part in these outputs.
+
+    Nodes that are older than `since`, a number that `nodes_so_far` has given, are not looked at.
+    """
     waiting, seen = [each.grad_fn for each in outputs], set[Any]()
     while waiting:
         node = waiting.pop()
-        if node is not None and node not in seen:
+        if node is not None and node not in seen and node._sequence_nr() >= since:
             seen.add(node)
             room = getattr(type(node), "_forward_cls", nn.Module).__module__
             if not room.startswith("torch.") or room.startswith("torch._library."):  # of operators of a user's

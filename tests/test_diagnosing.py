@@ -319,10 +319,12 @@ def test_what_torch_func_transforms_is_not_observed_with_the_reentrant_engine():
 
 @pytest.mark.parametrize("ckpt", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize(("kind", "moved"), NOT_READ.items())
-def test_it_names_what_moves_twice_and_is_not_read(kind, moved, ckpt):
-    report = diagnosed(net_of(kind), ckpt=ckpt)
+@pytest.mark.parametrize("count", [1, 2])
+def test_it_names_what_moves_twice_and_is_not_read(kind, moved, ckpt, count):
+    report = diagnosed(net_of(kind), ckpt=ckpt, count=count)
     # What it keeps for the loss has no graph if the reentrant engine has run it; whether the loss has it, nobody sees.
-    is_known = kind is not Gathers or ckpt is not reentrant
+    # Nor whether the second batch reads it, but for torch's norms.
+    is_known = (kind is not Gathers or ckpt is not reentrant) and (kind not in (Load, Gathers) or count == 1)
     assert report.gradients_right is (True if is_known else None)
     assert not report.ok
     begins = "Gradients are right, but" if is_known else "Not observed: "
@@ -475,6 +477,8 @@ def test_it_counts_how_often_a_batch_moves_it(kind, step, times):
         assert "ran in the backward pass, but not in a checkpoint of torch's" in found.verdict
     elif step is TIMES["an exception in a recomputation"][0] and kind is Load:
         assert found.gradients_right is None  # of what was interrupted
+    elif step is TIMES["accumulation"][0] and kind is Load:
+        assert found.gradients_right is None  # the next batch may read it
     else:
         assert found.gradients_right is (kind is Load)
 
@@ -542,8 +546,7 @@ class MovesInAMethod(nn.Module):
 def test_what_a_method_moves_outside_of_a_call_of_a_module_is_found(ckpt):
     net = MovesInAMethod(ckpt, after=False)
     with diagnose(net) as report:
-        for _ in range(2):
-            net(torch.rand(2, 3)).square().sum().backward()
+        net(torch.rand(2, 3)).square().sum().backward()
     assert report.gradients_right is True  # no gradient depends on what is added
     assert {name: (finding.times, finding.remedy) for name, finding in report.items()} == {
         "steps": (2, "preserve_state")

@@ -377,6 +377,17 @@ def evaluated_in_between(net, ckpt):
     net.train()
 
 
+def with_a_hook_of_its_own(net, ckpt):
+    def function(y):
+        net.body.seen += 1
+        y = y * 1
+        y.register_hook(lambda gradient: gradient)
+        return net.body(y)
+
+    net.body.seen = 0
+    ckpt(function, net.stem(data()[0])).square().mean().backward()
+
+
 def in_the_last_digits(net, ckpt):
     numbers = itertools.count(1)
     net.body.seen = 0
@@ -396,10 +407,11 @@ NOT_OBSERVED = [
     (hooking, "the function puts a hook on a tensor from outside"),
     (
         evaluated_in_between,
-        "a forward pass in evaluation mode has read state that a recomputation before it had moved again",
+        "recomputation had moved ... again before another forward pass, which may have read it",
     ),
     (in_the_last_digits, "differs by ... That may be rounding, or the state that had changed"),
     (sparsely, "could not be compared"),
+    (with_a_hook_of_its_own, "a hook or an autograd.Function of your own runs in the backward pass of"),
 ]
 
 

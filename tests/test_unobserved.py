@@ -434,7 +434,7 @@ def test_a_forward_pass_in_evaluation_mode_after_a_recomputation_may_have_read_w
     (report, net), (_, truth) = trained(ckpt), trained(plainly)
     assert same_gradients(net, truth) is (repair is not None)
     assert report.gradients_right is (True if repair else None)
-    assert ("has read state that a recomputation before it had moved again" in str(report)) is (repair is None)
+    assert ("before another forward pass, which may have read it" in str(report)) is (repair is None)
 
 
 class AddsALoss(Numbered):

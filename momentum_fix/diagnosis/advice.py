@@ -98,7 +98,9 @@ def findings_of(model: nn.Module, watch: Watch, wrong: set[int]) -> Iterator[Fin
         moved = {name: each for (owner, name), each in watch.moved.items() if owner == key}
         passes = {name: count for (owner, name), count in watch.passes.items() if owner == key}
         if (watch.backward or watch.regions) and tracks(layer) and is_corrected(layer):
-            moved |= {name: Moved() for name in passes if name in layer._buffers and name not in moved}
+            moved |= {
+                name: Moved(name, is_read=False) for name in passes if name in layer._buffers and name not in moved
+            }
         times = {name: each.for_one_batch(passes.get(name, 0)) for name, each in moved.items()}
         for name in sorted(moved, key=[*pieces(layer), *moved].index):
             regions = moved[name].regions

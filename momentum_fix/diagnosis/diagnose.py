@@ -38,8 +38,8 @@ def diagnose(model: nn.Module) -> AbstractContextManager[Diagnosis]:
     pass, operations are compared: what they are given, what they give, and which of them gave it.
 
     Not for: state in objects of your own, in globals and in TorchScript (that it makes gradients wrong is seen, but not
-    that it moves twice). "Right" is true of this step: put a second one into the block if the first one of a model is
-    special, as that of an observer. In a distributed run, each rank has a report of its own.
+    that it moves twice). "Right" is true of this step: if the first one of a model is special, as that of an observer,
+    train for one step before the block. In a distributed run, each rank has a report of its own.
 
     Args:
         model: any module. Calls of torch's checkpoint outside of it are observed too.
@@ -158,10 +158,10 @@ def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
         instead = "Register it outside of the checkpoint, or on a new tensor (`x * 1`)."
         what = f"the function puts a hook on a tensor from outside (in the checkpoint of {doubled[0].function})"
         return f"{what}, and each recomputation puts another one there, so that it runs twice. {instead}"
-    if watch.reads_moved:
+    if watch.reread:
         return (
-            "a forward pass in evaluation mode has read state that a recomputation before it had moved again. Make "
-            "the state right first."
+            f"recomputation had moved {join_names([*watch.reread])} again before another forward pass, which may have "
+            "read it. Make the state right first, or put a single batch into the block."
         )
     if small := [(region, each) for region, each in judged if each.size and each.recomputation.found_read]:
         size = f"{small[0][1].size:.1g}"
@@ -172,6 +172,12 @@ def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
     if not_compared:
         instead = " Run a step with use_reentrant=False." if not_compared[0].reentrant else ""
         return f"what the checkpoint of {not_compared[0].function} handed to autograd could not be compared.{instead}"
+    moved = [each.name for each in watch.moved.values() if each.is_read]
+    if moved and (own := [region for region in watch.regions if region.runs_own_backward]):
+        return (
+            f"a hook or an autograd.Function of your own runs in the backward pass of {own[0].function}, and may have "
+            f"read what recomputation had moved again ({join_names(moved)}). Make the state right first."
+        )
     if judged:
         return ""
     if not watch.backward:

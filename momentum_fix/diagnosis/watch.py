@@ -43,7 +43,8 @@ class Part(NamedTuple):
 class Moved:
     """How often recomputations have moved a piece of state."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, is_read: bool) -> None:
+        self.name, self.is_read = name, is_read  # whether outputs in training mode may depend on it
         self.times = 0
         self.regions: list[Region | None] = []  # None: by another engine than torch's checkpoint
 
@@ -74,8 +75,8 @@ class Watch:
         self.passes = Counter[Piece]()  # how often calls of its module have moved a piece of state in forward passes
         self.lost: list[Region] = []  # the calls that pass no gradient on to their parameters
         self.moved: dict[Piece, Moved] = {}
-        # Whether evaluation mode came after a recomputation had moved state, and a backward pass after that.
-        self.evaluates = self.reads_moved = False
+        self.found: dict[str, None] = {}  # what a recomputation had moved before a forward pass that may read it
+        self.reread: dict[str, None] = {}  # what of that a backward pass came after
         self.ran: list[bool] = []  # of each call of a module: whether that is in training mode
         self.elsewhere: dict[str, None] = {}  # what has run in a backward pass, but not in a checkpoint that was seen
         self.backward = self.compiles = False  # whether a backward pass was seen, and a checkpoint being compiled
@@ -89,7 +90,7 @@ class Watch:
     def in_backward(self, _: torch.Tensor) -> None:
         """Hear that a backward pass has reached a parameter."""
         self.backward = True
-        self.reads_moved |= self.evaluates
+        self.reread |= self.found
 
     def accumulated(self, _: torch.Tensor) -> None:
         """Hear that a backward pass has added to the gradient of a parameter."""
@@ -106,6 +107,7 @@ class Watch:
         with _torch.hidden_from_modes():
             for region in running.regions:
                 region.first_module()
+                region.runs_own_backward |= bool(module._backward_hooks or module._backward_pre_hooks)
                 if region.gets_no_gradient:
                     region.trains |= any(each.requires_grad for each in module.parameters(recurse=False))
                 if not isinstance(module, _UNWATCHED):  # it may have been found where nobody looks, as in a dictionary
@@ -113,8 +115,7 @@ class Watch:
                         id(module), self.parts.get(id(module), Part(module, self.name(module), True))
                     )
             if not is_recomputation():
-                # In training mode, what it reads of its state shows in its own recomputation.
-                self.evaluates |= not module.training and any(id(module) == key for key, _ in self.moved)
+                self.begins(module)
             elif is_part and not running.recomputing:
                 self.elsewhere[self.name(module)] = None
                 running.before, running.recomputing = self.look({}), [Counter()]
@@ -136,6 +137,11 @@ class Watch:
                 before, running.before = running.before, None
                 self.count(before, self.look({}), running.recomputing.pop(), None)
 
+    def begins(self, module: nn.Module) -> None:
+        """Hear that a forward pass begins, which may read what recomputations have moved of a module before."""
+        moved = [self.moved.get((id(module), name)) for name in pieces(module)] if self.moved else []
+        self.found |= {each.name: None for each in moved if each and (each.is_read or not module.training)}
+
     def look(self, inside: dict[int, Part]) -> dict[int, Marks]:
         """Give the state of the model: of the parts that are inside a checkpoint, tensors by value."""
         return {key: _marks(part.module, key in inside) for key, part in (self.parts | inside).items()}
@@ -144,9 +150,14 @@ class Watch:
         self, before: dict[int, Marks], after: dict[int, Marks], by_calls: Counter[Piece], region: Region | None
     ) -> None:
         """Count what a recomputation has moved: as often as calls of the module did, or else once."""
+        parts = self.parts | (region.parts if region else {})
         for key, marks in after.items():
             for name in differing(before.get(key, marks), marks):
-                moved = self.moved.setdefault((key, name), Moved())
+                if (key, name) not in self.moved:
+                    part = parts[key]
+                    is_read = not _is_statistic(part.module, name)
+                    self.moved[key, name] = Moved(f"{part.name}.{name}".strip("."), is_read)
+                moved = self.moved[key, name]
                 moved.times += by_calls.get((key, name), 1)
                 moved.regions.append(region)
 
@@ -181,6 +192,7 @@ class Region(_torch.Listener):
         # The reentrant engine recomputes only if a tensor that it is given requires gradients.
         inputs = [each for each in call.args if isinstance(each, torch.Tensor)]
         self.gets_no_gradient = call.reentrant and call.gradients and not any(each.requires_grad for each in inputs)
+        self.runs_own_backward = False  # whether hooks or an autograd.Function of a user's run in its backward pass
         self.trains = False  # whether there is something to train in it, of one that gets no gradient
         self.parts: dict[int, Part] = {}
         for module, _ in modules_of((function, call.args, call.kwargs)):
@@ -199,7 +211,7 @@ class Region(_torch.Listener):
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Remember what state and random numbers the forward pass starts from."""
-        before = _random_numbers()
+        before, self.begun = _random_numbers(), _torch.nodes_so_far()
         with self._running():
             yield
         if self.gets_no_gradient:
@@ -271,6 +283,9 @@ class Region(_torch.Listener):
         with _torch.hidden_from_modes():
             state = {key: _marks(part.module, True) for key, part in self.parts.items()}
         if not self.recomputations:
+            if not is_recomputation():
+                for part in self.parts.values():
+                    self.watch.begins(part.module)
             self.state = state
             return
         last = self.recomputations[-1]
@@ -312,6 +327,7 @@ class Region(_torch.Listener):
     def hear_hook(self, tensor: torch.Tensor) -> None:
         """Hear that the function puts a hook on a tensor. On one from outside, each recomputation puts another one."""
         self.trace.hides = True  # of the reentrant engine, whose forward pass has no graph for it to be in
+        self.runs_own_backward = True
         if self.recomputations:
             last = self.recomputations[-1]
             last.hooks_again |= tensor.grad_fn in last.given or _torch.is_older(tensor, self.trace.nodes)
@@ -330,12 +346,16 @@ class Region(_torch.Listener):
 
     def returned(self, output: Any) -> None:
         """Compare the operations that led to a result; where compiled code hides them, compare the result."""
+        runs_own_function = _torch.runs_own_function(tensors_in(output), 0 if self.reentrant else self.begun)
+        self.runs_own_backward |= runs_own_function or output is None  # what it gave is not known then
+        if not self.reentrant:
+            return
         computed = {id(each) for part in self.parts.values() for each in _computed_weights(part.module)}
         self.trace.returned(output, computed, is_all=self.is_compiled)
         if self.recomputations:
             last = self.recomputations[-1]
             last.hides = self.forward_trace.hides or self.trace.hides
-            last.hides |= _torch.runs_own_function(tensors_in(output))
+            last.hides |= runs_own_function
             last.hides |= any(name in ("_backward_hooks", "_backward_pre_hooks") for _, name in last.found_moved)
             last.hides |= "torch" in self.drew and not self.keeps_random_numbers
             last.pairs = [*compared(self.forward_trace, self.trace)]

@@ -1,0 +1,224 @@
+"""State that recomputation has moved may be read later: by the next forward pass, or by the backward pass itself."""
+
+import pytest
+import torch
+from torch import nn
+
+from momentum_fix import diagnose, update_once
+from scenes import WIDTH, Net, data, same_gradients
+from twins import by_context, drop_in_reentrant, non_reentrant, plainly, reentrant
+
+BOTH = (non_reentrant, reentrant)
+KEEPING = {non_reentrant: by_context, reentrant: drop_in_reentrant}
+READ_BY_NEXT = "again before another forward pass, which may have read it"
+READ_BY_BACKWARD = "runs in the backward pass of body, and may have read what recomputation had moved again"
+
+
+def trained(block, ckpt, batches, loss=lambda net, y: y.square().mean(), tool=None):
+    torch.manual_seed(0)
+    net = Net(block())
+    handle = tool(net) if tool else None
+    with diagnose(net) as report:
+        for x in data(batches):
+            loss(net, ckpt(net.body, net.stem(x))).backward()
+    if handle:
+        handle.remove()
+    return report, net
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = nn.Linear(WIDTH, WIDTH), 0
+
+    def forward(self, x):
+        self.seen += 1
+        return self.layer(x).sin()
+
+
+class Changes(Counts):
+    """Computes something else from its second batch on."""
+
+    def forward(self, x):
+        return super().forward(x * (3 if self.seen >= 2 else 1))
+
+
+class ChangesAtOnce(Counts):
+    def forward(self, x):
+        return super().forward(x * (1 + self.seen))
+
+
+class Center(Counts):
+    """Moves a mean that only the loss reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("center", torch.zeros(WIDTH, dtype=torch.float64))
+
+    def forward(self, x):
+        y = self.layer(x).sin()
+        self.center.lerp_(y.detach().mean(0), 0.5)
+        return y
+
+
+def centered(net, y):
+    center = next(each.center for each in net.body.modules() if isinstance(each, Center))
+    return (y - center).square().mean()
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+@pytest.mark.parametrize("batches", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("block", "loss"),
+    [(Changes, lambda net, y: y.square().mean()), (Center, centered), (Counts, lambda net, y: y.square().mean())],
+    ids=["the module itself", "the loss", "nobody"],
+)
+def test_what_had_moved_before_the_next_forward_pass_may_have_been_read(block, loss, batches, ckpt):
+    (report, net), (_, truth) = trained(block, ckpt, batches, loss), trained(block, plainly, batches, loss)
+    assert same_gradients(net, truth) is (batches == 1 or block is Counts)
+    assert report.gradients_right is (True if batches == 1 else None)
+    assert (READ_BY_NEXT in report.verdict) is (batches > 1)
+    assert "recomputation moves state again (in 1 module)" in report.verdict
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+@pytest.mark.parametrize(("block", "loss"), [(Changes, lambda net, y: y.square().mean()), (Center, centered)])
+def test_where_it_is_preserved_it_is_right_in_every_batch(block, loss, ckpt):
+    (report, net), (_, truth) = trained(block, KEEPING[ckpt], 3, loss), trained(block, plainly, 3, loss)
+    assert same_gradients(net, truth)
+    assert report.ok
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+def test_what_is_observed_to_be_wrong_is_said_to_be_wrong_in_every_batch(ckpt):
+    report, _ = trained(ChangesAtOnce, ckpt, 3)
+    assert report.gradients_right is False
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+def test_statistics_that_no_output_in_training_reads_make_no_batch_unknown(ckpt):
+    norm = lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH))  # noqa: E731
+    (report, net), (_, truth) = trained(norm, ckpt, 3), trained(norm, plainly, 3)
+    assert same_gradients(net, truth)
+    assert report.gradients_right is True
+    assert not report.ok
+    assert trained(norm, ckpt, 3, tool=update_once)[0].ok
+
+
+def test_forward_passes_before_the_first_recomputation_read_nothing_that_has_moved():
+    net = Net(Counts())
+    with diagnose(net) as report:
+        sum(non_reentrant(net.body, net.stem(x)).square().mean() for x in data(3)).backward()
+    assert report.gradients_right is True
+    assert report["body.1.seen"].times == 2
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+def test_what_only_a_method_moves_may_be_read_by_the_next_call_of_it(ckpt):
+    net = Net(Counts())
+    counts = next(each for each in net.body.modules() if isinstance(each, Counts))
+    with diagnose(net) as report:
+        for x in data()[:2]:
+            ckpt(counts.forward, net.stem(x)).square().mean().backward()
+    assert report.gradients_right is None
+    assert READ_BY_NEXT in report.verdict
+
+
+# The backward pass.
+
+
+class Scales(torch.autograd.Function):
+    """Its backward reads an object when it runs."""
+
+    @staticmethod
+    def forward(ctx, x, owner):
+        ctx.owner = owner
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.owner.seen, None
+
+
+class ByAFunction(Counts):
+    def forward(self, x):
+        return Scales.apply(super().forward(x), self).sin()
+
+
+class ByAHook(Counts):
+    def forward(self, x):
+        y = super().forward(x)
+        if y.requires_grad:
+            y.register_hook(lambda gradient: gradient * self.seen)
+        return y.sin()
+
+
+class ByAModulesHook(Counts):
+    def __init__(self):
+        super().__init__()
+        # One that the copies of a module do not share.
+        self.layer.register_full_backward_hook(lambda _, given, __: (given[0] * self.seen,))
+
+
+class ByAModulesPreHook(Counts):
+    def __init__(self):
+        super().__init__()
+        self.layer.register_full_backward_pre_hook(lambda _, gradients: (gradients[0] * self.seen,))
+
+
+class Still(Scales):
+    """Its backward reads no state."""
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient, None
+
+
+class ByNone(Counts):
+    def forward(self, x):
+        return Still.apply(super().forward(x), None).sin()
+
+
+READERS = (ByAFunction, ByAHook, ByAModulesHook, ByAModulesPreHook)
+
+
+@pytest.mark.parametrize("block", [*READERS, ByNone])
+def test_what_the_backward_pass_of_a_users_own_may_read_is_not_called_right(block):
+    (report, net), (_, truth) = trained(block, non_reentrant, 1), trained(block, plainly, 1)
+    assert same_gradients(net, truth) is (block is ByNone)
+    assert report.gradients_right is None
+    assert READ_BY_BACKWARD in report.verdict
+    assert "seen" in report.verdict
+
+
+@pytest.mark.parametrize("block", READERS)
+def test_with_the_reentrant_engine_neither(block):
+    report, net = trained(block, reentrant, 1)
+    assert not same_gradients(net, trained(block, plainly, 1)[1])
+    assert report.gradients_right is None
+
+
+@pytest.mark.parametrize("block", READERS)
+def test_if_it_is_preserved_what_they_read_is_right(block):
+    (report, net), (_, truth) = trained(block, by_context, 1), trained(block, plainly, 1)
+    assert same_gradients(net, truth)
+    assert report.ok
+
+
+@pytest.mark.parametrize("give", [lambda y: (y, None), lambda y: {"y": y}, lambda y: [y]])
+def test_it_is_found_in_whatever_the_function_returns(give):
+    net = Net(ByAFunction())
+    with diagnose(net) as report:
+        given = non_reentrant(lambda x: give(net.body(x)), net.stem(data()[0]))
+        y = given["y"] if isinstance(given, dict) else given[0]
+        y.square().mean().backward()
+    assert report.gradients_right is None
+    assert READ_BY_BACKWARD.partition(" of ")[0] in report.verdict
+
+
+def test_a_function_outside_of_the_checkpoint_reads_no_state_of_it():
+    net = Net(Counts())
+    with diagnose(net) as report:
+        y = Still.apply(net.stem(data()[0]), None)
+        non_reentrant(net.body, y).square().mean().backward()
+    assert report.gradients_right is True
