@@ -17,7 +17,19 @@ from momentum_fix._torch import is_compiled, version
 from momentum_fix.recomputation import this_thread
 from momentum_fix.state.compare import is_equal, is_odd, mark
 from momentum_fix.state.reachable import modules_of
-from momentum_fix.state.snapshot import LARGE, Copier, hooks_of, keep, pieces, put, put_hooks, reads_no_buffer, scratch
+from momentum_fix.state.snapshot import (
+    LARGE,
+    Copier,
+    has_attributes,
+    hooks_of,
+    keep,
+    pieces,
+    put,
+    put_hooks,
+    reads_no_buffer,
+    scratch,
+    without_attributes,
+)
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # what a function names of them is what it calls
 
@@ -43,12 +55,13 @@ class _Recomputation(NamedTuple):
 
 def begin(function: Any = None, args: tuple[Any, ...] = (), kwargs: Any = None) -> Region | RegionOfTorchs:
     """Begin a call of a checkpoint; its function is None if that is not known."""
-    if isinstance(function, nn.Module) and _is_torchs(function) and not _torch.others_hear_modules():
+    if isinstance(function, nn.Module) and not _torch.others_hear_modules():
         modules = [function]
         for each in modules:
+            if not _is_torchs(each):
+                return Region(function, args, kwargs)
             modules += [child for child in each._modules.values() if child is not None]
-        if all(map(_is_torchs, modules[1:])):
-            return RegionOfTorchs(modules)
+        return RegionOfTorchs(modules)
     return Region(function, args, kwargs)
 
 
@@ -59,16 +72,21 @@ class RegionOfTorchs(_torch.Listener):
     again and again; that is why a checkpoint costs more the more of them there are, a plain one of torch's too.
     """
 
-    __slots__ = ("everything", "hooks", "modules", "parameters", "present", "versions")
+    __slots__ = ("everything", "hooks", "modules", "present", "versions")
 
     def __init__(self, modules: list[nn.Module]) -> None:
-        self.modules, self.everything = modules, [vars(each).copy() for each in modules]
-        for own in self.everything:
+        self.modules = modules
+        self.everything = [vars(each).copy() if has_attributes(each) else None for each in modules]
+        for own in filter(None, self.everything):
             for name in ("_buffers", "_parameters"):
                 if own[name]:
                     own[name] = own[name].copy()  # one may be replaced, or removed
-        self.parameters = [each for module in modules for each in _parameters(module).values() if each is not None]
-        self.versions = [*map(version, self.parameters)]
+        self.versions = [*map(version, self._parameters())]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        pairs = zip(self.modules, self.everything, strict=True)
+        known = [_parameters(module, own).values() for module, own in pairs if own]
+        return [parameter for each in known for parameter in each if parameter is not None]
 
     def holds(self, module: nn.Module) -> bool:
         """Tell whether recomputations drop what they change on a module."""
@@ -80,25 +98,28 @@ class RegionOfTorchs(_torch.Listener):
 
     def __enter__(self) -> None:
         """Let the modules write to memory of which nobody reads the values."""
-        _warn_of_writes(self.parameters, self.versions)
-        self.present = [vars(each).copy() for each in self.modules]  # no checkpoint recomputes while it recomputes
-        self.hooks = [hooks_of(each) for each in self.modules]  # which the forward pass had none of
+        _warn_of_writes(self._parameters(), self.versions)
+        # No checkpoint recomputes while it recomputes. The forward pass had no hooks.
+        self.hooks = [(each, hooks) for each in self.modules if (hooks := hooks_of(each))]
+        self.present = []
         this_thread.begin_preserving(self)
+        for module, _ in self.hooks:
+            put_hooks(module, {})
         with _torch.hidden_from_modes():
-            for module, everything, hooks in zip(self.modules, self.everything, self.hooks, strict=True):
-                put(module, everything)
-                if hooks:
-                    put_hooks(module, {})
-                if everything["_buffers"]:
-                    vars(module)["_buffers"] = scratch(module)
+            for module, everything in zip(self.modules, self.everything, strict=True):
+                if everything or has_attributes(module):
+                    self.present.append((module, vars(module).copy()))
+                    put(module, everything or without_attributes(module))
+                    if module._buffers:
+                        vars(module)["_buffers"] = scratch(module)
 
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
         this_thread.end_preserving()
-        for module, own, hooks in zip(self.modules, self.present, self.hooks, strict=True):
+        for module, own in self.present:
             put(module, own)
-            if hooks:
-                put_hooks(module, hooks)
+        for module, hooks in self.hooks:
+            put_hooks(module, hooks)
         del self.present, self.hooks
 
 
@@ -180,7 +201,7 @@ class Region(_torch.Listener):
                     if _is_torchs(each):  # a quicker way: only its buffers can be written to
                         copied = {"_buffers": self.copier.copy(own["_buffers"])} if own["_buffers"] else {}
                         self.kept.append(_Kept(each, own.copy(), copied, {}, {}, own["_parameters"].copy()))
-                        self._keep_versions(_parameters(each).values())
+                        self._keep_versions(_parameters(each, own).values())
                         continue
                 hooks = hooks_of(each)
                 if is_new:
@@ -197,7 +218,7 @@ class Region(_torch.Listener):
         self.versions += map(version, known)
 
     def _keep_parameters(self, module: nn.Module) -> None:
-        for each in _parameters(module).values():
+        for each in _parameters(module, vars(module)).values():
             if each is None or not _is_plain(each):
                 continue
             if each.requires_grad or each.layout is not torch.strided or each.nbytes > LARGE:
@@ -272,13 +293,19 @@ def _is_torchs(module: nn.Module) -> bool:
     """Tell whether a module's output reads no state of its own: it reads no buffer, and its parameters are trained."""
     if not reads_no_buffer(module):
         return False
-    return all(each is None or (each.requires_grad and _is_plain(each)) for each in _parameters(module).values())
+    for each in module._parameters.values():
+        if each is not None and not (each.requires_grad and _is_plain(each)):
+            return not _parameters(module, vars(module))
+    return True
 
 
-def _parameters(module: Any) -> dict[str, nn.Parameter | None]:
-    """Give a module's parameters, but not a weight that an embedding renormalizes: to do so twice is to do so once."""
+def _parameters(module: Any, everything: dict[str, Any]) -> dict[str, nn.Parameter | None]:
+    """Give the parameters among all that was on a module, but for a weight that an embedding renormalizes.
+
+    To do so twice is to do so once.
+    """
     renormalizes = type(module) in (nn.Embedding, nn.EmbeddingBag) and module.max_norm is not None
-    return {} if renormalizes else module._parameters
+    return {} if renormalizes else everything["_parameters"]
 
 
 def _warn_of_writes(parameters: list[nn.Parameter], versions: list[int]) -> None:

@@ -20,11 +20,8 @@ from momentum_fix.state.compare import FIXED, is_equal, is_odd
 
 LARGE = 1 << 16  # bytes; larger tensors and arrays are compared with an earlier copy before they are copied again
 _SKELETON = frozenset(vars(nn.Module()))  # buffers, parameters, submodules, hooks, and whether it is in training
-HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
-    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
-)
-_hooks = operator.itemgetter(*HOOKS)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_OF_HOOKS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 _FRAMEWORKS = frozenset(["_current_fx_name"])  # what a trainer (Lightning) sets on a module to know what is running
 _WHOLE = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, Random, bytearray, array)
 _TUPLES = ("kernel_size", "stride", "padding", "dilation", "output_padding", "normalized_shape")
@@ -76,17 +73,33 @@ def put(module: nn.Module, everything: dict[str, Any]) -> None:
             del own[name]
 
 
+def has_attributes(module: nn.Module) -> bool:
+    """Tell whether a module has more on it than what every module has, such as children."""
+    return vars(module).keys() != _SKELETON
+
+
+def without_attributes(module: nn.Module) -> dict[str, Any]:
+    """Give what is on a module that every module has."""
+    return {name: value for name, value in vars(module).items() if name in _SKELETON}
+
+
 def hooks_of(module: nn.Module) -> dict[str, dict[int, Any]]:
     """Give a module's hooks, in copies of the dictionaries that hold any."""
     own = vars(module)
-    return {name: dict(own[name]) for name in HOOKS if own[name]} if any(_hooks(own)) else {}
+    return {name: dict(own[name]) for name in _HOOKS + _OF_HOOKS if own[name]} if _has_hooks(own) else {}
+
+
+def _has_hooks(own: dict[str, Any]) -> bool:
+    """Tell whether a module, given its `vars`, has any hooks."""
+    forward = own["_forward_pre_hooks"] or own["_forward_hooks"]
+    return bool(forward or own["_backward_pre_hooks"] or own["_backward_hooks"])
 
 
 def put_hooks(module: nn.Module, hooks: dict[str, dict[int, Any]]) -> None:
     """Put back a module's hooks, into the same dictionaries, as the handles to remove a hook refer to these."""
     own = vars(module)
-    if hooks or any(_hooks(own)):
-        for name in HOOKS:
+    if hooks or _has_hooks(own):
+        for name in _HOOKS + _OF_HOOKS:
             own[name].clear()
             own[name].update(hooks.get(name, ()))
 
@@ -94,10 +107,12 @@ def put_hooks(module: nn.Module, hooks: dict[str, dict[int, Any]]) -> None:
 def reads_no_buffer(module: nn.Module) -> bool:
     """Tell whether a module runs torch's code alone, in training mode, and its output reads none of its buffers."""
     own = vars(module)
-    if not module.training or any(_hooks(own)) or not type(module).__module__.startswith("torch.nn.modules."):
+    if not type(module).__module__.startswith("torch.nn.modules.") or not own["training"] or _has_hooks(own):
         return False
     if own["_buffers"].keys() != (_STATISTICS if "momentum" in own else _NONE):
         return False
+    if not has_attributes(module):
+        return True
     for name in own.keys() - _SKELETON:
         if type(own[name]) not in FIXED and name not in _OPTIONS and not _is_constant(own[name]):
             return False
