@@ -358,7 +358,7 @@ def role_of_saved(tensor: torch.Tensor) -> Literal["read", "unread", "unfilled"]
     elif code is functional.rrelu.__code__ and tensor.data_ptr() != given["input"].data_ptr():
         return "unfilled" if given["training"] else "unread"
     elif code is functional.ctc_loss.__code__:
-        unread = tensor.data_ptr() not in {given[name].data_ptr() for name in ("log_probs", "targets")}
+        unread = tensor.dim() == 3 and tensor.data_ptr() != given["log_probs"].data_ptr()
     elif code in (functional.batch_norm.__code__, functional.instance_norm.__code__):
         statistics = [given[name] for name in ("running_mean", "running_var") if given[name] is not None]
         if code is functional.batch_norm.__code__:
@@ -474,7 +474,7 @@ def _entering_handle() -> Any:
 
 
 def _on_entering(module: nn.Module, args: Any) -> None:
-    if not (torch.compiler.is_compiling() or is_in_transform()):
+    if not (torch.compiler.is_compiling() or torch._C._is_tracing() or is_in_transform()):
         for enter in tuple(_entering):
             enter(module, args)
 

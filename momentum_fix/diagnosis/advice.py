@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from math import isclose
+from math import inf, isclose
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from momentum_fix.diagnosis.report import Diagnosis, Difference, Finding
 from momentum_fix.diagnosis.watch import ITSELF, Judgement, Moved, Region, Watch
 from momentum_fix.formula import corrected_momentum
-from momentum_fix.norms.layers import only_writes, tracks
+from momentum_fix.norms.layers import is_statistic, is_unread_statistic, only_writes, tracks
 from momentum_fix.norms.momenta import is_corrected, uncorrected
 from momentum_fix.state.compare import mark
 from momentum_fix.state.snapshot import LARGE, pieces
@@ -31,7 +32,8 @@ _RANDOM = {
     "NumPy": _INSTEAD.format("NumPy"),
 }
 _WEIGHTS = (
-    "the same weights in backward: call functional_call inside of the checkpoint; let the optimizer step after backward"
+    "the same weights in backward: call functional_call inside of the checkpoint; let the optimizer step after "
+    "backward; where the forward itself writes to them, keep them in a buffer"
 )
 _LAZY = "one batch under torch.no_grad() before training, as lazy modules draw their weights in their first call"
 _MODE = "the same mode in backward: call train() or eval() before the forward pass, or after the backward pass"
@@ -63,7 +65,7 @@ def _difference(region: Region, judgement: Judgement, watch: Watch) -> Differenc
     moved = [(region.parts[key], name) for key, name in recomputation.found_moved]
     lazy = {part.name for part, name in moved if name == "_initialize_hook"}  # which is gone after the first call
     weights = [(part, name) for part, name in moved if _is_unpreserved(part.module, name) and part.name not in lazy]
-    statistics = [(part, name) for part, name in moved if tracks(part.module) and only_writes(part.module)]
+    statistics = [(part, name) for part, name in moved if is_unread_statistic(part.module, name)]
     others = [each for each in moved if each not in weights and each not in statistics]
     drawn = region.drew - ({"torch"} if region.keeps_random_numbers else set())
     remedies = [remedy for name, remedy in _RANDOM.items() if name in drawn] + [_LAZY] * bool(lazy)
@@ -82,6 +84,8 @@ def _difference(region: Region, judgement: Judgement, watch: Watch) -> Differenc
     hinted = statistics if remedies and remedies[0].startswith(f"{_PRESERVE},") else []
     if hinted or not remedies:
         remedies.append(_ELSEWHERE)
+        if region.reentrant and judgement.size == inf:
+            remedies.append("use_reentrant=False, if it asks whether gradients are on")
     names = tuple(f"{part.name}.{name}".strip(".") for part, name in others + weights or hinted)
     return Difference(where, region.function, judgement.size, names, "; or ".join(remedies))
 
@@ -92,11 +96,15 @@ def findings_of(model: nn.Module, watch: Watch, wrong: set[int]) -> Iterator[Fin
         if isinstance(script, torch.jit.ScriptModule) and script.training:
             remedy, note = "a step without TorchScript", "its state is not looked at"
             yield Finding(name, "", type(script).__name__, None, remedy, note)
+    moved_of, passes_of = defaultdict[int, dict[str, Moved]](dict), defaultdict[int, dict[str, int]](dict)
+    for (key, name), each in watch.moved.items():
+        moved_of[key][name] = each
+    for (key, name), count in watch.passes.items():
+        passes_of[key][name] = count
     outside = {key: part for region in watch.regions for key, part in region.parts.items()}
     for key, part in (watch.parts | outside).items():
         layer: Any = part.module
-        moved = {name: each for (owner, name), each in watch.moved.items() if owner == key}
-        passes = {name: count for (owner, name), count in watch.passes.items() if owner == key}
+        moved, passes = moved_of[key], passes_of[key]
         if (watch.backward or watch.regions) and tracks(layer) and is_corrected(layer):
             moved |= {
                 name: Moved(name, is_read=False) for name in passes if name in layer._buffers and name not in moved
@@ -105,18 +113,23 @@ def findings_of(model: nn.Module, watch: Watch, wrong: set[int]) -> Iterator[Fin
         for name in sorted(moved, key=[*pieces(layer), *moved].index):
             regions = moved[name].regions
             unread, note = only_writes(layer) or not wrong.intersection(map(id, regions)), ""
-            if tracks(layer) and name in layer._buffers and unread:
+            if is_statistic(layer, name) and unread:
                 remedy, note = _of_statistics(layer, max(times.values()))
             elif _is_unpreserved(layer, name):
                 remedy = _BUFFER_AND
             elif None in regions:
                 remedy = _ENGINE
+            elif moved[name].by_calls and not passes.get(name) and all(each and each.reentrant for each in regions):
+                times[name] = times[name] - 1
+                remedy, note = "", "moves in recomputations only, as code does that asks whether gradients are on"
             else:
                 preserved = any(each.preserved for region in regions if region for each in region.recomputations)
                 remedy = _REACH if preserved else _PRESERVE
             if part.in_a_list and remedy == _ONCE:
                 remedy = _PRESERVE
                 note = "not registered (in a plain list or dict?), so update_once does not reach it"
+            elif key not in watch.parts and remedy == _ONCE:
+                note = "not in the model that was given: call update_once on it too"
             yield Finding(part.name, name, type(layer).__name__, times[name], remedy, note)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from difflib import SequenceMatcher
@@ -79,6 +80,7 @@ class Tracing(TorchFunctionMode):
         super().__init__()
         self.where = where
         self.operations: list[Operation] = []
+        self.wraps = False  # whether a tensor is a DTensor, on which torch works in ways of its own
         self.hides = False  # whether there is something whose gradients nobody sees
         self.inside = 0  # how many forward passes of reentrant checkpoints inside of this one are running
         self.nodes = _torch.nodes_so_far()
@@ -100,7 +102,8 @@ class Tracing(TorchFunctionMode):
             if args[0] in self.made_by:
                 self.made_by[output] = self.made_by[args[0]]
             return output
-        if _torch.is_in_transform():
+        self.wraps |= any(hasattr(each, "device_mesh") for each in tensors_in([args, kwargs]))
+        if self.wraps or _torch.is_in_transform():
             self.hides = True
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
@@ -127,6 +130,7 @@ class Tracing(TorchFunctionMode):
             graph = [type(each.grad_fn).__name__ for each in outputs if each.requires_grad]
             reads_options = "alpha" in kwargs or func in _SWITCHES
             reads_options |= any(not name.startswith(_ADDITIONS) for name in graph)
+            reads_options |= bool(kept.difference(map(_place, tensors)))  # of what an operation inside of it has given
             matter: list[bool | None] = [*_matter(tensors, kept, reads_options)]
             if self.inside and name not in _EMPTY:  # its own recomputation will show what autograd keeps, but not here
                 matter, reads_options = [None] * len(tensors), True
@@ -256,14 +260,20 @@ def _is_rewired(old: Origin, new: Origin, partner: dict[int, int], flows: list[b
 
     None where that is not known: what the forward pass has computed may have been computed without gradients there.
     """
-    if new.parameter is not None or old.parameter is not None:  # one that is frozen by now gets none without this, too
-        return new.parameter not in (None, old.parameter)
+    if new.parameter is not None:
+        return new.parameter != old.parameter
+    if old.parameter is not None:  # if it is frozen by now, it gets none without this, too
+        return new.made_by is not None and not new.requires_grad
     if new.outside != old.outside and new.outside:
         return None
-    made_by = new.made_by and (partner.get(new.made_by[0], -1), new.made_by[1])
+    made_by = new.made_by and (partner.get(new.made_by[0]), new.made_by[1])
     if made_by == old.made_by:
         return False
-    if not new.requires_grad and old.made_by and old.made_by[0] != _GIVEN and flows[old.made_by[0]]:
+    if (
+        not new.requires_grad
+        and old.made_by
+        and (old.requires_grad if old.made_by[0] == _GIVEN else flows[old.made_by[0]])
+    ):
         return True if new.made_by else None
     is_known = new.outside is not None or (new.made_by is not None and (old != _CONSTANT or new.made_by[0] != _GIVEN))
     return None if new.requires_grad and not is_known else new.requires_grad
@@ -306,4 +316,6 @@ def _options(value: Any) -> Any:
         return tuple(map(_options, value))
     if isinstance(value, dict):
         return tuple((name, _options(each)) for name, each in value.items())
+    if isinstance(value, types.FunctionType):  # which may be made anew
+        return id(value.__code__), tuple(_options(cell.cell_contents) for cell in value.__closure__ or ())
     return None if isinstance(value, torch.Tensor) else mark(value)

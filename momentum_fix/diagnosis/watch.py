@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import random
 import threading
@@ -18,15 +20,16 @@ from torch import nn
 from momentum_fix import _torch
 from momentum_fix._torch import is_compiled
 from momentum_fix.diagnosis.tracing import Tracing, Value, compared, tensors_in, value_of
-from momentum_fix.norms.layers import in_plain_lists, only_writes, tracks
+from momentum_fix.norms.layers import in_plain_lists, is_unread_statistic, join_names
 from momentum_fix.recomputation import is_recomputation, this_thread
 from momentum_fix.state.compare import mark
 from momentum_fix.state.fingerprint import difference, fingerprint, rounding
 from momentum_fix.state.reachable import modules_of
-from momentum_fix.state.snapshot import pieces
+from momentum_fix.state.snapshot import hooks_of, pieces
 
 _UNWATCHED = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)  # DDP only refers to what others have
 ITSELF = "the function itself"
+_NOTHING, _FOREIGN = object(), object()  # instead of the mark of what is not there, and of what is not compared
 
 Marks: TypeAlias = dict[str, Any]  # of the state of a module, by the name of the piece
 Piece: TypeAlias = tuple[int, str]  # the id of a module, and the name of a piece of its state
@@ -46,6 +49,7 @@ class Moved:
     def __init__(self, name: str, is_read: bool) -> None:
         self.name, self.is_read = name, is_read  # whether outputs in training mode may depend on it
         self.times = 0
+        self.by_calls = False  # whether calls of its module have
         self.regions: list[Region | None] = []  # None: by another engine than torch's checkpoint
 
     def for_one_batch(self, passes: int) -> int | Fraction:
@@ -70,11 +74,13 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self.parts = parts_of(model)
+        self.strangers: dict[int, Part] = {}  # modules outside of the model
         self.regions: list[Region] = []  # the calls of torch's checkpoint that were recomputed
         self.latest: Region | None = None  # the last one of them
         self.passes = Counter[Piece]()  # how often calls of its module have moved a piece of state in forward passes
         self.lost: list[Region] = []  # the calls that pass no gradient on to their parameters
         self.moved: dict[Piece, Moved] = {}
+        self.may_be_read: dict[str, None] = {}  # what of that may be read by anybody
         self.found: dict[str, None] = {}  # what a recomputation had moved before a forward pass that may read it
         self.reread: dict[str, None] = {}  # what of that a backward pass came after
         self.ran: list[bool] = []  # of each call of a module: whether that is in training mode
@@ -138,13 +144,18 @@ class Watch:
                 self.count(before, self.look({}), running.recomputing.pop(), None)
 
     def begins(self, module: nn.Module) -> None:
-        """Hear that a forward pass begins, which may read what recomputations have moved of a module before."""
-        moved = [self.moved.get((id(module), name)) for name in pieces(module)] if self.moved else []
-        self.found |= {each.name: None for each in moved if each and (each.is_read or not module.training)}
+        """Hear that a forward pass begins, which may read what recomputations have moved before.
+
+        Statistics are read by their own module, in evaluation mode; of others, nobody knows who reads them.
+        """
+        if not module.training:
+            self.found |= {each.name: None for (key, _), each in self.moved.items() if key == id(module)}
+        self.found |= self.may_be_read
 
     def look(self, inside: dict[int, Part]) -> dict[int, Marks]:
-        """Give the state of the model: of the parts that are inside a checkpoint, tensors by value."""
-        return {key: _marks(part.module, key in inside) for key, part in (self.parts | inside).items()}
+        """Give the state of the model: of the parts that are inside a checkpoint, all, and tensors by value."""
+        outside = {key: _marks_from_outside(part.module) for key, part in self.parts.items() if key not in inside}
+        return outside | {key: _marks(part.module, True) for key, part in inside.items()}
 
     def count(
         self, before: dict[int, Marks], after: dict[int, Marks], by_calls: Counter[Piece], region: Region | None
@@ -155,16 +166,29 @@ class Watch:
             for name in differing(before.get(key, marks), marks):
                 if (key, name) not in self.moved:
                     part = parts[key]
-                    is_read = not _is_statistic(part.module, name)
+                    is_read = not is_unread_statistic(part.module, name)
                     self.moved[key, name] = Moved(f"{part.name}.{name}".strip("."), is_read)
+                    self.may_be_read |= {self.moved[key, name].name: None} if is_read else {}
                 moved = self.moved[key, name]
                 moved.times += by_calls.get((key, name), 1)
+                moved.by_calls |= (key, name) in by_calls
                 moved.regions.append(region)
 
     def name(self, module: nn.Module) -> str:
         """Give a module's name in the model, or that of its class."""
-        part = self.parts.get(id(module))
+        part = self.parts.get(id(module)) or self.strangers.get(id(module))
         return type(module).__name__ if part is None else part.name or "(the model)"
+
+    def parts_inside(self, module: nn.Module) -> dict[int, Part]:
+        """Give a module that is checkpointed, and all below it; one outside of the model is named after its class."""
+        if id(module) not in self.parts and id(module) not in self.strangers:
+            taken = {part.name for part in self.strangers.values()}
+            names = itertools.chain(
+                [type(module).__name__], (f"{type(module).__name__} {n}" for n in itertools.count(2))
+            )
+            self.strangers |= parts_of(module, next(name for name in names if name not in taken))
+        known = self.strangers | self.parts
+        return {key: known.get(key, part) for key, part in parts_of(module).items()}
 
 
 class Recomputation:
@@ -172,7 +196,8 @@ class Recomputation:
 
     def __init__(self) -> None:
         self.pairs: list[tuple[Value, Value | None]] = []  # None: other code ran
-        self.found_moved: list[Piece] = []  # what was another state than in the forward pass
+        self.begun_with_moved: list[Piece] = []  # what was another state than when the forward pass began
+        self.found_moved: list[Piece] = []  # or than its first module has found; in the end, both, if not preserved
         self.found_read = False  # whether outputs may depend on that
         self.preserved = False  # whether preserve_state had put state back
         self.adds_gradients = False  # whether a backward pass has run in it
@@ -196,8 +221,12 @@ class Region(_torch.Listener):
         self.trains = False  # whether there is something to train in it, of one that gets no gradient
         self.parts: dict[int, Part] = {}
         for module, _ in modules_of((function, call.args, call.kwargs)):
-            self.parts |= {key: watch.parts.get(key, part) for key, part in parts_of(module).items()}
+            self.parts |= watch.parts_inside(module)
+        for part in [*self.parts.values()]:  # what its hooks may move
+            for module, _ in modules_of(hooks_of(part.module)):
+                self.parts.setdefault(id(module), watch.parts.get(id(module), Part(module, watch.name(module), True)))
         self.is_compiled = any(is_compiled(part.module) for part in self.parts.values()) or is_compiled(function)
+        self.begun_with: dict[int, Marks] = {}  # the state as the forward pass has begun with it
         self.state: dict[int, Marks] = {}  # as the first module of the forward pass has found it
         self.drew: set[str] = set()  # whose random numbers the forward pass has drawn
         self.recomputations: list[Recomputation] = []
@@ -229,6 +258,7 @@ class Region(_torch.Listener):
         watch, running = self.watch, self.watch.running
         if not self.recomputations:
             watch.regions.append(self)
+        watch.reread |= watch.found
         self.recomputations.append(Recomputation())
         watch.latest = self
         begun, added = this_thread.begun, running.added
@@ -240,7 +270,7 @@ class Region(_torch.Listener):
             with self._running():
                 yield
         finally:
-            self.recomputations[-1].preserved = this_thread.begun > begun
+            self._judge_state(self.recomputations[-1], this_thread.begun > begun)
             self.recomputations[-1].given.clear()
             now = self._gradients()
             adds = running.added > added or any(now.get(key, each) != each for key, each in gradients.items())
@@ -252,8 +282,11 @@ class Region(_torch.Listener):
     def _running(self) -> Iterator[None]:
         running = self.watch.running
         self.depth = len(running.modules)
-        self._look()
         self.untouched = True
+        if self.recomputations:
+            self.recomputations[-1].begun_with_moved = self._moved_since(self.begun_with)
+        else:
+            self.begun_with = self.state = self._marks()
         outer = [each.trace for each in running.regions if self.reentrant and not self.recomputations]
         running.regions.append(self)
         for trace in outer:
@@ -276,26 +309,34 @@ class Region(_torch.Listener):
     def first_module(self) -> None:
         """Look again when the first module is called: now contexts have put state back, and the function has begun."""
         if self.untouched:
-            self._look()
+            self.untouched = False
+            if self.recomputations:
+                self.recomputations[-1].found_moved = self._moved_since(self.state)
+            else:
+                self.state = self._marks()
 
-    def _look(self) -> None:
-        self.untouched = False
+    def _marks(self) -> dict[int, Marks]:
+        """Look at the state that it may read now."""
+        if not is_recomputation():
+            for part in self.parts.values():
+                self.watch.begins(part.module)
         with _torch.hidden_from_modes():
-            state = {key: _marks(part.module, True) for key, part in self.parts.items()}
-        if not self.recomputations:
-            if not is_recomputation():
-                for part in self.parts.values():
-                    self.watch.begins(part.module)
-            self.state = state
-            return
-        last = self.recomputations[-1]
-        last.found_moved = [
-            (key, name) for key, marks in state.items() for name in differing(self.state.get(key, marks), marks)
-        ]
+            return {key: _marks(part.module, True) for key, part in self.parts.items()}
+
+    def _moved_since(self, then: dict[int, Marks]) -> list[Piece]:
+        """Give what is another state than then."""
+        state = self._marks()
+        return [(key, name) for key, marks in state.items() for name in differing(then.get(key, marks), marks)]
+
+    def _judge_state(self, last: Recomputation, preserved: bool) -> None:
+        """Say what a recomputation has found moved, and whether outputs may depend on that."""
+        last.preserved = preserved
+        if not preserved:
+            last.found_moved = [*dict.fromkeys(last.begun_with_moved + last.found_moved)]
         found = [(self.parts[key].module, name) for key, name in last.found_moved]
         # A tensor in a plain attribute is what the forward pass keeps of itself, more often than not.
         last.found_read = any(
-            not (_is_statistic(module, name) or isinstance(vars(module).get(name), torch.Tensor))
+            not (is_unread_statistic(module, name) or isinstance(vars(module).get(name), torch.Tensor))
             for module, name in found
         )
 
@@ -358,7 +399,7 @@ class Region(_torch.Listener):
             last.hides |= runs_own_function
             last.hides |= any(name in ("_backward_hooks", "_backward_pre_hooks") for _, name in last.found_moved)
             last.hides |= "torch" in self.drew and not self.keeps_random_numbers
-            last.pairs = [*compared(self.forward_trace, self.trace)]
+            last.pairs = [] if self.trace.wraps else [*compared(self.forward_trace, self.trace)]
             self.trace.operations = []
         else:
             self.forward_trace = self.trace
@@ -427,16 +468,30 @@ def differing(one: Marks, other: Marks) -> list[str]:
     """Give the names of the pieces that are not equal, or that only one has."""
     if one == other:
         return []
-    return [name for name in {**one, **other} if name not in one or name not in other or one[name] != other[name]]
-
-
-def _is_statistic(module: nn.Module, name: str) -> bool:
-    """Tell whether a piece of state is a running statistic that no output in training mode depends on."""
-    return name in module._buffers and tracks(module) and only_writes(module)
+    names = [name for name in {**one, **other} if one.get(name, _NOTHING) != other.get(name, _NOTHING)]
+    return [name for name in names if _FOREIGN not in (one.get(name), other.get(name))]
 
 
 def _marks(module: nn.Module, by_value: bool) -> Marks:
-    return {name: mark(value, by_value=by_value) for name, value in pieces(module).items()}
+    return {
+        name: _FOREIGN if _comes_and_goes(value) else mark(value, by_value=by_value)
+        for name, value in pieces(module).items()
+    }
+
+
+def _marks_from_outside(module: nn.Module) -> Marks:
+    """Give those of what others may move. Of layers of torch's, that is not what they are built with."""
+    if not type(module).__module__.startswith("torch.nn.modules."):
+        return _marks(module, False)
+    parameters = {name: each for name, each in module._parameters.items() if each is None or not each.requires_grad}
+    return {name: mark(value, by_value=False) for name, value in (module._buffers | parameters).items()}
+
+
+def _comes_and_goes(value: Any) -> bool:
+    """Tell whether this is a parameter of another class than torch's, such as FSDP's, which it replaces itself."""
+    if not isinstance(value, torch.Tensor) or type(value) is nn.Parameter or nn.parameter.is_lazy(value):
+        return False
+    return isinstance(value, nn.Parameter)
 
 
 def _own_marks(module: nn.Module) -> Marks:
@@ -445,13 +500,15 @@ def _own_marks(module: nn.Module) -> Marks:
     return {name: mark(value) for name, value in state if not (isinstance(value, nn.Parameter) and value.requires_grad)}
 
 
-def parts_of(model: nn.Module) -> dict[int, Part]:
-    """Give the modules of a model, and those in its lists, which are not registered.
+def parts_of(model: nn.Module, name: str = "") -> dict[int, Part]:
+    """Give the modules of a model of this name, and those in its lists, which are not registered.
 
     Not TorchScript; nor DDP, which has but lists of what others have, and sends buffers around before each forward.
     """
     parts = {
-        id(each): Part(each, name, False) for name, each in model.named_modules() if not isinstance(each, _UNWATCHED)
+        id(each): Part(each, name, False)
+        for name, each in model.named_modules(prefix=name)
+        if not isinstance(each, _UNWATCHED)
     }
     waiting = list(parts.values())
     for part in waiting:
@@ -466,11 +523,16 @@ def _described(function: Any, watch: Watch) -> str:
     """Name a checkpointed function for a table."""
     if isinstance(function, nn.Module):
         return watch.name(function)
+    if isinstance(function, functools.partial):
+        return _described(function.func, watch)
     owner = getattr(function, "__self__", None)
     if isinstance(owner, nn.Module):
-        return f"{watch.name(owner)}.{function.__name__}"
+        is_call = function.__func__ is nn.Module.__call__
+        return watch.name(owner) if is_call else f"{watch.name(owner)}.{function.__name__}"
     name: str = getattr(function, "__qualname__", None) or type(function).__qualname__
-    return name.rpartition("<locals>.")[2]
+    name = name.rpartition("<locals>.")[2]
+    inside = [watch.name(module) for module, _ in modules_of(function)]
+    return f"{name} ({join_names(inside)})" if inside else name
 
 
 def _random_numbers() -> dict[str, Any]:

@@ -60,6 +60,16 @@ def tracks(module: nn.Module) -> bool:
     )
 
 
+def is_statistic(module: nn.Module, name: str) -> bool:
+    """Tell whether a piece of a module's state is a running statistic of it, or their counter."""
+    return tracks(module) and name in (*norm_of(module).statistics, "num_batches_tracked") and name in module._buffers
+
+
+def is_unread_statistic(module: nn.Module, name: str) -> bool:
+    """Tell whether it is one that no output in training mode depends on."""
+    return is_statistic(module, name) and only_writes(module)
+
+
 def tracked_layers(model: nn.Module) -> dict[NormLayer, list[str]]:
     """Give the layers that track running statistics, each with its names; a shared layer has several.
 

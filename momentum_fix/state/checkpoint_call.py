@@ -50,6 +50,7 @@ class _Recomputation(NamedTuple):
 
     present: list[_Kept]
     values: list[tuple[nn.Parameter, torch.Tensor]]
+    trained: list[bool]  # whether each of the versioned parameters was, before
     buffers: dict[int, dict[str, torch.Tensor | None]]  # that it has put on each module, by its id
 
 
@@ -173,6 +174,7 @@ class Region(_torch.Listener):
             self.hears = _torch.has_compiled() and _torch.is_heard(_entered)
             _torch.hear_entering(_entered, -hears)
             _running.regions = outer
+            self.values = [each for each in self.values if not each[0].requires_grad]  # by now, it may be trained
             self.changes = any(mark(_guards(module), by_value=False) != before for module, before in self.marks)
             del self.copier, self.entered, self.marks
 
@@ -251,7 +253,7 @@ class Region(_torch.Listener):
             trained = {id(each): each for each in guarded if each.requires_grad}
             values = [(each, each.detach().clone()) for each in trained.values() if not is_odd(each)]
         present, buffers = list[_Kept](), dict[int, Any]()
-        self.running.append(_Recomputation(present, values, buffers))
+        self.running.append(_Recomputation(present, values, [each.requires_grad for each in self.parameters], buffers))
         this_thread.begin_preserving(self)
         if self.hears:
             _torch.hear_entering(_entered, 1)
@@ -272,7 +274,10 @@ class Region(_torch.Listener):
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
         this_thread.end_preserving()
-        present, values, _ = self.running.pop()
+        present, values, trained, _ = self.running.pop()
+        for parameter, requires_grad in zip(self.parameters, trained, strict=True):
+            if parameter.requires_grad != requires_grad:  # an early stop came before it was set again
+                parameter.requires_grad = requires_grad
         for module, everything, _, hooks, children, parameters in reversed(present):  # some may share what is on them
             put(module, everything)
             put_hooks(module, hooks)

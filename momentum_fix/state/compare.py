@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import types
+import weakref
 from array import array
 from collections import deque
 from dataclasses import fields, is_dataclass
@@ -46,7 +47,7 @@ def mark(value: Any, *, by_value: bool = True, within: tuple[int, ...] = ()) -> 
     """
     if type(value) in _EXACT:
         return type(value), value
-    if isinstance(value, type):
+    if type(value) in weakref.ProxyTypes or isinstance(value, type):  # a proxy may stand for nothing that is there
         return type(value), id(value)
     if id(value) in within:
         return "itself", within.index(id(value))
@@ -55,6 +56,8 @@ def mark(value: Any, *, by_value: bool = True, within: tuple[int, ...] = ()) -> 
     if isinstance(value, torch.Tensor):
         with hidden_from_function_modes():
             what = _of_tensor(value) if by_value or nn.parameter.is_lazy(value) else (id(value), version(value))
+        if type(value) is not torch.Tensor and isinstance(value, nn.Parameter):
+            what = what, value.requires_grad
     elif isinstance(value, np.ndarray):
         what = value.shape, value.dtype.str, down(value.tolist()) if value.dtype.hasobject else _digest(value)
     elif isinstance(value, dict):
@@ -69,12 +72,16 @@ def mark(value: Any, *, by_value: bool = True, within: tuple[int, ...] = ()) -> 
         what = bytes(value)
     elif isinstance(value, (float, complex)):
         what = repr(value)  # a NaN is equal to a NaN, and a negative zero is not zero
-    elif isinstance(value, (Enum, Number, *FIXED)):
+    elif isinstance(value, (Enum, Number, range, *FIXED)):
         what = value
+    elif isinstance(value, slice):
+        what = down((value.start, value.stop, value.step))
+    elif isinstance(value, weakref.ref):
+        what = down(value())
     elif isinstance(value, functools.partial):
         what = down((value.func, value.args, value.keywords))
     elif is_dataclass(value) and not isinstance(value, type) and getattr(type(value), "__dataclass_params__").frozen:  # noqa: B009
-        what = down([getattr(value, each.name) for each in fields(value)])
+        what = down([getattr(value, each.name, None) for each in fields(value)])
     elif isinstance(value, tuple(_STATES)) and not isinstance(value, SystemRandom):
         what = down(next(read(value) for kind, read in _STATES.items() if isinstance(value, kind)))
     elif isinstance(value, types.MethodType):
@@ -103,6 +110,10 @@ def _of_tensor(tensor: torch.Tensor) -> Any:
     if tensor.is_nested:
         return tuple(map(_of_tensor, tensor.detach().unbind()))
     seen = tensor.shape, tensor.dtype, tensor.device
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    elif tensor.is_mkldnn:
+        tensor = tensor.to_dense()
     plain = type(tensor) in (torch.Tensor, nn.Parameter) and not is_odd(tensor)
     if plain and tensor.nbytes <= _HASHED and not tensor.is_meta:
         with torch.no_grad():

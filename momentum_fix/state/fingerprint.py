@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -65,7 +66,8 @@ def difference(one: Sequence[float], other: Sequence[float]) -> float | None:
         _distance(one[start : start + 1 + _PROJECTIONS], other[start : start + 1 + _PROJECTIONS]) for start in _STARTS
     )
     # Rounding is as large as the values ask for, also where one of them is so small that its logarithm shows it.
-    return max(values / (size or 1), logarithms / (of_logarithms + size / 2 or 1), large / (of_large or 1))
+    ratios = values / (size or 1), logarithms / (of_logarithms + size / 2 or 1), large / (of_large or 1)
+    return max(*ratios, sys.float_info.min)  # for it may be too small beside the others to be told
 
 
 def _distance(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
@@ -88,8 +90,10 @@ def rounding(dtype: torch.dtype) -> float:
 def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Give the plain tensors that a tensor is made of: itself, if it is no wrapper of others (DTensor is one)."""
     if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        return [part for name in names for part in _parts(getattr(tensor, name))]
+        inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]  # a DTensor's mesh is one of them
+        return [part for each in inner if isinstance(each, torch.Tensor) for part in _parts(each)]
+    if isinstance(tensor, torch.masked.MaskedTensor):
+        return []
     return [tensor if type(tensor) is torch.Tensor else tensor.as_subclass(torch.Tensor)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+import weakref
 from array import array
 from collections import deque
 from copy import copy, deepcopy
@@ -262,7 +263,8 @@ class Copier:
 
 
 def _is_constant(value: Any) -> bool:
-    return type(value) in FIXED or (type(value) is tuple and FIXED.issuperset(map(type, value)))
+    kind = type(value)
+    return kind in FIXED or (kind is tuple and FIXED.issuperset(map(type, value))) or kind in weakref.ProxyTypes
 
 
 def _is_torchs_generator(value: Any) -> bool:
