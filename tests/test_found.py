@@ -125,6 +125,19 @@ def test_a_function_that_is_made_anew_is_the_same(ckpt):
     assert report.ok
 
 
+def test_a_function_that_knows_itself_is_the_same_too():
+    def function(x):
+        def distance(one, other, n=3):
+            return (one - other).norm(dim=1) if n == 0 else distance(one, other, n - 1)
+
+        x = x.sin()
+        return functional.triplet_margin_with_distance_loss(x, x.flip(0), x.roll(1, 0), distance_function=distance)
+
+    with diagnose(nn.Linear(1, 1)) as report:
+        reentrant(function, torch.rand(4, 3, requires_grad=True)).backward()
+    assert report.gradients_right is True
+
+
 # Differences that are small beside the values.
 
 
@@ -375,6 +388,22 @@ def test_a_buffer_of_a_norm_that_is_no_statistic_needs_more_than_update_once():
         non_reentrant(model, torch.rand(6, 3)).sum().backward()
     assert report["1.scale"].remedy == "preserve_state"
     assert report["1.running_mean"].remedy == "update_once"
+
+
+@pytest.mark.parametrize("keep", [by_context, drop_in_reentrant])
+def test_a_layer_that_is_registered_twice_has_its_own_buffers_afterwards(keep):
+    def run(ckpt):
+        torch.manual_seed(0)
+        norm = nn.BatchNorm1d(WIDTH)
+        net = Net(nn.Sequential(norm, nn.Tanh(), norm))
+        own = [*norm.buffers()]
+        for x in data():
+            ckpt(net.body[1], net.stem(x)).square().mean().backward()
+        assert all(each is one for each, one in zip(norm.buffers(), own, strict=True))
+        return norm
+
+    for one, other in zip(run(keep).buffers(), run(plainly).buffers(), strict=True):
+        assert torch.equal(one, other)
 
 
 # Later.

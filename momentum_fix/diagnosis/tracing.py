@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from momentum_fix import _torch
 from momentum_fix.state.compare import mark
 from momentum_fix.state.fingerprint import fingerprint
+from momentum_fix.state.reachable import closed_over
 
 _NORMS = (functional.batch_norm, functional.instance_norm)
 _UNREAD = ("running_mean", "running_var", "momentum")  # what backward does not read of what these were given
@@ -317,5 +318,6 @@ def _options(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple((name, _options(each)) for name, each in value.items())
     if isinstance(value, types.FunctionType):  # which may be made anew
-        return id(value.__code__), tuple(_options(cell.cell_contents) for cell in value.__closure__ or ())
+        known = (types.FunctionType, torch.Tensor)
+        return id(value.__code__), [mark(each) for each in closed_over(value) if not isinstance(each, known)]
     return None if isinstance(value, torch.Tensor) else mark(value)

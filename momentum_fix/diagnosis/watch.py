@@ -196,7 +196,7 @@ class Recomputation:
 
     def __init__(self) -> None:
         self.pairs: list[tuple[Value, Value | None]] = []  # None: other code ran
-        self.begun_with_moved: list[Piece] = []  # what was another state than when the forward pass began
+        self.moved_before: list[Piece] = []  # what was another state than when the forward pass began
         self.found_moved: list[Piece] = []  # or than its first module has found; in the end, both, if not preserved
         self.found_read = False  # whether outputs may depend on that
         self.preserved = False  # whether preserve_state had put state back
@@ -284,9 +284,9 @@ class Region(_torch.Listener):
         self.depth = len(running.modules)
         self.untouched = True
         if self.recomputations:
-            self.recomputations[-1].begun_with_moved = self._moved_since(self.begun_with)
+            self.recomputations[-1].moved_before = self._moved_since(self.begun_with)
         else:
-            self.begun_with = self.state = self._marks()
+            self.begun_with = self.state = self._look()
         outer = [each.trace for each in running.regions if self.reentrant and not self.recomputations]
         running.regions.append(self)
         for trace in outer:
@@ -313,9 +313,9 @@ class Region(_torch.Listener):
             if self.recomputations:
                 self.recomputations[-1].found_moved = self._moved_since(self.state)
             else:
-                self.state = self._marks()
+                self.state = self._look()
 
-    def _marks(self) -> dict[int, Marks]:
+    def _look(self) -> dict[int, Marks]:
         """Look at the state that it may read now."""
         if not is_recomputation():
             for part in self.parts.values():
@@ -325,14 +325,14 @@ class Region(_torch.Listener):
 
     def _moved_since(self, then: dict[int, Marks]) -> list[Piece]:
         """Give what is another state than then."""
-        state = self._marks()
+        state = self._look()
         return [(key, name) for key, marks in state.items() for name in differing(then.get(key, marks), marks)]
 
     def _judge_state(self, last: Recomputation, preserved: bool) -> None:
         """Say what a recomputation has found moved, and whether outputs may depend on that."""
         last.preserved = preserved
         if not preserved:
-            last.found_moved = [*dict.fromkeys(last.begun_with_moved + last.found_moved)]
+            last.found_moved = [*dict.fromkeys(last.moved_before + last.found_moved)]
         found = [(self.parts[key].module, name) for key, name in last.found_moved]
         # A tensor in a plain attribute is what the forward pass keeps of itself, more often than not.
         last.found_read = any(

@@ -117,7 +117,7 @@ class RegionOfTorchs(_torch.Listener):
     def __exit__(self, *error: Any) -> None:
         """Put back what they have now."""
         this_thread.end_preserving()
-        for module, own in self.present:
+        for module, own in reversed(self.present):  # a layer may be there twice
             put(module, own)
         for module, hooks in self.hooks:
             put_hooks(module, hooks)

@@ -73,9 +73,7 @@ def _parts(value: Any, names: set[str] | None) -> list[Any]:
         return [getattr(value, name, None) for name in ("fget", "fset", "func", "__func__")]
     if isinstance(value, types.FunctionType):
         parts = [value.__defaults__, value.__kwdefaults__, vars(value)]  # what it wraps is there too
-        for cell in value.__closure__ or ():
-            with suppress(ValueError):  # it is empty
-                parts.append(cell.cell_contents)
+        parts += closed_over(value)
         used = set(_names_in(value.__code__))
         if names is not None and not _is_of_library(value):
             names |= used
@@ -84,6 +82,15 @@ def _parts(value: Any, names: set[str] | None) -> list[Any]:
     if not isinstance(value, (type, nn.Module)) and callable(value):
         return [getattr(value, "__dict__", None)]  # what its `__call__` may use
     return []
+
+
+def closed_over(function: types.FunctionType) -> list[Any]:
+    """Give what a function has in its closure."""
+    found = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # it is empty
+            found.append(cell.cell_contents)
+    return found
 
 
 def _may_move_modules(value: Any) -> bool:
