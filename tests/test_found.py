@@ -511,6 +511,7 @@ def in_a_closure(module, x):
     return checkpoint((lambda inner: lambda *inputs: inner(*inputs))(module), x, use_reentrant=False)
 
 
+@pytest.mark.filterwarnings("ignore:.*CheckpointImpl")
 @pytest.mark.parametrize(
     ("make", "run", "names"),
     [
@@ -582,5 +583,8 @@ def test_parameters_that_torch_spreads_over_ranks_are_no_state(spread, ckpt, tmp
         assert all(torch.equal(p.grad.full_tensor(), q) for p, q in zip(net.parameters(), truth, strict=True))
     finally:
         dist.destroy_process_group()
-    assert report.gradients_right is (True if ckpt is non_reentrant else None)
+    if ckpt is reentrant:
+        assert report.gradients_right is None
+    else:
+        assert report.gradients_right is not False  # before torch 2.13, FSDP may have freed a weight before it is read
     assert not report
