@@ -327,9 +327,12 @@ def checkpoint_in_the_making() -> Mapping[str, Any]:
 
 
 def _output_of_checkpoint() -> Any:
-    """Give what the function has returned to the call of torch's checkpoint that is ending; None if it was not told."""
+    """Give what the function has returned to the call of torch's checkpoint that is ending.
+
+    NotImplemented if that is not told, as by torch.distributed._composable.
+    """
     frames = (each.f_locals for each in _callers() if each.f_globals.get("__name__") == torchs.__name__)
-    return next((each["ret"] for each in frames if "ret" in each), None)
+    return next((each["ret"] for each in frames if "ret" in each), NotImplemented)
 
 
 def is_called_by_library() -> bool:

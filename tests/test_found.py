@@ -406,6 +406,126 @@ def test_a_layer_that_is_registered_twice_has_its_own_buffers_afterwards(keep):
         assert torch.equal(one, other)
 
 
+class Codebook(nn.Parameter):
+    pass
+
+
+class MovesACodebook(Counts):
+    def __init__(self):
+        super().__init__()
+        self.codes = Codebook(torch.ones(WIDTH), requires_grad=False)
+
+    def forward(self, x):
+        self.codes.data.mul_(0.5)
+        return self.layer(x).sin()
+
+
+def test_a_parameter_of_a_users_own_class_is_state():
+    report, _ = trained(MovesACodebook, non_reentrant)
+    assert "body.1.codes" in report
+
+
+class Outer(nn.Module):
+    """Reaches a layer through an object that nobody looks into."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.__dict__["owner"] = nn.Linear(WIDTH, WIDTH), iter([layer, layer])
+
+    def forward(self, x):
+        layer = next(self.owner)
+        with torch.no_grad():
+            layer.weight.mul_(0.5)
+        layer.in_features += 1
+        return self.layer(x).sin()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_of_torchs_that_are_not_in_the_checkpoint_are_looked_at():
+    layer = nn.Linear(3, 3)
+    net = nn.ModuleList([layer, Outer(layer)])
+    with diagnose(net) as report:
+        non_reentrant(net[1], torch.rand(4, WIDTH, requires_grad=True)).sum().backward()
+    assert {"0.weight", "0.in_features"} <= set(report)
+
+
+class LastDigits(nn.Module):
+    """Its kernel is not deterministic."""
+
+    def __init__(self):
+        super().__init__()
+        self.__dict__["scale"] = iter([1.0, 1 + 2**-50])
+
+    def forward(self, x):
+        return x.sin() * torch.tensor(next(self.scale))
+
+
+class StepsAfterwards(Net):
+    """Moves a number of its own after the checkpoint, and has a hook that is a method."""
+
+    def __init__(self):
+        super().__init__(LastDigits())
+        self.steps, self.features = 0, []
+        self.body[0].register_forward_hook(self.keep)
+
+    def keep(self, module, args, output):
+        self.features = [float(output.detach().sum().round())]
+
+    def forward(self, x, ckpt):
+        y = ckpt(self.body, self.stem(x))
+        self.steps += 1
+        return y
+
+
+def test_what_the_owner_of_a_hook_moves_outside_of_the_checkpoint_makes_rounding_no_less_rounding():
+    net = StepsAfterwards()
+    with diagnose(net) as report:
+        net(data()[0], non_reentrant).sum().backward()
+    assert report.rounding > 0
+    assert report.gradients_right is True
+
+
+def test_a_limit_that_is_set_between_forward_and_backward_is_no_error():
+    embedding = nn.Embedding(4, WIDTH)
+    y = by_context(embedding, torch.tensor([1, 2]))
+    embedding.max_norm = 1.0
+    y.sum().backward()
+    assert embedding.weight.grad is not None
+    norms = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+    y = by_context(norms, torch.rand(3, WIDTH))
+    norms[0].register_buffer("extra", torch.ones(1))
+    y.sum().backward()
+    assert "extra" in norms[0]._buffers
+
+
+def test_a_loss_of_torchs_after_a_backward_pass_reads_no_state_of_the_model():
+    net = Net(Counts())
+    net.body[1].compute = lambda x, n: x.sin()
+    with diagnose(net) as report:
+        y = non_reentrant(net.body, net.stem(data()[0]))
+        y.square().mean().backward(retain_graph=True)
+        nn.L1Loss()(y, torch.zeros_like(y)).backward()
+    assert report.gradients_right is True
+
+
+class Called:
+    """Can be called, and has no name; it says that it belongs to a module."""
+
+    def __init__(self, module):
+        self.__self__ = module
+
+    def __call__(self, x):
+        return self.__self__(x).sin()
+
+
+@pytest.mark.parametrize("wrap", [lambda each: each, functools.partial])
+def test_what_can_be_called_needs_no_name(wrap):
+    net = Net(nn.Linear(WIDTH, WIDTH))
+    with diagnose(net) as report:
+        non_reentrant(wrap(Called(net.body)), net.stem(data()[0])).sum().backward()
+    assert report.gradients_right is True
+
+
 # Later.
 
 

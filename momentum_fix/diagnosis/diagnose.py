@@ -172,10 +172,13 @@ def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
     if not_compared:
         instead = " Run a step with use_reentrant=False." if not_compared[0].reentrant else ""
         return f"what the checkpoint of {not_compared[0].function} handed to autograd could not be compared.{instead}"
-    if watch.may_be_read and (own := [region for region in watch.regions if region.runs_own_backward]):
+    own = [region for region in watch.regions if region.runs_own_backward or not region.is_told]
+    if watch.may_be_read and own:
+        runs = "runs" if own[0].runs_own_backward else "may run"
         return (
-            f"a hook or an autograd.Function of your own runs in the backward pass of {own[0].function}, and may have "
-            f"read what recomputation had moved again ({join_names([*watch.may_be_read])}). Make the state right first."
+            f"a hook or an autograd.Function of your own {runs} in the backward pass of {own[0].function}, and may "
+            f"have read what recomputation had moved again ({join_names([*watch.may_be_read])}). Make the state right "
+            "first."
         )
     if judged:
         return ""

@@ -146,16 +146,17 @@ class Watch:
     def begins(self, module: nn.Module) -> None:
         """Hear that a forward pass begins, which may read what recomputations have moved before.
 
-        Statistics are read by their own module, in evaluation mode; of others, nobody knows who reads them.
+        Statistics are read by their own module, in evaluation mode; of others, nobody knows who reads them, but modules
+        of torch's own read theirs alone.
         """
-        if not module.training:
-            self.found |= {each.name: None for (key, _), each in self.moved.items() if key == id(module)}
-        self.found |= self.may_be_read
+        own = [each for (key, _), each in self.moved.items() if key == id(module)]
+        self.found |= {each.name: None for each in own if each.is_read or not module.training}
+        if not type(module).__module__.startswith("torch.nn.modules.") or hooks_of(module):
+            self.found |= self.may_be_read
 
     def look(self, inside: dict[int, Part]) -> dict[int, Marks]:
-        """Give the state of the model: of the parts that are inside a checkpoint, all, and tensors by value."""
-        outside = {key: _marks_from_outside(part.module) for key, part in self.parts.items() if key not in inside}
-        return outside | {key: _marks(part.module, True) for key, part in inside.items()}
+        """Give the state of the model: of the parts that are inside a checkpoint, tensors by value."""
+        return {key: _marks(part.module, key in inside) for key, part in (self.parts | inside).items()}
 
     def count(
         self, before: dict[int, Marks], after: dict[int, Marks], by_calls: Counter[Piece], region: Region | None
@@ -218,13 +219,17 @@ class Region(_torch.Listener):
         inputs = [each for each in call.args if isinstance(each, torch.Tensor)]
         self.gets_no_gradient = call.reentrant and call.gradients and not any(each.requires_grad for each in inputs)
         self.runs_own_backward = False  # whether hooks or an autograd.Function of a user's run in its backward pass
+        self.is_told = True  # what the function gives
         self.trains = False  # whether there is something to train in it, of one that gets no gradient
         self.parts: dict[int, Part] = {}
         for module, _ in modules_of((function, call.args, call.kwargs)):
             self.parts |= watch.parts_inside(module)
-        for part in [*self.parts.values()]:  # what its hooks may move
+        self.by_hooks = set[int]()  # the ids of those that only hooks know, which may move them
+        for part in [*self.parts.values()]:
             for module, _ in modules_of(hooks_of(part.module)):
-                self.parts.setdefault(id(module), watch.parts.get(id(module), Part(module, watch.name(module), True)))
+                if id(module) not in self.parts:
+                    self.parts[id(module)] = watch.parts.get(id(module), Part(module, watch.name(module), True))
+                    self.by_hooks.add(id(module))
         self.is_compiled = any(is_compiled(part.module) for part in self.parts.values()) or is_compiled(function)
         self.begun_with: dict[int, Marks] = {}  # the state as the forward pass has begun with it
         self.state: dict[int, Marks] = {}  # as the first module of the forward pass has found it
@@ -333,7 +338,7 @@ class Region(_torch.Listener):
         last.preserved = preserved
         if not preserved:
             last.found_moved = [*dict.fromkeys(last.moved_before + last.found_moved)]
-        found = [(self.parts[key].module, name) for key, name in last.found_moved]
+        found = [(self.parts[key].module, name) for key, name in last.found_moved if key not in self.by_hooks]
         # A tensor in a plain attribute is what the forward pass keeps of itself, more often than not.
         last.found_read = any(
             not (is_unread_statistic(module, name) or isinstance(vars(module).get(name), torch.Tensor))
@@ -388,7 +393,8 @@ class Region(_torch.Listener):
     def returned(self, output: Any) -> None:
         """Compare the operations that led to a result; where compiled code hides them, compare the result."""
         runs_own_function = _torch.runs_own_function(tensors_in(output), 0 if self.reentrant else self.begun)
-        self.runs_own_backward |= runs_own_function or output is None  # what it gave is not known then
+        self.runs_own_backward |= runs_own_function
+        self.is_told = output is not NotImplemented
         if not self.reentrant:
             return
         computed = {id(each) for part in self.parts.values() for each in _computed_weights(part.module)}
@@ -474,24 +480,14 @@ def differing(one: Marks, other: Marks) -> list[str]:
 
 def _marks(module: nn.Module, by_value: bool) -> Marks:
     return {
-        name: _FOREIGN if _comes_and_goes(value) else mark(value, by_value=by_value)
+        name: _FOREIGN if isinstance(value, torch.Tensor) and _comes_and_goes(value) else mark(value, by_value=by_value)
         for name, value in pieces(module).items()
     }
 
 
-def _marks_from_outside(module: nn.Module) -> Marks:
-    """Give those of what others may move. Of layers of torch's, that is not what they are built with."""
-    if not type(module).__module__.startswith("torch.nn.modules."):
-        return _marks(module, False)
-    parameters = {name: each for name, each in module._parameters.items() if each is None or not each.requires_grad}
-    return {name: mark(value, by_value=False) for name, value in (module._buffers | parameters).items()}
-
-
 def _comes_and_goes(value: Any) -> bool:
-    """Tell whether this is a parameter of another class than torch's, such as FSDP's, which it replaces itself."""
-    if not isinstance(value, torch.Tensor) or type(value) is nn.Parameter or nn.parameter.is_lazy(value):
-        return False
-    return isinstance(value, nn.Parameter)
+    """Tell whether this is a parameter that is spread over ranks (a DTensor), which FSDP replaces itself."""
+    return isinstance(value, nn.Parameter) and hasattr(value, "device_mesh")
 
 
 def _own_marks(module: nn.Module) -> Marks:
@@ -527,12 +523,13 @@ def _described(function: Any, watch: Watch) -> str:
         return _described(function.func, watch)
     owner = getattr(function, "__self__", None)
     if isinstance(owner, nn.Module):
-        is_call = function.__func__ is nn.Module.__call__
-        return watch.name(owner) if is_call else f"{watch.name(owner)}.{function.__name__}"
+        method = getattr(function, "__name__", "")
+        is_call = not method or getattr(function, "__func__", None) is nn.Module.__call__
+        return watch.name(owner) if is_call else f"{watch.name(owner)}.{method}"
     name: str = getattr(function, "__qualname__", None) or type(function).__qualname__
     name = name.rpartition("<locals>.")[2]
     inside = [watch.name(module) for module, _ in modules_of(function)]
-    return f"{name} ({join_names(inside)})" if inside else name
+    return f"{name} ({join_names(inside).strip('()')})" if inside else name
 
 
 def _random_numbers() -> dict[str, Any]:

@@ -111,7 +111,7 @@ class RegionOfTorchs(_torch.Listener):
                 if everything or has_attributes(module):
                     self.present.append((module, vars(module).copy()))
                     put(module, everything or without_attributes(module))
-                    if module._buffers:
+                    if "running_mean" in module._buffers:
                         vars(module)["_buffers"] = scratch(module)
 
     def __exit__(self, *error: Any) -> None:
@@ -309,7 +309,7 @@ def _parameters(module: Any, everything: dict[str, Any]) -> dict[str, nn.Paramet
 
     To do so twice is to do so once.
     """
-    renormalizes = type(module) in (nn.Embedding, nn.EmbeddingBag) and module.max_norm is not None
+    renormalizes = type(module) in (nn.Embedding, nn.EmbeddingBag) and everything.get("max_norm") is not None
     return {} if renormalizes else everything["_parameters"]
 
 
