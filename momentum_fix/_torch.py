@@ -323,7 +323,7 @@ def checkpoint_in_the_making() -> Mapping[str, Any]:
 
     A `context_fn` is called without these, and there is no public way to ask. So they are read where torch has them.
     """
-    return next((each.f_locals for each in _callers() if each.f_globals.get("__name__") == torchs.__name__), {})
+    return next(_variables_of_checkpoint(), {})
 
 
 def _output_of_checkpoint() -> Any:
@@ -331,8 +331,12 @@ def _output_of_checkpoint() -> Any:
 
     NotImplemented if that is not told, as by torch.distributed._composable.
     """
-    frames = (each.f_locals for each in _callers() if each.f_globals.get("__name__") == torchs.__name__)
-    return next((each["ret"] for each in frames if "ret" in each), NotImplemented)
+    return next((each["ret"] for each in _variables_of_checkpoint() if "ret" in each), NotImplemented)
+
+
+def _variables_of_checkpoint() -> Iterator[Mapping[str, Any]]:
+    """Give the variables of each function of torch's checkpoint that is running, the innermost first."""
+    return (each.f_locals for each in _callers() if each.f_globals.get("__name__") == torchs.__name__)
 
 
 def is_called_by_library() -> bool:

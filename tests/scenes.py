@@ -439,6 +439,21 @@ class Features(nn.Module):
         return x.features
 
 
+class Counts(nn.Module):
+    """Counts its calls, and computes what may depend on that."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.seen = nn.Linear(WIDTH, WIDTH), 0
+
+    def forward(self, x):
+        self.seen += 1
+        return self.compute(self.layer(x), self.seen)
+
+    def compute(self, x, n):
+        return x.sin()
+
+
 class Net(nn.Module):
     def __init__(self, block):
         super().__init__()

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from momentum_fix import diagnose, preserve_everywhere
 from momentum_fix.state.compare import mark
 from momentum_fix.state.fingerprint import difference, fingerprint
-from scenes import WIDTH, Net, data, same_gradients
+from scenes import WIDTH, Counts, Net, data, same_gradients
 from twins import TORCHS_WARNINGS, by_context, drop_in_reentrant, non_reentrant, plainly, reentrant
 
 pytestmark = TORCHS_WARNINGS
@@ -35,16 +35,6 @@ def trained(block, ckpt):
     with diagnose(net) as report:
         ckpt(net.body, net.stem(data()[0])).square().mean().backward()
     return report, net
-
-
-class Counts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer, self.seen = nn.Linear(WIDTH, WIDTH), 0
-
-    def forward(self, x):
-        self.seen += 1
-        return self.compute(self.layer(x), self.seen)
 
 
 # The reentrant engine: what the operations are given.
@@ -230,9 +220,6 @@ class Unfreezes(Counts):
     def forward(self, x):
         self.layer.requires_grad_(True)
         return super().forward(x)
-
-    def compute(self, x, n):
-        return x.sin()
 
 
 @pytest.mark.parametrize("ckpt", [*BOTH, by_context, drop_in_reentrant])
@@ -500,7 +487,6 @@ def test_a_limit_that_is_set_between_forward_and_backward_is_no_error():
 
 def test_a_loss_of_torchs_after_a_backward_pass_reads_no_state_of_the_model():
     net = Net(Counts())
-    net.body[1].compute = lambda x, n: x.sin()
     with diagnose(net) as report:
         y = non_reentrant(net.body, net.stem(data()[0]))
         y.square().mean().backward(retain_graph=True)

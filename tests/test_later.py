@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from momentum_fix import diagnose, update_once
-from scenes import WIDTH, Net, data, same_gradients
+from scenes import WIDTH, Counts, Net, data, same_gradients
 from twins import by_context, drop_in_reentrant, non_reentrant, plainly, reentrant
 
 BOTH = (non_reentrant, reentrant)
@@ -24,16 +24,6 @@ def trained(block, ckpt, batches, loss=lambda net, y: y.square().mean(), tool=No
     if handle:
         handle.remove()
     return report, net
-
-
-class Counts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer, self.seen = nn.Linear(WIDTH, WIDTH), 0
-
-    def forward(self, x):
-        self.seen += 1
-        return self.layer(x).sin()
 
 
 class Changes(Counts):

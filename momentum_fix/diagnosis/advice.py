@@ -86,7 +86,7 @@ def _difference(region: Region, judgement: Judgement, watch: Watch) -> Differenc
         remedies.append(_ELSEWHERE)
         if region.reentrant and judgement.size == inf:
             remedies.append("use_reentrant=False, if it asks whether gradients are on")
-    names = tuple(f"{part.name}.{name}".strip(".") for part, name in others + weights or hinted)
+    names = tuple(part.piece(name) for part, name in others + weights or hinted)
     return Difference(where, region.function, judgement.size, names, "; or ".join(remedies))
 
 

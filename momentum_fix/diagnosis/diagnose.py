@@ -173,11 +173,12 @@ def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
         instead = " Run a step with use_reentrant=False." if not_compared[0].reentrant else ""
         return f"what the checkpoint of {not_compared[0].function} handed to autograd could not be compared.{instead}"
     own = [region for region in watch.regions if region.runs_own_backward or not region.is_told]
-    if watch.may_be_read and own:
+    may_be_read = [each.name for each in watch.moved.values() if each.is_read]
+    if may_be_read and own:
         runs = "runs" if own[0].runs_own_backward else "may run"
         return (
             f"a hook or an autograd.Function of your own {runs} in the backward pass of {own[0].function}, and may "
-            f"have read what recomputation had moved again ({join_names([*watch.may_be_read])}). Make the state right "
+            f"have read what recomputation had moved again ({join_names(may_be_read)}). Make the state right "
             "first."
         )
     if judged:

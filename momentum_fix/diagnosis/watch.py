@@ -25,7 +25,7 @@ from momentum_fix.recomputation import is_recomputation, this_thread
 from momentum_fix.state.compare import mark
 from momentum_fix.state.fingerprint import difference, fingerprint, rounding
 from momentum_fix.state.reachable import modules_of
-from momentum_fix.state.snapshot import hooks_of, pieces
+from momentum_fix.state.snapshot import hooks_of, pieces, runs_torchs_code
 
 _UNWATCHED = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)  # DDP only refers to what others have
 ITSELF = "the function itself"
@@ -41,6 +41,10 @@ class Part(NamedTuple):
     module: Any
     name: str
     in_a_list: bool  # or in a dict or an object, so that it is not registered
+
+    def piece(self, name: str) -> str:
+        """Give the name of a piece of its state, as in a state dict."""
+        return f"{self.name}.{name}".strip(".")
 
 
 class Moved:
@@ -80,7 +84,6 @@ class Watch:
         self.passes = Counter[Piece]()  # how often calls of its module have moved a piece of state in forward passes
         self.lost: list[Region] = []  # the calls that pass no gradient on to their parameters
         self.moved: dict[Piece, Moved] = {}
-        self.may_be_read: dict[str, None] = {}  # what of that may be read by anybody
         self.found: dict[str, None] = {}  # what a recomputation had moved before a forward pass that may read it
         self.reread: dict[str, None] = {}  # what of that a backward pass came after
         self.ran: list[bool] = []  # of each call of a module: whether that is in training mode
@@ -149,10 +152,11 @@ class Watch:
         Statistics are read by their own module, in evaluation mode; of others, nobody knows who reads them, but modules
         of torch's own read theirs alone.
         """
-        own = [each for (key, _), each in self.moved.items() if key == id(module)]
-        self.found |= {each.name: None for each in own if each.is_read or not module.training}
-        if not type(module).__module__.startswith("torch.nn.modules.") or hooks_of(module):
-            self.found |= self.may_be_read
+        reads_its_own_alone = runs_torchs_code(module)
+        for (key, _), each in self.moved.items():
+            is_own = key == id(module)
+            if (each.is_read and (is_own or not reads_its_own_alone)) or (is_own and not module.training):
+                self.found[each.name] = None
 
     def look(self, inside: dict[int, Part]) -> dict[int, Marks]:
         """Give the state of the model: of the parts that are inside a checkpoint, tensors by value."""
@@ -168,8 +172,7 @@ class Watch:
                 if (key, name) not in self.moved:
                     part = parts[key]
                     is_read = not is_unread_statistic(part.module, name)
-                    self.moved[key, name] = Moved(f"{part.name}.{name}".strip("."), is_read)
-                    self.may_be_read |= {self.moved[key, name].name: None} if is_read else {}
+                    self.moved[key, name] = Moved(part.piece(name), is_read)
                 moved = self.moved[key, name]
                 moved.times += by_calls.get((key, name), 1)
                 moved.by_calls |= (key, name) in by_calls

@@ -105,10 +105,15 @@ def put_hooks(module: nn.Module, hooks: dict[str, dict[int, Any]]) -> None:
             own[name].update(hooks.get(name, ()))
 
 
+def runs_torchs_code(module: nn.Module) -> bool:
+    """Tell whether a call of a module runs code of torch's layers alone, and what its children run."""
+    return type(module).__module__.startswith("torch.nn.modules.") and not _has_hooks(vars(module))
+
+
 def reads_no_buffer(module: nn.Module) -> bool:
     """Tell whether a module runs torch's code alone, in training mode, and its output reads none of its buffers."""
     own = vars(module)
-    if not type(module).__module__.startswith("torch.nn.modules.") or not own["training"] or _has_hooks(own):
+    if not runs_torchs_code(module) or not own["training"]:
         return False
     if own["_buffers"].keys() != (_STATISTICS if "momentum" in own else _NONE):
         return False
