@@ -295,12 +295,10 @@ def _check() -> None:
     def probe(x: torch.Tensor) -> torch.Tensor:
         return x.square()
 
-    from torch.utils._python_dispatch import _disable_current_modes
-
     try:
         stop = _begin(lambda call: Probe() if call.function is probe and call.gradients else None, outermost=True)
         try:
-            with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+            with outside_of_modes(), torch.enable_grad():
                 with noting_saved(lambda tensor: seen.append(f"noted {int(tensor)}")):
                     torch.full((), 3.0, device="cpu", requires_grad=True).square()
                 for reentrant in (False, True):
@@ -323,7 +321,7 @@ def checkpoint_in_the_making() -> Mapping[str, Any]:
 
     A `context_fn` is called without these, and there is no public way to ask. So they are read where torch has them.
     """
-    return next(_variables_of_checkpoint(), {})
+    return _variables_of_checkpoint("fn")
 
 
 def _output_of_checkpoint() -> Any:
@@ -331,12 +329,17 @@ def _output_of_checkpoint() -> Any:
 
     NotImplemented if that is not told, as by torch.distributed._composable.
     """
-    return next((each["ret"] for each in _variables_of_checkpoint() if "ret" in each), NotImplemented)
+    return _variables_of_checkpoint("ret").get("ret", NotImplemented)
 
 
-def _variables_of_checkpoint() -> Iterator[Mapping[str, Any]]:
-    """Give the variables of each function of torch's checkpoint that is running, the innermost first."""
-    return (each.f_locals for each in _callers() if each.f_globals.get("__name__") == torchs.__name__)
+def _variables_of_checkpoint(name: str) -> Mapping[str, Any]:
+    """Give the variables of the innermost function of torch's checkpoint that is running and has one of this name."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:  # not by `_callers`: a generator costs microseconds, and this is asked by each checkpoint
+        if frame.f_globals is vars(torchs) and name in (variables := frame.f_locals):
+            return variables
+        frame = frame.f_back
+    return {}
 
 
 def is_called_by_library() -> bool:
@@ -588,6 +591,15 @@ def hidden_from_modes() -> AbstractContextManager[None]:
     Fake and proxy modes stay: they decide what a tensor is.
     """
     return _without_modes() if is_watched_by_mode() else nullcontext()
+
+
+@contextmanager
+def outside_of_modes() -> Iterator[None]:
+    """Run operations whose results are tensors of any code, whatever modes are on here."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), torch.inference_mode(False):
+        yield
 
 
 @contextmanager

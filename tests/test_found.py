@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from momentum_fix import diagnose, preserve_everywhere
 from momentum_fix.state.compare import mark
 from momentum_fix.state.fingerprint import difference, fingerprint
-from scenes import WIDTH, Counts, Net, data, same_gradients
+from scenes import WIDTH, Counts, LastDigits, Net, data, same_gradients
 from twins import TORCHS_WARNINGS, by_context, drop_in_reentrant, non_reentrant, plainly, reentrant
 
 pytestmark = TORCHS_WARNINGS
@@ -313,6 +313,38 @@ def test_marks_of_what_is_seldom_an_attribute():
     assert mark(layer.weight, by_value=False) != trains[1]
 
 
+class Refers(nn.Module):
+    """Has a proxy, which may stand for nothing that is there; may put others there."""
+
+    def __init__(self, owners=()):
+        super().__init__()
+        self.layer, self.owners = nn.Linear(WIDTH, WIDTH), owners
+        owner = Reads()
+        self.owner = weakref.proxy(owner)
+
+    def forward(self, x):
+        if self.owners:
+            owner = self.owners.pop()
+            self.owner = weakref.proxy(owner)
+        return self.layer(x).tanh()
+
+
+@pytest.mark.parametrize("ckpt", [non_reentrant, reentrant, by_context, drop_in_reentrant])
+def test_a_proxy_to_nothing_that_is_there_is_no_error(ckpt):
+    block = Refers()
+    with diagnose(block) as report:
+        ckpt(block, torch.rand(4, WIDTH, requires_grad=True)).sum().backward()
+    assert report.ok
+
+
+def test_another_proxy_is_another_state():
+    owners = [Reads(), Reads()]
+    block = Refers(owners.copy())
+    with diagnose(block) as report:
+        non_reentrant(block, torch.rand(4, WIDTH, requires_grad=True)).sum().backward()
+    assert "owner" in report
+
+
 @pytest.mark.filterwarnings("ignore:.*quantize")
 @pytest.mark.filterwarnings("ignore:.*TypedStorage")
 def test_quantized_tensors_have_values():
@@ -434,17 +466,6 @@ def test_layers_of_torchs_that_are_not_in_the_checkpoint_are_looked_at():
     with diagnose(net) as report:
         non_reentrant(net[1], torch.rand(4, WIDTH, requires_grad=True)).sum().backward()
     assert {"0.weight", "0.in_features"} <= set(report)
-
-
-class LastDigits(nn.Module):
-    """Its kernel is not deterministic."""
-
-    def __init__(self):
-        super().__init__()
-        self.__dict__["scale"] = iter([1.0, 1 + 2**-50])
-
-    def forward(self, x):
-        return x.sin() * torch.tensor(next(self.scale))
 
 
 class StepsAfterwards(Net):

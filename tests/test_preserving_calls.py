@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 import torch.utils.checkpoint
 from torch import nn
 from torch._dynamo.utils import counters as compiler_counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     apply_activation_checkpointing,
@@ -31,6 +32,7 @@ import momentum_fix
 import recipes
 from conformance import WRAPPERS
 from momentum_fix import preserve_everywhere, preserve_state
+from momentum_fix.state.snapshot import scratch
 from states import (
     KINDS,
     READ,
@@ -499,3 +501,19 @@ def _ranks(rank, folder):
 
 def test_two_ranks_of_ddp_and_of_fsdp2_are_exact(tmp_path):
     mp.spawn(_ranks, args=(tmp_path,), nprocs=2)
+
+
+def on_meta():
+    return torch.device("meta")
+
+
+@pytest.mark.parametrize(("width", "mode"), [(1231, FakeTensorMode), (1233, torch.inference_mode), (1237, on_meta)])
+def test_the_memory_that_recomputations_write_to_is_that_of_no_mode(width, mode):
+    layer = nn.BatchNorm1d(width)
+    with mode():
+        memory = scratch(layer)["running_mean"]
+    assert type(memory) is torch.Tensor
+    assert memory.device == layer.running_mean.device
+    assert not memory.is_inference()
+    assert memory is scratch(layer)["running_var"]
+    assert memory is not scratch(layer.to(torch.bfloat16))["running_mean"]

@@ -101,9 +101,9 @@ def warn_of_none(layers: Collection[NormLayer], what: str, stacklevel: int = 3) 
 def in_plain_lists(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Give the modules in a module's plain lists and dicts, where torch does not find them, each with its place."""
     for attribute, value in vars(module).items():
-        if attribute != "_modules" and isinstance(value, (list, tuple, dict)):
+        if attribute != "_modules" and issubclass(type(value), (list, tuple, dict)):
             for place, each in value.items() if isinstance(value, dict) else enumerate(value):
-                if isinstance(each, nn.Module):
+                if issubclass(type(each), nn.Module):  # a weak proxy is none; `isinstance` asks what it stands for
                     yield f"{attribute}[{place!r}]", each
 
 

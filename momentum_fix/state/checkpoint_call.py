@@ -21,6 +21,7 @@ from momentum_fix.state.snapshot import (
     LARGE,
     Copier,
     has_attributes,
+    has_hooks,
     hooks_of,
     keep,
     pieces,
@@ -73,21 +74,23 @@ class RegionOfTorchs(_torch.Listener):
     again and again; that is why a checkpoint costs more the more of them there are, a plain one of torch's too.
     """
 
-    __slots__ = ("everything", "hooks", "modules", "present", "versions")
+    __slots__ = ("everything", "hooks", "modules", "parameters", "present", "versions")
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
-        self.everything = [vars(each).copy() if has_attributes(each) else None for each in modules]
-        for own in filter(None, self.everything):
-            for name in ("_buffers", "_parameters"):
-                if own[name]:
-                    own[name] = own[name].copy()  # one may be replaced, or removed
-        self.versions = [*map(version, self._parameters())]
-
-    def _parameters(self) -> list[nn.Parameter]:
-        pairs = zip(self.modules, self.everything, strict=True)
-        known = [_parameters(module, own).values() for module, own in pairs if own]
-        return [parameter for each in known for parameter in each if parameter is not None]
+        self.everything = everything = list[dict[str, Any] | None]()
+        self.parameters = parameters = list[nn.Parameter]()
+        for module in modules:
+            own = None
+            if has_attributes(module):
+                own = vars(module).copy()
+                if own["_buffers"]:
+                    own["_buffers"] = own["_buffers"].copy()  # one may be replaced, or removed
+                if own["_parameters"]:
+                    own["_parameters"] = own["_parameters"].copy()
+                    parameters += [each for each in _parameters(module, own).values() if each is not None]
+            everything.append(own)
+        self.versions = tuple(map(version, parameters))
 
     def holds(self, module: nn.Module) -> bool:
         """Tell whether recomputations drop what they change on a module."""
@@ -99,9 +102,9 @@ class RegionOfTorchs(_torch.Listener):
 
     def __enter__(self) -> None:
         """Let the modules write to memory of which nobody reads the values."""
-        _warn_of_writes(self._parameters(), self.versions)
+        _warn_of_writes(self.parameters, self.versions)
         # No checkpoint recomputes while it recomputes. The forward pass had no hooks.
-        self.hooks = [(each, hooks) for each in self.modules if (hooks := hooks_of(each))]
+        self.hooks = [(each, hooks_of(each)) for each in self.modules if has_hooks(each)]
         self.present = []
         this_thread.begin_preserving(self)
         for module, _ in self.hooks:
@@ -134,7 +137,7 @@ class Region(_torch.Listener):
         # A parameter that no gradient trains may be state, a teacher's weights or a codebook. It is copied if it is
         # small; of the others, the version is kept.
         self.values: list[tuple[nn.Parameter, torch.Tensor]] = []
-        self.parameters, self.versions = list[nn.Parameter](), list[int]()
+        self.parameters, self.versions = list[nn.Parameter](), tuple[int, ...]()
         # Whether the hook is on in recomputations too, where it does nothing: compiled code inside of the checkpoint
         # would be compiled again without it.
         self.hears = False
@@ -217,7 +220,7 @@ class Region(_torch.Listener):
     def _keep_versions(self, parameters: Iterable[nn.Parameter | None]) -> None:
         known = [each for each in parameters if each is not None]
         self.parameters += known
-        self.versions += map(version, known)
+        self.versions += tuple(map(version, known))
 
     def _keep_parameters(self, module: nn.Module) -> None:
         for each in _parameters(module, vars(module)).values():
@@ -313,9 +316,9 @@ def _parameters(module: Any, everything: dict[str, Any]) -> dict[str, nn.Paramet
     return {} if renormalizes else everything["_parameters"]
 
 
-def _warn_of_writes(parameters: list[nn.Parameter], versions: list[int]) -> None:
+def _warn_of_writes(parameters: list[nn.Parameter], versions: tuple[int, ...]) -> None:
     """Warn of parameters, which are not preserved, that have other versions than then."""
-    if [*map(version, parameters)] == versions:
+    if tuple(map(version, parameters)) == versions:
         return
     for parameter, then in zip(parameters, versions, strict=True):
         if version(parameter) != then:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import warnings
 import weakref
@@ -41,6 +42,8 @@ def pieces(module: nn.Module) -> dict[str, Any]:
     """List the state of a module by name: buffers, parameters, children, attributes, hooks, and its mode."""
     own = vars(module)
     plain = {name: value for name, value in own.items() if name not in _SKELETON and name not in _FRAMEWORKS}
+    # A proxy is told by its id, as it may stand for nothing that is there, and raises then, whatever it is asked.
+    plain |= {name: id(value) for name, value in plain.items() if type(value) in weakref.ProxyTypes}
     children = {name: type(child) for name, child in own["_modules"].items()}  # one may be made anew each time
     return {
         "training": module.training,
@@ -76,7 +79,7 @@ def put(module: nn.Module, everything: dict[str, Any]) -> None:
 
 def has_attributes(module: nn.Module) -> bool:
     """Tell whether a module has more on it than what every module has, such as children."""
-    return vars(module).keys() != _SKELETON
+    return len(vars(module)) > len(_SKELETON)
 
 
 def without_attributes(module: nn.Module) -> dict[str, Any]:
@@ -87,11 +90,12 @@ def without_attributes(module: nn.Module) -> dict[str, Any]:
 def hooks_of(module: nn.Module) -> dict[str, dict[int, Any]]:
     """Give a module's hooks, in copies of the dictionaries that hold any."""
     own = vars(module)
-    return {name: dict(own[name]) for name in _HOOKS + _OF_HOOKS if own[name]} if _has_hooks(own) else {}
+    return {name: dict(own[name]) for name in _HOOKS + _OF_HOOKS if own[name]} if has_hooks(module) else {}
 
 
-def _has_hooks(own: dict[str, Any]) -> bool:
-    """Tell whether a module, given its `vars`, has any hooks."""
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether a module has any hooks."""
+    own = vars(module)
     forward = own["_forward_pre_hooks"] or own["_forward_hooks"]
     return bool(forward or own["_backward_pre_hooks"] or own["_backward_hooks"])
 
@@ -99,7 +103,7 @@ def _has_hooks(own: dict[str, Any]) -> bool:
 def put_hooks(module: nn.Module, hooks: dict[str, dict[int, Any]]) -> None:
     """Put back a module's hooks, into the same dictionaries, as the handles to remove a hook refer to these."""
     own = vars(module)
-    if hooks or _has_hooks(own):
+    if hooks or has_hooks(module):
         for name in _HOOKS + _OF_HOOKS:
             own[name].clear()
             own[name].update(hooks.get(name, ()))
@@ -107,7 +111,7 @@ def put_hooks(module: nn.Module, hooks: dict[str, dict[int, Any]]) -> None:
 
 def runs_torchs_code(module: nn.Module) -> bool:
     """Tell whether a call of a module runs code of torch's layers alone, and what its children run."""
-    return type(module).__module__.startswith("torch.nn.modules.") and not _has_hooks(vars(module))
+    return type(module).__module__.startswith("torch.nn.modules.") and not has_hooks(module)
 
 
 def reads_no_buffer(module: nn.Module) -> bool:
@@ -128,10 +132,20 @@ def reads_no_buffer(module: nn.Module) -> bool:
 def scratch(module: Any) -> dict[str, Any]:
     """Give a norm layer of torch's buffers to write to, of which nobody reads the values."""
     mean, counter = module._buffers["running_mean"], module._buffers["num_batches_tracked"]
-    memory = None if mean is None else torch.empty_like(mean)
+    memory = mean
+    if mean is not None:
+        is_plain = type(mean) is torch.Tensor
+        memory = _memory(mean.shape, mean.dtype, mean.device) if is_plain else torch.empty_like(mean)
     counts = module.momentum is None or isinstance(module, nn.SyncBatchNorm)
     counter = counter.clone() if counts and counter is not None else None
     return {"running_mean": memory, "running_var": memory, "num_batches_tracked": counter}
+
+
+@functools.cache
+def _memory(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Give memory for anybody to write to, kept as to ask for it anew would cost each checkpoint microseconds."""
+    with _torch.outside_of_modes():
+        return torch.empty(shape, dtype=dtype, device=device)
 
 
 class Copier:
