@@ -67,7 +67,7 @@ class Listener:
         """Hear what the function is given, in each recomputation; by the reentrant engine, in the forward pass too."""
 
     def returned(self, output: Any) -> None:
-        """Hear what the function gave in the forward pass; by the reentrant engine, in each recomputation too."""
+        """Hear what the function gave, in the forward pass and each recomputation. Of the reentrant engine."""
 
 
 Begin: TypeAlias = Callable[[Call], Listener | None]
@@ -75,6 +75,7 @@ _lock = threading.RLock()
 _beginnings: list[Begin] = []  # the outermost first
 _present: dict[tuple[Any, str], Any] = {}  # what stood in each place before we came; None: nothing
 _hearing_hooks: list[Callable[[torch.Tensor], None]] = []
+_hearing_functions: list[Callable[[], None]] = []
 
 
 class _ThisThread(threading.local):
@@ -126,6 +127,7 @@ def _places() -> dict[tuple[Any, str], Any]:
     torchs_frame, torchs_hook, function = torchs._CheckpointFrame, torchs._checkpoint_hook, torchs.CheckpointFunction
     torchs_recomputation = torchs._recomputation_hook
     torchs_forward = function.forward
+    node = torch.autograd.function.BackwardCFunction
 
     class Frame(torchs_frame):  # type: ignore[misc, valid-type]
         """A call of the non-reentrant engine."""
@@ -164,10 +166,6 @@ def _places() -> dict[tuple[Any, str], Any]:
         def __exit__(self, *error: Any) -> None:
             super().__exit__(*error)
             self.contexts.__exit__(*error)
-            if error == (None, None, None):
-                for each in self.listeners:
-                    if type(each).returned is not Listener.returned:
-                        each.returned(_output_of_checkpoint())
 
     class RecomputationHook(torchs_recomputation):  # type: ignore[misc, valid-type]
         """What torch enters around each recomputation of the non-reentrant engine."""
@@ -204,12 +202,20 @@ def _places() -> dict[tuple[Any, str], Any]:
 
         return torchs_forward(ctx, run if listeners else run_function, preserve_rng_state, *args)  # type: ignore[no-untyped-call]
 
+    def made(of_function: Any) -> None:
+        room = getattr(type(of_function), "_forward_cls", nn.Module).__module__
+        is_own = not room.startswith("torch.") or room.startswith("torch._library.")  # of operators of a user's
+        if is_own and torch.is_grad_enabled():
+            for hear in _hearing_functions:
+                hear()
+
     return {
         (torchs, "_CheckpointFrame"): Frame,
         (torchs, "_checkpoint_hook"): ForwardHook,
         (torchs, "_recomputation_hook"): RecomputationHook,
         (function, "apply"): classmethod(apply),  # of which it has none of its own
         (function, "forward"): staticmethod(forward),
+        (node, "__init__"): made,  # `apply` may have been kept under another name, but it makes a node each time
         **{(torch.Tensor, name): _heard(name) for name in ("register_hook", "register_post_accumulate_grad_hook")},
     }
 
@@ -264,7 +270,7 @@ def _entered(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
 
 
 _SEEN = [
-    *("noted 3", "forward", "returned 4", "saved 2 2", "recomputation"),
+    *("noted 3", "applied", "forward", "saved 2 2", "recomputation"),
     *("forward", "returned 4", "recomputation", "returned 4"),
 ]
 
@@ -295,17 +301,26 @@ def _check() -> None:
     def probe(x: torch.Tensor) -> torch.Tensor:
         return x.square()
 
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.square()
+
+    apply: Any = Own.apply  # before it is heard, as users do
     try:
         stop = _begin(lambda call: Probe() if call.function is probe and call.gradients else None, outermost=True)
+        stop_hearing = hear_functions(lambda: seen.append("applied"))
         try:
             with outside_of_modes(), torch.enable_grad():
                 with noting_saved(lambda tensor: seen.append(f"noted {int(tensor)}")):
                     torch.full((), 3.0, device="cpu", requires_grad=True).square()
+                apply(torch.full((), 1.0, device="cpu", requires_grad=True))
                 for reentrant in (False, True):
                     two = torch.full((), 2.0, device="cpu", requires_grad=True)
                     torchs.checkpoint(probe, two, use_reentrant=reentrant).backward()
         finally:
             stop()
+            stop_hearing()
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         seen.append(f"{type(error).__name__}: {error}")
     if seen != _SEEN:
@@ -321,23 +336,10 @@ def checkpoint_in_the_making() -> Mapping[str, Any]:
 
     A `context_fn` is called without these, and there is no public way to ask. So they are read where torch has them.
     """
-    return _variables_of_checkpoint("fn")
-
-
-def _output_of_checkpoint() -> Any:
-    """Give what the function has returned to the call of torch's checkpoint that is ending.
-
-    NotImplemented if that is not told, as by torch.distributed._composable.
-    """
-    return _variables_of_checkpoint("ret").get("ret", NotImplemented)
-
-
-def _variables_of_checkpoint(name: str) -> Mapping[str, Any]:
-    """Give the variables of the innermost function of torch's checkpoint that is running and has one of this name."""
     frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:  # not by `_callers`: a generator costs microseconds, and this is asked by each checkpoint
-        if frame.f_globals is vars(torchs) and name in (variables := frame.f_locals):
-            return variables
+    while frame is not None:  # not by `_callers`: a generator costs microseconds, and each checkpoint asks for this
+        if frame.f_globals is vars(torchs):
+            return frame.f_locals
         frame = frame.f_back
     return {}
 
@@ -424,6 +426,15 @@ def hear_hooks(hear: Callable[[torch.Tensor], None]) -> Callable[[], None]:
     """While somebody listens, have `hear` called with each tensor that gets a hook; return what ends that."""
     _hearing_hooks.append(hear)
     return functools.partial(_hearing_hooks.remove, hear)
+
+
+def hear_functions(hear: Callable[[], None]) -> Callable[[], None]:
+    """While somebody listens, have `hear` called when a user's autograd.Function is applied; return what ends that.
+
+    A user's operator of torch.library is one too. Where gradients are off, none is heard.
+    """
+    _hearing_functions.append(hear)
+    return functools.partial(_hearing_functions.remove, hear)
 
 
 @contextmanager
@@ -641,23 +652,6 @@ def version(tensor: torch.Tensor) -> int:
 def leaves_a_checkpoint(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor is what a reentrant checkpoint gave."""
     return isinstance(tensor.grad_fn, torchs.CheckpointFunction._backward_cls)
-
-
-def runs_own_function(outputs: Iterable[torch.Tensor], since: int) -> bool:
-    """Tell whether a class of a user's that derives from autograd.Function has part in these outputs.
-
-    Nodes that are older than `since`, a number that `nodes_so_far` has given, are not looked at.
-    """
-    waiting, seen = [each.grad_fn for each in outputs], set[Any]()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen and node._sequence_nr() >= since:
-            seen.add(node)
-            room = getattr(type(node), "_forward_cls", nn.Module).__module__
-            if not room.startswith("torch.") or room.startswith("torch._library."):  # of operators of a user's
-                return True
-            waiting += [each for each, _ in node.next_functions]
-    return False
 
 
 def base_of(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -506,13 +506,23 @@ def test_a_limit_that_is_set_between_forward_and_backward_is_no_error():
     assert "extra" in norms[0]._buffers
 
 
-def test_a_loss_of_torchs_after_a_backward_pass_reads_no_state_of_the_model():
-    net = Net(Counts())
-    with diagnose(net) as report:
-        y = non_reentrant(net.body, net.stem(data()[0]))
-        y.square().mean().backward(retain_graph=True)
-        nn.L1Loss()(y, torch.zeros_like(y)).backward()
-    assert report.gradients_right is True
+class ManyAttentions(nn.MultiheadAttention):
+    def forward(self, *inputs):
+        return super().forward(*inputs, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_tensor_that_is_given_twice_is_two_tensors_in_a_reentrant_recomputation(times):
+    torch.manual_seed(0)
+    attention = ManyAttentions(4, 2, batch_first=True)
+    x = torch.rand(3, 2, 4, requires_grad=True)
+    run = attention if times == 3 else lambda x: attention(x, x, x)
+    truth = torch.autograd.grad(run(*[x] * times).sum(), attention.in_proj_weight)[0]
+    with diagnose(attention) as report:
+        reentrant(run, *[x] * times).sum().backward()
+    assert torch.allclose(attention.in_proj_weight.grad, truth)
+    assert report.gradients_right is (True if times == 1 else None)
+    assert ("Run a step with use_reentrant=False" in report.verdict) is (times == 3)
 
 
 class Called:

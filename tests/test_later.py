@@ -1,5 +1,7 @@
 """State that recomputation has moved may be read later: by the next forward pass, or by the backward pass itself."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -206,9 +208,138 @@ def test_it_is_found_in_whatever_the_function_returns(give):
     assert READ_BY_BACKWARD.partition(" of ")[0] in report.verdict
 
 
-def test_a_function_outside_of_the_checkpoint_reads_no_state_of_it():
+still, scales = Still.apply, Scales.apply  # under another name, since before anybody listens
+
+
+def before(apply):
+    return lambda net, ckpt, x: ckpt(net.body, apply(net.stem(x), net.body[1]))
+
+
+@dataclass
+class Output:
+    y: torch.Tensor
+
+
+def kept(net, ckpt, x):
+    """Keep what the loss has of a function whose result the checkpoint does not return."""
+
+    def run(x):
+        net.kept = scales(x, net.body[1])
+        return net.body(x)
+
+    return ckpt(run, net.stem(x)) + net.kept.sum()
+
+
+def wrapped(net, ckpt, x):
+    return ckpt(lambda x: Output(net.body(scales(x, net.body[1]))), net.stem(x)).y
+
+
+@pytest.mark.parametrize("forward", [before(still), before(scales), before(Scales.apply), kept, wrapped])
+@pytest.mark.parametrize("ckpt", BOTH)
+def test_a_function_is_noticed_wherever_it_is_and_whatever_it_gives(forward, ckpt):
+    if forward is wrapped and ckpt is reentrant:
+        return  # that engine gives no graph to what is in an object
+    nets = []
+    for engine in (plainly, ckpt):
+        torch.manual_seed(0)
+        nets.append(Net(Counts()))
+        with diagnose(nets[-1]) as report:
+            forward(nets[-1], engine, data()[0]).square().mean().backward()
+    assert report.gradients_right is None
+    assert same_gradients(*nets) is (forward.__closure__ is not None and forward.__closure__[0].cell_contents is still)
+
+
+def test_a_function_without_gradients_runs_in_no_backward_pass():
     net = Net(Counts())
     with diagnose(net) as report:
-        y = Still.apply(net.stem(data()[0]), None)
-        non_reentrant(net.body, y).square().mean().backward()
+        with torch.no_grad():
+            scales(net.stem(data()[0]), net.body[1])
+        non_reentrant(net.body, net.stem(data()[0])).square().mean().backward()
     assert report.gradients_right is True
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+def test_a_function_whose_result_the_reentrant_engine_gives_no_graph_is_not_called_right(ckpt):
+    net = Net(nn.Tanh())
+
+    def run(x):
+        net.kept = still(net.body[0](x), None)
+        return net.body(x)
+
+    with diagnose(net) as report:
+        (ckpt(run, net.stem(data()[0])).sum() + net.kept.sum()).backward()
+    assert report.gradients_right is (True if ckpt is non_reentrant else None)
+
+
+# The next forward pass, though no module of a user's is called in it.
+
+
+def by_no_module(net, x):
+    return net.stem(x) * net.body[1].seen
+
+
+def by_a_function_of_a_layer(net, x):
+    return nn.TransformerEncoderLayer(4, 2, 8, 0.0, lambda z: z.relu() * net.body[1].seen)(net.stem(x)[:, :4])
+
+
+def by_nothing(net, x):
+    return nn.TransformerEncoderLayer(4, 2, 8, 0.0)(net.stem(x)[:, :4])
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+@pytest.mark.parametrize("score", [by_no_module, by_a_function_of_a_layer, by_nothing])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_forward_pass_by_layers_of_torchs_may_have_read_it(score, inside, ckpt):
+    def step(net, engine, x):
+        engine(net.body, net.stem(x)).square().mean().backward()
+        score(net, x).square().mean().backward()
+
+    class Trainer(nn.Module):
+        def forward(self, net, engine, x):
+            step(net, engine, x)
+
+    nets = []
+    for engine in (plainly, ckpt):
+        torch.manual_seed(0)
+        nets.append(Net(Counts()))
+        with diagnose(nets[-1]) as report:
+            (Trainer() if inside else step)(nets[-1], engine, data()[0])
+    assert report.gradients_right is None
+    assert READ_BY_NEXT in report.verdict
+    assert same_gradients(*nets) is (score is by_nothing)
+
+
+class Hides(nn.Module):
+    """Has a counting block where nobody looks, moves what is on it, and never calls it."""
+
+    def __init__(self, hide):
+        super().__init__()
+        self.layer, self.get = nn.Linear(WIDTH, WIDTH), hide(self, Counts())
+
+    def forward(self, x):
+        self.get().seen += 1
+        return self.layer(x).sin()
+
+
+def on_an_attribute(module, block):
+    vars(module)["hidden"] = block
+    return lambda: module.hidden
+
+
+def in_a_tuple_in_a_dict(module, block):
+    module.hidden = {"a": (block,)}
+    return lambda: module.hidden["a"][0]
+
+
+def below_one_in_a_list(module, block):
+    module.hidden = [nn.Sequential(block)]
+    return lambda: module.hidden[0][0]
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+@pytest.mark.parametrize("hide", [on_an_attribute, in_a_tuple_in_a_dict, below_one_in_a_list])
+def test_modules_are_looked_at_wherever_they_are(hide, ckpt):
+    report, _ = trained(lambda: Hides(hide), ckpt, 1)
+    name = {on_an_attribute: "", in_a_tuple_in_a_dict: "['a'][0]", below_one_in_a_list: "[0].0"}[hide]
+    assert list(report) == [f"body.1.hidden{name}.seen"]
+    assert trained(lambda: Hides(hide), ckpt, 2)[0].gradients_right is None

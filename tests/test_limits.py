@@ -411,7 +411,7 @@ NOT_OBSERVED = [
     ),
     (in_the_last_digits, "differs by ... That may be rounding, or the state that had changed"),
     (sparsely, "could not be compared"),
-    (with_a_hook_of_its_own, "a hook or an autograd.Function of your own runs in the backward pass of"),
+    (with_a_hook_of_its_own, "a hook or an autograd.Function of your own runs in the backward pass"),
 ]
 
 

@@ -86,7 +86,7 @@ def _diagnosing(model: nn.Module) -> Iterator[Diagnosis]:
         ends += [functools.partial(_torch.hear_entering, watch.enter, -1), _torch.hear_leaving(watch.leave)]
         ends += [hook.remove for hook in at_gradients(model, watch.in_backward)]
         ends += [p.register_post_accumulate_grad_hook(watch.accumulated).remove for p in trained(model)]  # type: ignore[no-untyped-call]
-        ends.append(_torch.hear_hooks(watch.hear_hook))
+        ends += [_torch.hear_hooks(watch.hear_hook), _torch.hear_functions(watch.hear_function)]
         with _torch.no_warning_of_hooks():
             yield report
     except BaseException as error:
@@ -172,14 +172,13 @@ def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
     if not_compared:
         instead = " Run a step with use_reentrant=False." if not_compared[0].reentrant else ""
         return f"what the checkpoint of {not_compared[0].function} handed to autograd could not be compared.{instead}"
-    own = [region for region in watch.regions if region.runs_own_backward or not region.is_told]
+    own = [f"the backward pass of {region.function}" for region in watch.regions if region.runs_own_backward]
+    own += ["the backward pass"] * watch.runs_own_backward
     may_be_read = [each.name for each in watch.moved.values() if each.is_read]
     if may_be_read and own:
-        runs = "runs" if own[0].runs_own_backward else "may run"
         return (
-            f"a hook or an autograd.Function of your own {runs} in the backward pass of {own[0].function}, and may "
-            f"have read what recomputation had moved again ({join_names(may_be_read)}). Make the state right "
-            "first."
+            f"a hook or an autograd.Function of your own runs in {own[0]}, and may have read what recomputation had "
+            f"moved again ({join_names(may_be_read)}). Make the state right first."
         )
     if judged:
         return ""

@@ -89,6 +89,7 @@ class Watch:
         self.ran: list[bool] = []  # of each call of a module: whether that is in training mode
         self.elsewhere: dict[str, None] = {}  # what has run in a backward pass, but not in a checkpoint that was seen
         self.backward = self.compiles = False  # whether a backward pass was seen, and a checkpoint being compiled
+        self.runs_own_backward = False  # whether an autograd.Function of a user's was applied
         self.running = _Running()
 
     def begin(self, call: _torch.Call) -> Region | None:
@@ -109,6 +110,12 @@ class Watch:
         """Hear that a hook is put on a tensor."""
         for region in self.running.regions:
             region.hear_hook(tensor)
+
+    def hear_function(self) -> None:
+        """Hear that an autograd.Function of a user's is applied."""
+        self.runs_own_backward = True
+        for region in self.running.regions:
+            region.trace.hides = region.runs_own_backward = True
 
     def enter(self, module: nn.Module, _: Any) -> None:
         """Hear that a module is called."""
@@ -149,10 +156,11 @@ class Watch:
     def begins(self, module: nn.Module) -> None:
         """Hear that a forward pass begins, which may read what recomputations have moved before.
 
-        Statistics are read by their own module, in evaluation mode; of others, nobody knows who reads them, but modules
-        of torch's own read theirs alone.
+        Statistics are read by their own module, in evaluation mode; of others, nobody knows who reads them. Where a
+        module of torch's own calls another, each reads its own alone; anywhere else, there is code of a user's.
         """
-        reads_its_own_alone = runs_torchs_code(module)
+        inside = [each for each, _ in self.running.modules[-1:]]
+        reads_its_own_alone = bool(inside) and all(map(runs_torchs_code, [module, *inside]))
         for (key, _), each in self.moved.items():
             is_own = key == id(module)
             if (each.is_read and (is_own or not reads_its_own_alone)) or (is_own and not module.training):
@@ -222,7 +230,6 @@ class Region(_torch.Listener):
         inputs = [each for each in call.args if isinstance(each, torch.Tensor)]
         self.gets_no_gradient = call.reentrant and call.gradients and not any(each.requires_grad for each in inputs)
         self.runs_own_backward = False  # whether hooks or an autograd.Function of a user's run in its backward pass
-        self.is_told = True  # what the function gives
         self.trains = False  # whether there is something to train in it, of one that gets no gradient
         self.parts: dict[int, Part] = {}
         for module, _ in modules_of((function, call.args, call.kwargs)):
@@ -241,6 +248,7 @@ class Region(_torch.Listener):
         self.trace = self.forward_trace = Tracing(self.where)  # of the reentrant engine
         self.untouched = False  # no module has run yet in the pass that is running
         self.same: list[int] | None = None  # for each tensor that the function is given, which one is the same
+        self.is_given_twice = False  # whether any of them is the same as another
         self.unfilled: list[Any] = []  # saved tensors whose values come later, and what is kept of each
         self.seeds = set[int]()  # the ids of saved values that are seeds
         self.seed: Value | None = None  # the value that was saved last, if it may be one
@@ -248,7 +256,7 @@ class Region(_torch.Listener):
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Remember what state and random numbers the forward pass starts from."""
-        before, self.begun = _random_numbers(), _torch.nodes_so_far()
+        before = _random_numbers()
         with self._running():
             yield
         if self.gets_no_gradient:
@@ -392,23 +400,20 @@ class Region(_torch.Listener):
             self.recomputations[-1].given = {each.grad_fn for each in tensors_in(args)}
         if self.reentrant:
             self.same = self.trace.given(args, self.same)
+            self.is_given_twice = len(set(self.same)) < len(self.same)
 
     def returned(self, output: Any) -> None:
         """Compare the operations that led to a result; where compiled code hides them, compare the result."""
-        runs_own_function = _torch.runs_own_function(tensors_in(output), 0 if self.reentrant else self.begun)
-        self.runs_own_backward |= runs_own_function
-        self.is_told = output is not NotImplemented
-        if not self.reentrant:
-            return
         computed = {id(each) for part in self.parts.values() for each in _computed_weights(part.module)}
         self.trace.returned(output, computed, is_all=self.is_compiled)
         if self.recomputations:
             last = self.recomputations[-1]
             last.hides = self.forward_trace.hides or self.trace.hides
-            last.hides |= runs_own_function
             last.hides |= any(name in ("_backward_hooks", "_backward_pre_hooks") for _, name in last.found_moved)
             last.hides |= "torch" in self.drew and not self.keeps_random_numbers
             last.pairs = [] if self.trace.wraps else [*compared(self.forward_trace, self.trace)]
+            if self.is_given_twice:  # recomputations are given more tensors, so other code may run
+                last.pairs = [(then, now or then._replace(numbers=None)) for then, now in last.pairs]
             self.trace.operations = []
         else:
             self.forward_trace = self.trace
@@ -500,7 +505,7 @@ def _own_marks(module: nn.Module) -> Marks:
 
 
 def parts_of(model: nn.Module, name: str = "") -> dict[int, Part]:
-    """Give the modules of a model of this name, and those in its lists, which are not registered.
+    """Give the modules of a model of this name, and those in its lists and attributes, which are not registered.
 
     Not TorchScript; nor DDP, which has but lists of what others have, and sends buffers around before each forward.
     """
@@ -511,10 +516,12 @@ def parts_of(model: nn.Module, name: str = "") -> dict[int, Part]:
     }
     waiting = list(parts.values())
     for part in waiting:
-        for place, each in in_plain_lists(part.module):
-            if id(each) not in parts and not isinstance(each, _UNWATCHED):
-                parts[id(each)] = Part(each, f"{part.name}.{place}".lstrip("."), True)
-                waiting.append(parts[id(each)])
+        hidden = [(name, each) for name, each in vars(part.module).items() if issubclass(type(each), nn.Module)]
+        for place, found in [*in_plain_lists(part.module), *hidden]:
+            for name, each in found.named_modules(prefix=f"{part.name}.{place}".lstrip(".")):
+                if id(each) not in parts and not isinstance(each, _UNWATCHED):
+                    parts[id(each)] = Part(each, name, True)
+                    waiting.append(parts[id(each)])
     return parts
 
 

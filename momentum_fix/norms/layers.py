@@ -32,6 +32,7 @@ NORMS = (
 )
 _BY_FORWARD = {f"{n.defined_in}.forward" if isinstance(n.defined_in, str) else n.defined_in.forward: n for n in NORMS}
 _ANY = Norm(nn.Module, reads_them=True)  # what is not known may read them
+_CONTAINERS = (list, tuple, dict)
 
 
 def norm_of(layer: nn.Module) -> Norm:
@@ -100,11 +101,17 @@ def warn_of_none(layers: Collection[NormLayer], what: str, stacklevel: int = 3) 
 
 def in_plain_lists(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Give the modules in a module's plain lists and dicts, where torch does not find them, each with its place."""
-    for attribute, value in vars(module).items():
-        if attribute != "_modules" and issubclass(type(value), (list, tuple, dict)):
-            for place, each in value.items() if isinstance(value, dict) else enumerate(value):
-                if issubclass(type(each), nn.Module):  # a weak proxy is none; `isinstance` asks what it stands for
-                    yield f"{attribute}[{place!r}]", each
+    # A weak proxy is none of these; `isinstance` would ask what it stands for.
+    own = {name: value for name, value in vars(module).items() if name != "_modules"}
+    waiting = [(name, value) for name, value in own.items() if issubclass(type(value), _CONTAINERS)]
+    seen = {id(value) for _, value in waiting}
+    for place, value in waiting:
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            if issubclass(type(each), nn.Module):
+                yield f"{place}[{key!r}]", each
+            elif issubclass(type(each), _CONTAINERS) and id(each) not in seen:
+                seen.add(id(each))
+                waiting.append((f"{place}[{key!r}]", each))
 
 
 def warn_of_hidden(model: nn.Module) -> None:
