@@ -506,7 +506,7 @@ def test_a_limit_that_is_set_between_forward_and_backward_is_no_error():
     assert "extra" in norms[0]._buffers
 
 
-class ManyAttentions(nn.MultiheadAttention):
+class WithoutWeights(nn.MultiheadAttention):
     def forward(self, *inputs):
         return super().forward(*inputs, need_weights=False)[0]
 
@@ -514,7 +514,7 @@ class ManyAttentions(nn.MultiheadAttention):
 @pytest.mark.parametrize("times", [1, 3])
 def test_a_tensor_that_is_given_twice_is_two_tensors_in_a_reentrant_recomputation(times):
     torch.manual_seed(0)
-    attention = ManyAttentions(4, 2, batch_first=True)
+    attention = WithoutWeights(4, 2, batch_first=True)
     x = torch.rand(3, 2, 4, requires_grad=True)
     run = attention if times == 3 else lambda x: attention(x, x, x)
     truth = torch.autograd.grad(run(*[x] * times).sum(), attention.in_proj_weight)[0]

@@ -149,11 +149,11 @@ class Tracing(TorchFunctionMode):
                 self.made_by.update((each, (number, place)) for each, place in bases if each is not None)
         return output
 
-    def given(self, args: tuple[Any, ...], first: list[int] | None) -> list[int]:
+    def given(self, args: tuple[Any, ...], first: list[int]) -> list[int]:
         """Note what the function is given, what it is given twice as one; `first` says what is, in a recomputation."""
         tensors = [*tensors_in(args)]
         ids = [*map(id, tensors)]
-        first = [*map(ids.index, ids)] if first is None else first
+        first = first or [*map(ids.index, ids)]
         self.made_by.update((each, (_GIVEN, place)) for each, place in zip(tensors, first, strict=False))
         return first
 

@@ -115,7 +115,7 @@ class Watch:
         """Hear that an autograd.Function of a user's is applied."""
         self.runs_own_backward = True
         for region in self.running.regions:
-            region.trace.hides = region.runs_own_backward = True
+            region.hear_own_backward()
 
     def enter(self, module: nn.Module, _: Any) -> None:
         """Hear that a module is called."""
@@ -159,8 +159,8 @@ class Watch:
         Statistics are read by their own module, in evaluation mode; of others, nobody knows who reads them. Where a
         module of torch's own calls another, each reads its own alone; anywhere else, there is code of a user's.
         """
-        inside = [each for each, _ in self.running.modules[-1:]]
-        reads_its_own_alone = bool(inside) and all(map(runs_torchs_code, [module, *inside]))
+        calls = self.running.modules
+        reads_its_own_alone = bool(calls) and runs_torchs_code(calls[-1][0]) and runs_torchs_code(module)
         for (key, _), each in self.moved.items():
             is_own = key == id(module)
             if (each.is_read and (is_own or not reads_its_own_alone)) or (is_own and not module.training):
@@ -247,8 +247,7 @@ class Region(_torch.Listener):
         self.recomputations: list[Recomputation] = []
         self.trace = self.forward_trace = Tracing(self.where)  # of the reentrant engine
         self.untouched = False  # no module has run yet in the pass that is running
-        self.same: list[int] | None = None  # for each tensor that the function is given, which one is the same
-        self.is_given_twice = False  # whether any of them is the same as another
+        self.same: list[int] = []  # for each tensor that the function is given, which one is the same
         self.unfilled: list[Any] = []  # saved tensors whose values come later, and what is kept of each
         self.seeds = set[int]()  # the ids of saved values that are seeds
         self.seed: Value | None = None  # the value that was saved last, if it may be one
@@ -381,10 +380,14 @@ class Region(_torch.Listener):
         if forward.matters and id(forward) not in self.seeds:
             self.recomputations[-1].pairs.append((forward, recomputed))
 
+    def hear_own_backward(self) -> None:
+        """Hear that code of a user's will run in the backward pass, for a hook or an autograd.Function."""
+        self.runs_own_backward = True
+        self.trace.hides = True  # of the reentrant engine, whose forward pass has no graph for it to be in
+
     def hear_hook(self, tensor: torch.Tensor) -> None:
         """Hear that the function puts a hook on a tensor. On one from outside, each recomputation puts another one."""
-        self.trace.hides = True  # of the reentrant engine, whose forward pass has no graph for it to be in
-        self.runs_own_backward = True
+        self.hear_own_backward()
         if self.recomputations:
             last = self.recomputations[-1]
             last.hooks_again |= tensor.grad_fn in last.given or _torch.is_older(tensor, self.trace.nodes)
@@ -400,7 +403,6 @@ class Region(_torch.Listener):
             self.recomputations[-1].given = {each.grad_fn for each in tensors_in(args)}
         if self.reentrant:
             self.same = self.trace.given(args, self.same)
-            self.is_given_twice = len(set(self.same)) < len(self.same)
 
     def returned(self, output: Any) -> None:
         """Compare the operations that led to a result; where compiled code hides them, compare the result."""
@@ -412,7 +414,7 @@ class Region(_torch.Listener):
             last.hides |= any(name in ("_backward_hooks", "_backward_pre_hooks") for _, name in last.found_moved)
             last.hides |= "torch" in self.drew and not self.keeps_random_numbers
             last.pairs = [] if self.trace.wraps else [*compared(self.forward_trace, self.trace)]
-            if self.is_given_twice:  # recomputations are given more tensors, so other code may run
+            if len(set(self.same)) < len(self.same):  # recomputations are given more tensors, so other code may run
                 last.pairs = [(then, now or then._replace(numbers=None)) for then, now in last.pairs]
             self.trace.operations = []
         else:
@@ -509,19 +511,16 @@ def parts_of(model: nn.Module, name: str = "") -> dict[int, Part]:
 
     Not TorchScript; nor DDP, which has but lists of what others have, and sends buffers around before each forward.
     """
-    parts = {
-        id(each): Part(each, name, False)
-        for name, each in model.named_modules(prefix=name)
-        if not isinstance(each, _UNWATCHED)
-    }
-    waiting = list(parts.values())
-    for part in waiting:
-        hidden = [(name, each) for name, each in vars(part.module).items() if issubclass(type(each), nn.Module)]
-        for place, found in [*in_plain_lists(part.module), *hidden]:
-            for name, each in found.named_modules(prefix=f"{part.name}.{place}".lstrip(".")):
-                if id(each) not in parts and not isinstance(each, _UNWATCHED):
-                    parts[id(each)] = Part(each, name, True)
-                    waiting.append(parts[id(each)])
+    parts, waiting = dict[int, Part](), [(name, model)]
+    for place, root in waiting:
+        below = () if id(root) in parts else root.named_modules(prefix=place)
+        for path, each in below:
+            if id(each) not in parts and not isinstance(each, _UNWATCHED):
+                part = parts[id(each)] = Part(each, path, root is not model)
+                own = [
+                    (attribute, value) for attribute, value in vars(each).items() if issubclass(type(value), nn.Module)
+                ]
+                waiting += [(part.piece(there), found) for there, found in (*in_plain_lists(each), *own)]
     return parts
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -137,7 +137,7 @@ class Region(_torch.Listener):
         # A parameter that no gradient trains may be state, a teacher's weights or a codebook. It is copied if it is
         # small; of the others, the version is kept.
         self.values: list[tuple[nn.Parameter, torch.Tensor]] = []
-        self.parameters, self.versions = list[nn.Parameter](), tuple[int, ...]()
+        self.parameters, self.versions = list[nn.Parameter](), list[int]()
         # Whether the hook is on in recomputations too, where it does nothing: compiled code inside of the checkpoint
         # would be compiled again without it.
         self.hears = False
@@ -220,7 +220,7 @@ class Region(_torch.Listener):
     def _keep_versions(self, parameters: Iterable[nn.Parameter | None]) -> None:
         known = [each for each in parameters if each is not None]
         self.parameters += known
-        self.versions += tuple(map(version, known))
+        self.versions += map(version, known)
 
     def _keep_parameters(self, module: nn.Module) -> None:
         for each in _parameters(module, vars(module)).values():
@@ -316,9 +316,9 @@ def _parameters(module: Any, everything: dict[str, Any]) -> dict[str, nn.Paramet
     return {} if renormalizes else everything["_parameters"]
 
 
-def _warn_of_writes(parameters: list[nn.Parameter], versions: tuple[int, ...]) -> None:
+def _warn_of_writes(parameters: list[nn.Parameter], versions: Sequence[int]) -> None:
     """Warn of parameters, which are not preserved, that have other versions than then."""
-    if tuple(map(version, parameters)) == versions:
+    if tuple(map(version, parameters)) == tuple(versions):
         return
     for parameter, then in zip(parameters, versions, strict=True):
         if version(parameter) != then:
