@@ -401,6 +401,12 @@ def allows_saved_hooks() -> bool:
     return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
 
 
+def has_own_saved_hooks() -> bool:
+    """Tell whether hooks on saved tensors are on that are none of torch's (as save_on_cpu has them), nor ours."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and not str(getattr(hooks[1], "__module__", "")).startswith(("torch.", "momentum_fix."))
+
+
 def hidden_from_function_modes() -> AbstractContextManager[Any]:
     """Run operations of this package's own, which a TorchFunctionMode of a user's would see and might change."""
     return torch._C.DisableTorchFunction()
@@ -537,6 +543,18 @@ def others_hear_modules() -> bool:
     """Tell whether somebody else has a global hook on, which may do anything with a module."""
     hooks = (torchs_module._global_forward_pre_hooks, torchs_module._global_forward_hooks)
     return any(hook is not _on_entering and type(hook) is not _Leaving for each in hooks for hook in each.values())
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Tell whether hooks run in the backward pass of a module: its own, or those of all modules."""
+    everywhere = torchs_module._global_backward_hooks or torchs_module._global_backward_pre_hooks
+    return bool(module._backward_hooks or module._backward_pre_hooks or everywhere)
+
+
+def has_hooked_parameters(module: nn.Module) -> bool:
+    """Tell whether there are hooks on the parameters that are a module's own."""
+    parameters = (each for each in module._parameters.values() if each is not None)
+    return any(each._backward_hooks or each._post_accumulate_grad_hooks for each in parameters)
 
 
 # Recomputations, and modes.

@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_full_backward_hook, register_module_full_backward_pre_hook
 
 from momentum_fix import diagnose, update_once
 from scenes import WIDTH, Counts, Net, data, same_gradients
@@ -274,6 +275,139 @@ def test_a_function_whose_result_the_reentrant_engine_gives_no_graph_is_not_call
     with diagnose(net) as report:
         (ckpt(run, net.stem(data()[0])).sum() + net.kept.sum()).backward()
     assert report.gradients_right is (True if ckpt is non_reentrant else None)
+
+
+# Hooks from outside of the checkpoint, that scale a gradient which comes after the recomputation.
+
+
+def on_a_parameter(net, other, scale):
+    return net.stem.weight.register_hook(lambda gradient: gradient * scale())
+
+
+def on_a_parameter_of_another_model(net, other, scale):
+    return other.weight.register_hook(lambda gradient: gradient * scale())
+
+
+def on_a_gradient_that_is_ready(net, other, scale):
+    def hook(weight):
+        weight.grad *= scale()
+
+    return net.stem.weight.register_post_accumulate_grad_hook(hook)
+
+
+def on_a_module(net, other, scale):
+    return net.stem.register_full_backward_pre_hook(lambda _, gradients: (gradients[0] * scale(),))
+
+
+def on_what_a_module_gives(net, other, scale):
+    return net.stem.register_full_backward_hook(lambda _, gradients, __: (gradients[0] * scale(),))
+
+
+def on_all_modules(net, other, scale):
+    def hook(module, gradients):
+        return (gradients[0] * scale(),) if isinstance(module, nn.Linear) else None
+
+    return register_module_full_backward_pre_hook(hook)
+
+
+def on_what_all_modules_give(net, other, scale):
+    def hook(module, gradients, _):
+        return (gradients[0] * scale(),) if module is net.stem else None
+
+    return register_module_full_backward_hook(hook)
+
+
+FROM_OUTSIDE = (
+    on_a_parameter,
+    on_a_parameter_of_another_model,
+    on_a_gradient_that_is_ready,
+    on_a_module,
+    on_what_a_module_gives,
+    on_all_modules,
+    on_what_all_modules_give,
+)
+
+
+def hooked(hook, ckpt, scale):
+    """Train two models, with a hook whose scale follows the count of the second one's checkpoint."""
+    torch.manual_seed(0)
+    other, net = nn.Linear(4, 4), Net(Counts())
+    with hook(net, other, lambda: scale(net.body[1].seen)), diagnose(net) as report:
+        ckpt(net.body, net.stem(other(data()[0].requires_grad_()))).square().mean().backward()
+    return report, nn.ModuleList([net, other])
+
+
+def as_it_is(seen):
+    return float(seen)
+
+
+def always_two(_):
+    return 2.0
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+@pytest.mark.parametrize("scale", [as_it_is, always_two])
+@pytest.mark.parametrize("hook", FROM_OUTSIDE)
+def test_what_a_hook_from_outside_may_have_read_is_not_called_right(hook, scale, ckpt):
+    (report, nets), (_, truth) = hooked(hook, ckpt, scale), hooked(hook, plainly, scale)
+    assert same_gradients(nets, truth) is (scale is always_two)
+    assert report.gradients_right is None
+    assert READ_BY_BACKWARD.replace(" of body", "") in report.verdict.replace(" of body", "")
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+@pytest.mark.parametrize("hook", FROM_OUTSIDE)
+def test_where_it_is_preserved_what_a_hook_from_outside_reads_is_right(hook, ckpt):
+    (report, nets), (_, truth) = hooked(hook, KEEPING[ckpt], as_it_is), hooked(hook, plainly, as_it_is)
+    assert same_gradients(nets, truth)
+    assert report.ok
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_that_is_put_on_a_parameter_inside_of_the_block_too(register, ckpt):
+    net = Net(Counts())
+    with diagnose(net) as report:
+        getattr(net.stem.weight, register)(lambda _: None)
+        ckpt(net.body, net.stem(data()[0])).square().mean().backward()
+    assert report.gradients_right is None
+    assert READ_BY_BACKWARD.replace(" of body", "") in report.verdict
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+def test_hooks_that_run_in_no_backward_pass_read_nothing(ckpt):
+    net, other = Net(Counts()), nn.Linear(4, 4)
+    other.register_full_backward_pre_hook(lambda *_: None)
+    with diagnose(net) as report:
+        with torch.no_grad():
+            x = other(data()[0])
+        ckpt(net.body, net.stem(x)).square().mean().backward()
+    assert report.gradients_right is True
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+@pytest.mark.parametrize("scale", [as_it_is, always_two])
+def test_hooks_on_saved_tensors_outside_of_the_checkpoint_may_have_read_it(scale, ckpt):
+    nets = []
+    for engine in (plainly, ckpt):
+        torch.manual_seed(0)
+        nets.append(Net(Counts()))
+        seen = lambda each, net=nets[-1]: each * scale(net.body[1].seen)  # noqa: E731
+        with diagnose(nets[-1]) as report:
+            with torch.autograd.graph.saved_tensors_hooks(lambda each: each, seen):
+                x = nets[-1].stem(data()[0])
+            engine(nets[-1].body, x).square().mean().backward()
+    assert same_gradients(*nets) is (scale is always_two)
+    assert report.gradients_right is None
+    assert READ_BY_BACKWARD.replace(" of body", "") in report.verdict
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+def test_what_torch_saves_on_the_host_reads_nothing(ckpt):
+    net = Net(Counts())
+    with diagnose(net) as report, torch.autograd.graph.save_on_cpu():
+        ckpt(net.body, net.stem(data()[0])).square().mean().backward()
+    assert report.gradients_right is True
 
 
 # The next forward pass, though no module of a user's is called in it.

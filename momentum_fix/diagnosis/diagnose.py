@@ -172,13 +172,11 @@ def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
     if not_compared:
         instead = " Run a step with use_reentrant=False." if not_compared[0].reentrant else ""
         return f"what the checkpoint of {not_compared[0].function} handed to autograd could not be compared.{instead}"
-    own = [f"the backward pass of {region.function}" for region in watch.regions if region.runs_own_backward]
-    own += ["the backward pass"] * watch.runs_own_backward
     may_be_read = [each.name for each in watch.moved.values() if each.is_read]
-    if may_be_read and own:
+    if may_be_read and watch.own_backward:
         return (
-            f"a hook or an autograd.Function of your own runs in {own[0]}, and may have read what recomputation had "
-            f"moved again ({join_names(may_be_read)}). Make the state right first."
+            f"a hook or an autograd.Function of your own runs in {watch.own_backward}, and may have read what "
+            f"recomputation had moved again ({join_names(may_be_read)}). Make the state right first."
         )
     if judged:
         return ""

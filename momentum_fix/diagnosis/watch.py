@@ -89,8 +89,10 @@ class Watch:
         self.ran: list[bool] = []  # of each call of a module: whether that is in training mode
         self.elsewhere: dict[str, None] = {}  # what has run in a backward pass, but not in a checkpoint that was seen
         self.backward = self.compiles = False  # whether a backward pass was seen, and a checkpoint being compiled
-        self.runs_own_backward = False  # whether an autograd.Function of a user's was applied
         self.running = _Running()
+        self.own_backward = ""  # in which backward pass code of a user's runs, for a hook or an autograd.Function
+        if any(_torch.has_hooked_parameters(part.module) for part in self.parts.values()):
+            self.hear_own_backward()
 
     def begin(self, call: _torch.Call) -> Region | None:
         """Begin a call of torch's checkpoint."""
@@ -108,14 +110,20 @@ class Watch:
 
     def hear_hook(self, tensor: torch.Tensor) -> None:
         """Hear that a hook is put on a tensor."""
+        self.hear_own_backward()
         for region in self.running.regions:
             region.hear_hook(tensor)
 
     def hear_function(self) -> None:
         """Hear that an autograd.Function of a user's is applied."""
-        self.runs_own_backward = True
+        self.hear_own_backward()
         for region in self.running.regions:
-            region.hear_own_backward()
+            region.trace.hides = True  # of the reentrant engine, whose forward pass has no graph for it to be in
+
+    def hear_own_backward(self) -> None:
+        """Hear that code of a user's will run in the backward pass."""
+        inside = [f" of {region.function}" for region in self.running.regions]
+        self.own_backward = self.own_backward or f"the backward pass{''.join(inside[:1])}"
 
     def enter(self, module: nn.Module, _: Any) -> None:
         """Hear that a module is called."""
@@ -123,13 +131,15 @@ class Watch:
         with _torch.hidden_from_modes():
             for region in running.regions:
                 region.first_module()
-                region.runs_own_backward |= bool(module._backward_hooks or module._backward_pre_hooks)
                 if region.gets_no_gradient:
                     region.trains |= any(each.requires_grad for each in module.parameters(recurse=False))
                 if not isinstance(module, _UNWATCHED):  # it may have been found where nobody looks, as in a dictionary
                     region.parts.setdefault(
                         id(module), self.parts.get(id(module), Part(module, self.name(module), True))
                     )
+            has_hooks = _torch.has_backward_hooks(module) or (not is_part and _torch.has_hooked_parameters(module))
+            if (has_hooks or _torch.has_own_saved_hooks()) and torch.is_grad_enabled():
+                self.hear_own_backward()
             if not is_recomputation():
                 self.begins(module)
             elif is_part and not running.recomputing:
@@ -229,7 +239,6 @@ class Region(_torch.Listener):
         # The reentrant engine recomputes only if a tensor that it is given requires gradients.
         inputs = [each for each in call.args if isinstance(each, torch.Tensor)]
         self.gets_no_gradient = call.reentrant and call.gradients and not any(each.requires_grad for each in inputs)
-        self.runs_own_backward = False  # whether hooks or an autograd.Function of a user's run in its backward pass
         self.trains = False  # whether there is something to train in it, of one that gets no gradient
         self.parts: dict[int, Part] = {}
         for module, _ in modules_of((function, call.args, call.kwargs)):
@@ -380,14 +389,9 @@ class Region(_torch.Listener):
         if forward.matters and id(forward) not in self.seeds:
             self.recomputations[-1].pairs.append((forward, recomputed))
 
-    def hear_own_backward(self) -> None:
-        """Hear that code of a user's will run in the backward pass, for a hook or an autograd.Function."""
-        self.runs_own_backward = True
-        self.trace.hides = True  # of the reentrant engine, whose forward pass has no graph for it to be in
-
     def hear_hook(self, tensor: torch.Tensor) -> None:
         """Hear that the function puts a hook on a tensor. On one from outside, each recomputation puts another one."""
-        self.hear_own_backward()
+        self.trace.hides = True
         if self.recomputations:
             last = self.recomputations[-1]
             last.hooks_again |= tensor.grad_fn in last.given or _torch.is_older(tensor, self.trace.nodes)
