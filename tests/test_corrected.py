@@ -64,6 +64,24 @@ def test_neither_is_the_root_of_five_digits_nor_what_is_no_momentum(momentum):
     assert corrected_by_hand(momentum) is None
 
 
+@pytest.mark.parametrize(
+    "momentum", [0.0513167019494862, 1 - 0.9**0.5, corrected_momentum(0.19, 4), corrected_momentum(0.3439, 8)]
+)
+def test_of_several_readings_of_a_root_the_one_with_the_fewest_passes_counts(momentum):
+    layer = nn.BatchNorm2d(3, momentum=momentum)
+    assert uncorrected(layer) == 0.1
+    ours = momentum == corrected_momentum(0.1, 2)  # if not, it was written by hand, and nobody else may set it
+    assert restore(layer).momentum == (0.1 if ours else momentum)
+    assert correct(layer, 3).momentum == corrected_momentum(0.1, 3)
+
+
+def test_a_mark_says_which_it_is():
+    layer = correct(nn.BatchNorm2d(3, momentum=0.19), 4)
+    assert uncorrected(layer) == 0.19
+    assert correct(layer, 2).momentum == corrected_momentum(0.19, 2)
+    assert restore(layer).momentum == 0.19
+
+
 def test_random_momenta_are_not_taken_for_roots():
     generator = random.Random(0)
     for _ in range(2000):

@@ -16,16 +16,28 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, spectral_norm
 from torch.utils.checkpoint import CheckpointPolicy
 
 import recipes as by
-from momentum_fix import correct, diagnose, update_once
+from momentum_fix import correct, diagnose, restore, update_once
 from momentum_fix.diagnosis.report import Diagnosis, Finding
 from recipes import ENGINES, Net, data
 from states import CountsInAnArray, OwnNoise, ReadsItsChild, Steps
-from twins import EXACT, by_context, drop_in, drop_in_reentrant, non_reentrant, on_two_ranks, plainly, reentrant, train
+from twins import (
+    EXACT,
+    by_context,
+    deviation,
+    drop_in,
+    drop_in_reentrant,
+    non_reentrant,
+    on_two_ranks,
+    plainly,
+    reentrant,
+    train,
+)
 
 # Kinds of state. Each is a layer of three channels that changes itself.
 
@@ -490,6 +502,14 @@ def test_where_selective_checkpointing_saves_a_norm_only_its_counter_moves_again
     assert {finding.attribute for finding in recomputed.values()} == set(STATISTICS)
 
 
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, by.instance_norm])  # torch writes to their statistics unnoticed
+def test_all_that_another_engine_moves_again_is_named(kind):
+    net = Net(kind)
+    found = diagnosed(net, ckpt=by.hand_written)
+    assert {*found} == {name for name, each in net.named_buffers() if kind is nn.BatchNorm2d or "running" in name}
+    assert {each.times for each in found.values()} == {2}
+
+
 def test_what_the_user_or_an_optimizer_changes_is_not_counted():
     net = net_of(nn.Identity)
     net.register_buffer("load", torch.ones(3))
@@ -651,6 +671,105 @@ def test_a_correction_of_layers_outside_of_the_checkpoint_is_found_beside_a_righ
     assert wrong.verdict == "Gradients are right, but recomputation moves state again (in 3 modules)."
 
 
+def by_hand(net, *names):
+    for name in names:
+        net.get_submodule(name).momentum = 1 - 0.9**0.5
+    return net
+
+
+NO_FIX = "its momentum is corrected, but it moves once"
+PASTED = {"update_once": update_once, "restore": restore, "correct": correct}
+FIXES = {  # for a net of which b and c are checkpointed; what nothing is said of would be right
+    "nothing": (lambda net: net, "update_once(model)"),
+    "a": (lambda net: correct(net, {"a": 2}), "update_once(restore(model))"),
+    "b": (lambda net: correct(net, {"b": 2}), "update_once(restore(model))"),
+    "a and b": (lambda net: correct(net, {"a": 2, "b": 2}), "update_once(restore(model))"),
+    "all": (lambda net: correct(net, 2), "update_once(restore(model))"),
+    "all, for three passes": (lambda net: correct(net, 3), "update_once(restore(model))"),
+    "a by hand": (lambda net: by_hand(net, "a.1"), "update_once(correct(model, passes=1))"),
+    "all by hand": (lambda net: by_hand(net, "a.1", "b.1", "c.1"), "update_once(correct(model, passes=1))"),
+    "b, and a by hand": (lambda net: correct(by_hand(net, "a.1"), {"b": 2}), "update_once(correct(model, passes=1))"),
+}
+
+
+@pytest.mark.parametrize(("prepare", "line"), FIXES.values(), ids=FIXES)
+def test_the_line_to_paste_makes_all_statistics_right_whatever_was_corrected(prepare, line):
+    truth, net = by.seeded_pair(nn.BatchNorm2d)
+    prepare(net)
+    report = diagnosed(copy.deepcopy(net), by.each_its_own)
+    assert report.fixes == (line,)
+    untouched = train(copy.deepcopy(net), by.each_its_own, data(), non_reentrant)
+    eval(line, PASTED, {"model": net})
+    assert diagnosed(copy.deepcopy(net), by.each_its_own).ok
+    train(truth, by.each_its_own, data(), plainly)
+    assert deviation(train(net, by.each_its_own, data(), non_reentrant), truth) < 1e-12
+    assert deviation(untouched, truth) > 1e-3
+
+
+def test_a_layer_that_moves_once_and_was_corrected_by_hand_is_given_its_momentum_back():
+    net = by_hand(Net(), "a.1", "b.1", "c.1")
+    report = diagnosed(net, by.one, plainly)
+    assert {(f.times, f.remedy, f.note) for f in report.values()} == {(1, "momentum=0.1", NO_FIX)}
+    assert report.fixes == ("correct(model, passes=1)",)
+    eval(*report.fixes, PASTED, {"model": net})
+    assert not diagnosed(net, by.one, plainly)
+    assert diagnosed(net, by.one).fixes == ("update_once(model)",)
+
+
+def test_where_state_is_to_be_preserved_no_momentum_may_be_corrected():
+    net = correct(net_of(lambda: nn.Sequential(Normalizer(), nn.BatchNorm2d(3))), 2)
+    report = diagnosed(net, by.one)
+    assert report.fixes == ("update_once(restore(model))", "checkpoint(..., context_fn=preserve_state)")
+    eval(report.fixes[0], PASTED, {"model": net})
+    assert diagnosed(net, by.one, by_context).ok
+
+
+@pytest.mark.parametrize("tool", [update_once, correct])
+def test_the_lines_name_what_is_not_in_the_model_that_was_given(tool):
+    model, others = Net(nn.Identity), [nn.Sequential(by.block()), nn.Sequential(by.block())]
+    if tool is correct:
+        model(correct(others[0])(data(1)[0])).sum().backward()
+    with diagnose(model) as report:
+        y = data(1)[0].requires_grad_()
+        for each in others:
+            y = non_reentrant(each, y)
+        non_reentrant(model, y).sum().backward()
+    names = "Sequential, Sequential 2" if tool is update_once else "Sequential 2"
+    assert report.fixes == (f"update_once(...) on the model that has {names}",)
+
+
+class PastItsNorm(nn.Module):
+    """Moves the statistics of a norm layer that it never calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        norm = self.norm
+        return functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, self.training)
+
+
+@pytest.mark.parametrize(("ckpt", "use"), [(non_reentrant, "preserve_state"), (by.hand_written, "torch's checkpoint")])
+def test_update_once_is_not_advised_where_it_is_on_and_does_not_help(ckpt, use):
+    net = net_of(PastItsNorm)
+    assert diagnosed(net, ckpt=ckpt).fixes == ("update_once(model)",)
+    update_once(net)
+    report = diagnosed(net, ckpt=ckpt)
+    assert len(report) == 6
+    assert all(finding.remedy.startswith(use) for finding in report.values())
+    assert {(each.times, each.note) for each in report.values()} == {(2, "moves again although update_once is on it")}
+    assert "update_once(model)" not in report.fixes
+
+
+@pytest.mark.parametrize("prepare", [lambda net: correct(net, 2), lambda net: net])
+def test_what_moved_again_and_is_right_is_not_said_not_to_have_moved(prepare):
+    report = diagnosed(prepare(Net(by.cumulative)), count=1)
+    assert report.ok
+    assert report.verdict.endswith("to the bit, and what moved again does no harm.")
+    assert diagnosed(Net(nn.Identity), count=1).verdict.endswith("to the bit, and moved no state again.")
+
+
 def test_a_step_without_a_backward_pass_says_nothing_of_a_corrected_momentum():
     net = correct(Net())
     with diagnose(net) as report:
@@ -740,6 +859,18 @@ def test_a_compiled_block_within_a_checkpoint_is_observed_from_outside(kind):
     assert report.gradients_right is (kind is Load)
     assert all(finding.times == 2 for finding in report.values())
     assert len(report) == 3
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_statistics_that_compiled_code_saves_and_may_not_read_make_nothing_wrong(backend):
+    report = diagnosed(Net(), by.compiled_block(backend), count=1)
+    assert report.gradients_right is None
+    assert "could not be compared. Run a step without torch.compile." in report.verdict
+    net = Net()
+    update_once(net)
+    right = diagnosed(net, by.compiled_block(backend), count=1).gradients_right
+    assert right is (True if backend == "aot_eager" else None)  # "eager" saves the memory that is written to instead
+    assert diagnosed(net_of(Normalizer), by.compiled_block(backend), count=1).gradients_right is False
 
 
 def test_torchscript_is_said_not_to_be_looked_at():
@@ -1104,7 +1235,7 @@ def test_what_a_function_of_a_users_hides_from_a_reentrant_checkpoint_is_not_cal
         with diagnose(model) as report:
             ckpt(model, torch.rand(6, 6).requires_grad_()).sum().backward()
         assert report.gradients_right is right
-        assert ("Run a step with use_reentrant=False" in report.verdict) is (right is None)
+        assert ("Train with use_reentrant=False" in report.verdict) is (right is None)
 
 
 # State of other kinds, and modules in other places.

@@ -522,7 +522,7 @@ def test_a_tensor_that_is_given_twice_is_two_tensors_in_a_reentrant_recomputatio
         reentrant(run, *[x] * times).sum().backward()
     assert torch.allclose(attention.in_proj_weight.grad, truth)
     assert report.gradients_right is (True if times == 1 else None)
-    assert ("Run a step with use_reentrant=False" in report.verdict) is (times == 3)
+    assert ("Train with use_reentrant=False" in report.verdict) is (times == 3)
 
 
 class Called:

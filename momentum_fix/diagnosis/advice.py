@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from momentum_fix._tables import number
 from momentum_fix.diagnosis.report import Diagnosis, Difference, Finding
 from momentum_fix.diagnosis.watch import ITSELF, Judgement, Moved, Region, Watch
 from momentum_fix.formula import corrected_momentum
-from momentum_fix.norms.layers import is_statistic, is_unread_statistic, only_writes, tracks
-from momentum_fix.norms.momenta import is_corrected, uncorrected
+from momentum_fix.norms.layers import is_statistic, is_unread_statistic, join_names, only_writes, tracks
+from momentum_fix.norms.momenta import is_changed, is_corrected, uncorrected
+from momentum_fix.norms.wrapping import wrapper_of
 from momentum_fix.state.compare import mark
 from momentum_fix.state.snapshot import LARGE, pieces
 
-RESTORE = "restore"
-_PRESERVE, _ONCE = "preserve_state", "update_once"
+_PRESERVE, _ONCE, _RESTORE = "preserve_state", "update_once", "restore"
 _BUFFER = "a buffer instead of this parameter"
 _BUFFER_AND = f"{_BUFFER}, and {_PRESERVE}"
 _REACH = "keep it on a module that runs in the checkpoint: preserve_state did not reach it"
@@ -125,11 +126,13 @@ def findings_of(model: nn.Module, watch: Watch, wrong: set[int]) -> Iterator[Fin
             else:
                 preserved = any(each.preserved for region in regions if region for each in region.recomputations)
                 remedy = _REACH if preserved else _PRESERVE
-            if part.in_a_list and remedy == _ONCE:
+            if remedy == _ONCE and part.in_a_list:
                 remedy = _PRESERVE
                 note = "not registered (in a plain list or dict?), so update_once does not reach it"
-            elif key not in watch.parts and remedy == _ONCE:
+            elif remedy == _ONCE and key not in watch.parts:
                 note = "not in the model that was given: call update_once on it too"
+            elif remedy == _ONCE and wrapper_of(layer) is not None:
+                remedy, note = _ENGINE if None in regions else _PRESERVE, "moves again although update_once is on it"
             yield Finding(part.name, name, type(layer).__name__, times[name], remedy, note)
 
 
@@ -143,24 +146,41 @@ def _of_statistics(layer: Any, times: int | Fraction) -> tuple[str, str]:
     if makes_up:
         return "", "its momentum makes up for it" if plain is not None else "equal passes do not change its plain mean"
     if times == 1:
-        return RESTORE, "its momentum is corrected, but it moves once"
+        remedy = _RESTORE if is_changed(layer) else f"momentum={number(plain)}"  # of a root that was written by hand
+        return remedy, "its momentum is corrected, but it moves once"
     return _ONCE, "" if plain is momentum else "its momentum is corrected for another number of passes"
 
 
 def fixes_of(report: Diagnosis, watch: Watch) -> Iterator[str]:
     """Give the lines to paste."""
     remedies = {each.remedy for each in report.values()} | {each.remedy for each in report.differences}
-    if _ONCE in remedies:
-        yield "update_once(model)"
-    if any(_PRESERVE in remedy for remedy in remedies - {_BUFFER_AND, _REACH, _ENGINE}):
+    preserves = any(_PRESERVE in remedy for remedy in remedies - {_BUFFER_AND, _REACH, _ENGINE})
+    yield from _fixes_of_statistics(report, watch, preserves)
+    if preserves:
         if any(region.by_library for region in watch.regions):
             yield "preserve_everywhere()"
         elif any(region.reentrant for region in watch.regions):
             yield "momentum_fix.checkpoint(...) instead of torch's"
         else:
             yield "checkpoint(..., context_fn=preserve_state)"
-    if RESTORE in remedies:
-        yield "restore(model)"
+
+
+def _fixes_of_statistics(report: Diagnosis, watch: Watch, preserves: bool) -> Iterator[str]:
+    """Give the lines after which running statistics move once, and no momentum is corrected for more."""
+    again = {each.module for each in report.values() if each.remedy == _ONCE}
+    once = {each.module for each in report.values() if each.remedy and each.times == 1}
+    layers = {part.name: part.module for part in watch.parts.values()}
+    corrected = {name for name, layer in layers.items() if tracks(layer) and is_corrected(layer)}
+    plain = "model"
+    if corrected and (again or once or preserves):
+        plain = "restore(model)" if all(is_changed(layers[name]) for name in corrected) else "correct(model, passes=1)"
+    if again & layers.keys() or (plain != "model" and corrected - once):
+        yield f"{_ONCE}({plain})"
+    elif plain != "model":
+        yield plain
+    for tool, names in ((_ONCE, again), (_RESTORE, once)):
+        if outside := {name.partition(".")[0] for name in names - layers.keys()}:
+            yield f"{tool}(...) on the model that has {join_names(sorted(outside))}"
 
 
 def _is_unpreserved(module: nn.Module, name: str) -> bool:

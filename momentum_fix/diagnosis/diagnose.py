@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointError
 from momentum_fix import _torch
 from momentum_fix._block import Block
 from momentum_fix._torch import is_compiled
-from momentum_fix.diagnosis.advice import RESTORE, differences_of, findings_of, fixes_of
+from momentum_fix.diagnosis.advice import differences_of, findings_of, fixes_of
 from momentum_fix.diagnosis.report import Diagnosis
 from momentum_fix.diagnosis.watch import ITSELF, Judgement, Region, Watch, judge
 from momentum_fix.norms.layers import at_gradients, join_names, trained
@@ -122,7 +122,7 @@ def _verdict(report: Diagnosis, unknown: str, wrong: int, recomputations: str) -
     """Say in a sentence what was observed."""
     bad = [each for each in report.values() if each.remedy]
     moved = "a momentum is corrected for passes that this step did not make"
-    moved = moved if {each.remedy for each in bad} == {RESTORE} else "recomputation moves state again"
+    moved = moved if all(each.times == 1 for each in bad) else "recomputation moves state again"
     moved += f" (in {_count(len({each.module for each in bad}), 'module')})"
     exactly = f"up to rounding ({report.rounding:.1g})" if report.rounding else "to the bit"
     if wrong:
@@ -133,7 +133,8 @@ def _verdict(report: Diagnosis, unknown: str, wrong: int, recomputations: str) -
         return f"Not observed: {unknown}" + (f" And {moved}." if bad else "")
     if bad:
         return f"Gradients are right{f' {exactly}' if report.rounding else ''}, but {moved}."
-    return f"Clean: {recomputations} gave autograd the same as the forward pass, {exactly}, and moved no state again."
+    others = "what moved again does no harm" if report else "moved no state again"
+    return f"Clean: {recomputations} gave autograd the same as the forward pass, {exactly}, and {others}."
 
 
 def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
@@ -170,8 +171,12 @@ def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
             "rounding, or the state that had changed since the forward pass. Make the state right first."
         )
     if not_compared:
-        instead = " Run a step with use_reentrant=False." if not_compared[0].reentrant else ""
-        return f"what the checkpoint of {not_compared[0].function} handed to autograd could not be compared.{instead}"
+        region = not_compared[0]
+        instead = " Run a step without torch.compile." if region.is_compiled else ""
+        instead = instead or (
+            " Train with use_reentrant=False: with True, some of it may get no gradient." if region.reentrant else ""
+        )
+        return f"what the checkpoint of {region.function} handed to autograd could not be compared.{instead}"
     may_be_read = [each.name for each in watch.moved.values() if each.is_read]
     if may_be_read and watch.own_backward:
         return (

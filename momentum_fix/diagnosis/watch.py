@@ -58,7 +58,8 @@ class Moved:
 
     def for_one_batch(self, passes: int) -> int | Fraction:
         """Give how often it moves for one batch, if calls of its module in forward passes have moved it so often."""
-        times = 1 + Fraction(self.times, passes or len({id(region) for region in self.regions}) or 1)
+        calls = len({id(region) for region in self.regions if region}) + self.regions.count(None)
+        times = 1 + Fraction(self.times, passes or calls or 1)
         return int(times) if times.denominator == 1 else times
 
 
@@ -144,7 +145,7 @@ class Watch:
                 self.begins(module)
             elif is_part and not running.recomputing:
                 self.elsewhere[self.name(module)] = None
-                running.before, running.recomputing = self.look({}), [Counter()]
+                running.before, running.recomputing = self.look(self.parts_inside(module)), [Counter()]
             self.ran.append(module.training)
             running.modules.append((module, _own_marks(module) if is_part else {}))
 
@@ -161,7 +162,7 @@ class Watch:
                 (running.recomputing[-1] if running.recomputing else self.passes).update(moved)
             if running.before is not None and not running.modules:
                 before, running.before = running.before, None
-                self.count(before, self.look({}), running.recomputing.pop(), None)
+                self.count(before, self.look(self.parts_inside(module)), running.recomputing.pop(), None)
 
     def begins(self, module: nn.Module) -> None:
         """Hear that a forward pass begins, which may read what recomputations have moved before.
@@ -372,7 +373,8 @@ class Region(_torch.Listener):
     def saved(self, tensor: torch.Tensor) -> Value:
         """Keep what is needed to compare a saved tensor."""
         role = _torch.role_of_saved(tensor)
-        value = value_of(tensor, self.where(), role != "unread")
+        matters = None if self.is_compiled and self._is_statistic(tensor) else role != "unread"
+        value = value_of(tensor, self.where(), matters)
         if role == "unfilled":
             self.unfilled.append((value, tensor))
         # Attention on a GPU saves a seed and an offset, in memory that is not filled where nothing is dropped. What
@@ -384,9 +386,21 @@ class Region(_torch.Listener):
             self.seed = None
         return value
 
+    def _is_statistic(self, tensor: torch.Tensor) -> bool:
+        """Tell whether a tensor that compiled code saves is a running statistic, which it may save and not read."""
+        buffers = [
+            buffer
+            for part in self.parts.values()
+            for name, buffer in part.module._buffers.items()
+            if buffer is not None and is_unread_statistic(part.module, name)
+        ]
+        kind = tensor.shape, tensor.dtype, tensor.device
+        with _torch.hidden_from_modes():
+            return any((each.shape, each.dtype, each.device) == kind and torch.equal(each, tensor) for each in buffers)
+
     def compare(self, forward: Value, recomputed: Value) -> None:
         """Keep two saved tensors that belong together."""
-        if forward.matters and id(forward) not in self.seeds:
+        if forward.matters is not False and id(forward) not in self.seeds:
             self.recomputations[-1].pairs.append((forward, recomputed))
 
     def hear_hook(self, tensor: torch.Tensor) -> None:

@@ -27,7 +27,7 @@ def norm_layer(
     The partial holds the plain class and keywords only, so you can use it wherever a model accepts a `norm_layer`,
     and it builds ordinary torch layers. `correct` and `calibrate` recognize the momentum of such a layer as corrected
     by its number, if `momentum` has at most four digits and `passes` is 2 to 8, and start from the uncorrected one;
-    `restore` sets the uncorrected one.
+    `restore` sets the uncorrected one. (0.19 for four passes is the same number as 0.1 for two, and counts as that.)
 
     Exact for: layers updated `passes` times in a row for each batch. Not for: a model whose layers differ in
     passes (see `calibrate`), or alternating passes of several batches.

@@ -42,8 +42,10 @@ def _known(module: Any) -> tuple[Any, Any]:
     mark, momentum = vars(module).get(_MARK), getattr(module, "momentum", None)
     if mark is not None and not differ(mark[2], momentum):
         return mark[0], mark[1]
-    root, ours = corrected_by_hand(momentum), corrected_by_hand(momentum, rounding=0.0)
-    return momentum if root is None else root, momentum if ours is None else ours
+    root = corrected_by_hand(momentum)
+    if root is None:
+        return momentum, momentum
+    return root, root if any(momentum == corrected_momentum(root, passes) for passes in _BY_HAND) else momentum
 
 
 def differ(one: Any, other: Any) -> bool:
@@ -73,16 +75,17 @@ def set_corrected(momenta: Mapping[Any, Any], plain: Mapping[Any, Any]) -> None:
             vars(layer)[_MARK] = plain[layer], original, layer.momentum
 
 
-def corrected_by_hand(momentum: Any, rounding: float = _ROUNDING) -> float | None:
+def corrected_by_hand(momentum: Any) -> float | None:
     """Give m if the momentum is 1 - (1 - m)**(1/k) for an m of at most four digits, as in `1 - 0.9 ** 0.5`; else None.
 
-    Models carry that number in their source, and other packages set it. Without rounding, it is the number that this
-    package gives. A momentum of four digits is never taken for one (0.05 would be the root of 0.0975).
+    Models carry that number in their source, and other packages set it. Of several such m, the one with the smallest k
+    counts (0.1 for two passes is 0.19 for four). A momentum of four digits is never taken for one (0.05 would be the
+    root of 0.0975).
     """
     if type(momentum) is not float or not 0 < momentum < 1 or abs(momentum - round(momentum, 4)) <= _ROUNDING:
         return None
     for passes in _BY_HAND:
         m = round(effective_momentum(momentum, passes), 4)
-        if abs(momentum - corrected_momentum(m, passes)) <= rounding:
+        if abs(momentum - corrected_momentum(m, passes)) <= _ROUNDING:
             return m
     return None
