@@ -35,7 +35,8 @@ def audit(
 
     Args:
         source: a model; a state dict, or a checkpoint that holds state dicts or models at any depth; a file (.pt,
-            .pth, .bin, .ckpt, .safetensors), a sharded index (.index.json), or a directory of these.
+            .pth, .bin, .ckpt, .safetensors), a sharded index (.index.json), or a directory of these (what is in
+            directories inside of it is not looked at).
         steps: batches trained on, which with gradient accumulation are more than optimizer steps. With None, the
             layer with the lowest count in each state dict is assumed to have been updated once per step; this is
             an inference, and marked as one.
@@ -73,13 +74,13 @@ def audit(
 
 
 def _layers(model: Any, prefix: str) -> dict[str, tuple[Any, ...]]:
-    """Give a model's layers: the counter of each, its momentum, and what that was corrected from."""
+    """Give a model's layers: the counter of each, its momentum, what that was corrected from, what is not counted."""
     from momentum_fix.norms.correct import corrected_for
     from momentum_fix.norms.layers import tracked_layers
-    from momentum_fix.norms.momenta import uncorrected
+    from momentum_fix.norms.momenta import uncorrected, uncounted
 
     layers = {}
     for layer, (name, *_) in tracked_layers(model).items():
         momenta = (corrected_for(prefix + name, each, 1) for each in (layer.momentum, uncorrected(layer)))  # as floats
-        layers[name] = layer._buffers.get(COUNTER), *momenta
+        layers[name] = layer._buffers.get(COUNTER), *momenta, uncounted(layer)
     return layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 # Okabe and Ito's palette, told apart with every kind of colour vision, without what is too light for a thin line on
-# white, and a brown. Each number of passes, from 1 on, has one colour and one kind of line in every picture, and what
-# is corrected, and nothing else, is green.
+# white, and a brown. Each number of passes, from 1 to 25, has one colour and kind of line in every picture, and what is
+# corrected, and nothing else, is green.
 GREEN = "#009E73"
 BY_PASSES = ("#000000", "#0072B2", "#D55E00", "#8B4513", "#CC79A7")
 LINES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), ":")
@@ -125,8 +125,11 @@ def signal_data(momentum: float = 0.1, passes: Passes = 5, batches: int = 160, s
 def decay(momentum: float = 0.1, passes: Passes = (2, 3, 5), batches: int = 31, *, ax: Axes | None = None) -> Axes:
     """Draw the weight of a batch by its age: `decay_data` on `ax`, or on a new figure's axes; return the axes."""
     ax = _axes(ax, "Uncorrected passes forget faster, corrected ones do not", "age of the batch (batches)")
-    ax.set(ylabel="weight in the running value", yscale="log", ylim=(1e-3, 0.6))
-    return _draw(ax, decay_data(momentum, passes, batches), f"configured momentum {momentum:g}")
+    curves = decay_data(momentum, passes, batches)
+    newest = [weights[0] for _, weights in curves.values() if weights and weights[0]]
+    limits = min([1e-3, *(weight / 10 for weight in newest)]), 0.6 if max(newest, default=0) < 0.6 else 1.2
+    ax.set(ylabel="weight in the running value", yscale="log", ylim=limits)
+    return _draw(ax, curves, f"configured momentum {momentum:g}")
 
 
 def cumulative(momentum: float = 0.1, passes: Passes = (2, 3, 5), batches: int = 30, *, ax: Axes | None = None) -> Axes:
@@ -201,7 +204,9 @@ def save(path: str | Path, page: Figure | SubFigure | None = None) -> None:
 
 def _runs(momentum: float, passes: Passes) -> dict[str, tuple[float, int]]:
     """Name the runs to compare, each with the momentum of its layer and its number of passes."""
-    several = [passes] if isinstance(passes, int) else passes
+    several = passes if isinstance(passes, Iterable) else [passes]
+    if not several:
+        raise ValueError(f"passes is {passes!r}, but must be a number of passes or several: 2, or (2, 3, 5)")
     runs = {_count(k): (momentum, k) for k in (1, *several)}
     return runs | {f"{_count(most := max(several))}, corrected": (corrected_momentum(momentum, most), most)}
 
@@ -232,5 +237,5 @@ def _style(label: str) -> dict[str, Any]:
         return _CORRECTED
     if not label.endswith(("pass", "passes")):
         return _OTHERS.get(label, _MARKED)
-    at = (int(label.split()[0]) - 1) % len(BY_PASSES)
-    return {"color": BY_PASSES[at], "linestyle": LINES[at], "linewidth": 1.8}
+    again, at = divmod(int(label.split()[0]) - 1, len(BY_PASSES))
+    return {"color": BY_PASSES[at], "linestyle": LINES[(at + again) % len(LINES)], "linewidth": 1.8}

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,7 +22,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from momentum_fix import UnreadableError, audit, calibrate, correct, corrected_momentum, effective_momentum, update_once
+from momentum_fix import (
+    UnreadableError,
+    audit,
+    calibrate,
+    correct,
+    corrected_momentum,
+    effective_momentum,
+    restore,
+    update_once,
+)
 from momentum_fix._tables import printable, show
 from momentum_fix.files.verdict import LayerAudit
 from twins import batches, non_reentrant, plainly, train
@@ -164,6 +175,36 @@ def test_a_calibrated_model_is_corrected_already_though_the_step_that_calibrated
     assert audit(model).rows[1].batches == 2 * steps + 1
     for given in (None, steps + 1):
         assert corrections(model, steps=given) == ({"0.1": "", "1.1": "corrected already"}, "Corrected already")
+
+
+def test_all_batches_of_a_calibrated_block_may_have_counted_once():
+    model = network()
+    for count in (2, 3):  # once more, later
+        with calibrate(model):
+            train(model, step, batches(count, 4, 3, 4, 4), non_reentrant)
+    train(model, step, batches(5, 4, 3, 4, 4), non_reentrant)
+    again = copy.deepcopy(model)
+    assert audit(again).rows[1].batches == 15
+    for given in (None, 10):
+        assert corrections(again, steps=given) == ({"0.1": "", "1.1": "corrected already"}, "Corrected already")
+    again[1][1].num_batches_tracked -= 5  # as if no recomputation had been counted at all
+    assert corrections(again, steps=10)[0]["1.1"] == "corrected too much"
+    restore(model)
+    model[1][1].num_batches_tracked.fill_(15)
+    assert corrections(correct(model, {"1.1": 2}), steps=10)[0]["1.1"] == "corrected too much"
+
+
+@pytest.mark.parametrize("mean", [Fraction(3, 2), Fraction(4, 3), Fraction(7, 2), Fraction(19, 10)])
+def test_a_momentum_may_be_corrected_for_a_mean_number_of_updates(mean):
+    model = correct(network(), {"1.1": mean})
+    model[0][1].num_batches_tracked.fill_(60)
+    model[1][1].num_batches_tracked.fill_(int(60 * mean))
+    for given in (None, 60):
+        assert corrections(model, steps=given) == ({"0.1": "", "1.1": "corrected already"}, "Corrected already")
+    assert audit(model).rows[1].note == f"corrected already: for {float(mean):.6g} updates per step"
+    for other, correction in ((mean + 1, "corrected too much"), (mean - Fraction(1, 10), "not corrected enough")):
+        correct(model, {"1.1": other})
+        assert corrections(model, steps=60)[0]["1.1"] == correction
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
@@ -534,8 +575,31 @@ def test_a_missing_file_and_a_directory_without_checkpoints_are_refused(tmp_path
     with pytest.raises(UnreadableError, match=r"nowhere\.pt: cannot be read \(No such file"):
         audit(tmp_path / "nowhere.pt")
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(UnreadableError, match=r"holds no file that ends in \.pt, \.pth"):
+    with pytest.raises(UnreadableError, match=r"holds no file that ends in \.pt, \.pth.*json$"):
         audit(tmp_path)
+    (tmp_path / "checkpoint-500").mkdir()
+    with pytest.raises(UnreadableError, match=r"; its own directories are not looked into: name them$"):
+        audit(tmp_path)
+
+
+def test_what_is_made_anew_each_time_that_it_is_asked_for_is_found():
+    class Views(Mapping):
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getitem__(self, key):
+            value = self.inner[key]
+            return Views(value) if isinstance(value, dict) else value
+
+        def __iter__(self):
+            return iter(self.inner)
+
+        def __len__(self):
+            return len(self.inner)
+
+    tree = {f"run {i}": {"student": counters(a=10), "teacher": counters(a=20)} for i in range(6)}
+    assert audit(Views(tree), steps=10) == audit(tree, steps=10)
+    assert len(audit(tree).rows) == 12
 
 
 def test_a_large_file_is_not_read_into_memory(tmp_path):

@@ -104,7 +104,7 @@ def test_checkpointed_blocks_speak_for_recomputation(given):
         ],
         EARLIER: [
             "+ 20 batches more than steps in each layer",
-            "- small whole numbers, which would be chance",
+            "- small whole numbers of updates per step would be chance",
             f"- {first}",
         ],
         DROPPED: [
@@ -137,7 +137,7 @@ def test_a_fine_tuned_backbone_speaks_for_an_earlier_training():
     ]
     assert said[SEVERAL] == ["+ all layers of backbone, and no others"]
     assert said[DROPPED] == ["+ not small whole numbers"]
-    assert "- small whole numbers, which would be chance" in found(fine_tuned(7))[EARLIER]
+    assert "- small whole numbers of updates per step would be chance" in found(fine_tuned(7))[EARLIER]
 
 
 def test_layers_that_are_dropped_speak_for_it():

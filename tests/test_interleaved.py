@@ -59,6 +59,13 @@ def test_layers_whose_passes_are_consecutive_are_not_named():
     assert report.passes == {"shared.1": 2, "head.1": 2}
 
 
+def test_the_last_batch_is_not_taken_for_the_one_that_is_recomputed():
+    model = Net()
+    with pytest.warns(UserWarning, match="do not follow one another") as caught, calibrate(model):
+        siamese(model, *data(1), non_reentrant)
+    assert len(caught) == 1
+
+
 def test_the_warning_points_at_the_users_own_line():
     model = Net()
     with pytest.warns(UserWarning, match="only the decay") as caught, calibrate(model):

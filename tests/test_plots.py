@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -148,6 +149,29 @@ def test_the_largest_value_of_every_curve_is_seen_and_the_axes_show_little_else(
     assert top <= largest * (1.5 if plot is plots.decay else 1.1)
     scale, least = {plots.decay: ("log", 1e-3), plots.signal: ("linear", bottom)}.get(plot, ("linear", 0))
     assert (ax.get_yscale(), bottom) == (scale, least)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "passes"), [(0.0005, (2, 3)), (0.001, 2), (0.01, 5), (0.3, 2), (0.5, 5), (0.9, 2), (1.0, 2), (0.1, 12)]
+)
+def test_the_newest_batch_of_every_run_is_seen_whatever_the_momentum(momentum, passes):
+    ax = plots.decay(momentum, passes)
+    bottom, top = ax.get_ylim()
+    assert all(bottom <= ys[0] / 10 and ys[0] < top for _, ys in drawn(ax).values())
+
+
+def test_numbers_of_passes_look_different():
+    looks = {str(sorted(plots._style(f"{k} passes").items())) for k in range(2, 26)} | {
+        str(sorted(plots._style("1 pass").items()))
+    }
+    assert len(looks) == 25
+
+
+@pytest.mark.parametrize("plot", [plots.decay, plots.cumulative, plots.signal])
+def test_passes_are_one_number_of_any_kind_or_several(plot):
+    assert list(drawn(plot(passes=np.int64(3)))) == list(drawn(plot(passes=[3]))) == list(drawn(plot(passes=3)))
+    with pytest.raises(ValueError, match=r"passes is \[\], but must be a number of passes or several"):
+        plot(passes=[])
 
 
 def test_each_number_of_passes_has_one_colour_and_line_on_all_plots_and_a_band_lies_under_its_line():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 
 _MOST = 16  # runs of a layer per step: no checkpoints are nested deeper
 
@@ -13,9 +14,9 @@ def recomputed(batches: int, steps: int) -> int | None:
     return times if 1 <= times <= _MOST and nearly(batches, times, steps) else None
 
 
-def nearly(batches: int, times: int, steps: int) -> bool:
+def nearly(batches: int, times: int | Fraction, steps: int) -> bool:
     """Tell whether a layer that runs so many times per step counts so many batches, but for one step or 1 % of them."""
-    return abs(batches - times * steps) < times * max(1, steps / 100)
+    return abs(batches - float(times) * steps) < float(times) * max(1, steps / 100)
 
 
 def causes(counts: Mapping[str, int], steps: int, inferred: bool, ordered: bool) -> list[str]:
@@ -47,7 +48,7 @@ def causes(counts: Mapping[str, int], steps: int, inferred: bool, ordered: bool)
         ],
         "an earlier training, from which the model was fine-tuned": [
             unequal or f"+ {numbers[0] - steps} batches more than steps in each layer",
-            "- small whole numbers, which would be chance" if whole else "+ not small whole numbers",
+            "- small whole numbers of updates per step would be chance" if whole else "+ not small whole numbers",
             f"{'+' if first in more else '-'} {begins}" * ordered,
         ],
         "layers that are dropped at random (LayerDrop, stochastic depth)": [

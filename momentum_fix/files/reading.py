@@ -79,7 +79,7 @@ class NotANumber(NamedTuple):
 def checkpoint_files(path: Path) -> list[Path]:
     """Give the path itself, or the checkpoints of a directory.
 
-    Shards stand under their index, and what trainers save beside a model is left out.
+    Shards stand under their index, and what trainers save beside a model is left out. So are directories inside of it.
 
     Raises:
         UnreadableError: the path may not be looked at, or is a directory that holds none.
@@ -96,7 +96,8 @@ def checkpoint_files(path: Path) -> list[Path]:
                     shards.update(_weight_map(index).values())
         files = [file for file in files if file.name not in shards]
         refuse_if(not files and any(name.endswith(".distcp") for name in names), _DISTRIBUTED)
-        refuse_if(not files, f"holds no file that ends in {', '.join(_ENDINGS)} or {INDEX}")
+        inside = "; its own directories are not looked into: name them" * any((path / name).is_dir() for name in names)
+        refuse_if(not files, f"holds no file that ends in {', '.join(_ENDINGS)} or {INDEX}{inside}")
         return files
 
 
@@ -190,7 +191,7 @@ def search(tree: Any, most: float = math.inf, models: tuple[type, ...] = ()) -> 
     kinds = (Mapping, list, tuple, *models)
     found = 0
     names: dict[str, tuple[str, str]] = {}  # once each, for many mappings may share one that is long
-    seen = {id(tree)}  # each container once, however often it holds itself
+    seen = {id(tree): tree}  # each container once, however often it holds itself; held, so that ids stay theirs
     stack: list[tuple[int, tuple[Any, ...], Any]] = [(0, (), tree)] if isinstance(tree, kinds) else []
     while stack:
         depth, keys, node = stack.pop()
@@ -201,7 +202,7 @@ def search(tree: Any, most: float = math.inf, models: tuple[type, ...] = ()) -> 
         inner = []
         for key, value in node.items() if isinstance(node, (Mapping, Dictionary)) else enumerate(node):
             if isinstance(value, kinds) and id(value) not in seen and depth < _MAX_DEPTH:
-                seen.add(id(value))
+                seen[id(value)] = value
                 inner.append((depth + 1, (*keys[-_MAX_KEYS:], key), value))
             if isinstance(key, str) and key.endswith(_NAMES):
                 if key not in names:

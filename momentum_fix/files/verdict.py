@@ -19,6 +19,7 @@ from momentum_fix.formula import corrected_momentum, effective_momentum, positiv
 
 _MOST_BATCHES = 10**12  # batches: a thousand a second for thirty years
 _TOO_SMALL = 1e-300  # a momentum that is corrected for more updates than there can be
+_MOST_BATCHES_OF_A_MEAN = 1000  # of which `calibrate` gives a layer the mean number of updates
 _MOST_EXPLAINED = 5  # of a file for which causes are listed
 _ENOUGH, _TOO_LITTLE, _TOO_MUCH = "corrected already", "not corrected enough", "corrected too much"
 _SAYS = {  # of so many layers
@@ -163,38 +164,46 @@ def _judge_file(path: Path, steps: int | None, momentum: SupportsFloat | None) -
     return [row for prefix, layers in found for row in judge(str(path), prefix, layers, steps)]
 
 
-def with_momentum(counters: Mapping[str, Any], momentum: SupportsFloat | None) -> dict[str, tuple[Any, Any, Any]]:
+def with_momentum(counters: Mapping[str, Any], momentum: SupportsFloat | None) -> dict[str, tuple[Any, ...]]:
     """Give layers that count like this and were built with this momentum."""
     momentum = corrected_momentum(momentum, 1)  # as a float
-    return {name: (counter, momentum, momentum) for name, counter in counters.items()}
+    return {name: (counter, momentum, momentum, 0) for name, counter in counters.items()}
 
 
 def judge(source: str, prefix: str, layers: Mapping[str, Sequence[Any]], steps: int | None) -> Iterator[LayerAudit]:
-    """Judge the layers of one state dict or model: each a counter, a momentum, and what that was corrected from."""
-    counts = {name: _read_counter(counter) for name, (counter, _, _) in layers.items()}
-    corrected_for = {name: _corrected_for(*momenta) for name, (_, *momenta) in layers.items()}
-    assumed = steps or _infer_steps({name: count for name, (count, _) in counts.items() if count}, corrected_for)
+    """Judge the layers of one state dict or model.
+
+    Args:
+        layers: of each its counter, its momentum, what that was corrected from, and how many updates of the training
+            were not counted, though its momentum makes up for them too.
+    """
+    counts = {name: _read_counter(counter) for name, (counter, *_) in layers.items()}
+    corrected_for = {name: _corrected_for(*momenta) for name, (_, *momenta, _) in layers.items()}
+    updates = {name: count + layers[name][3] for name, (count, _) in counts.items() if count}
+    assumed = steps or _infer_steps(updates, corrected_for)
     for name, (batches, note) in counts.items():
         found: dict[str, Any] = {"batches": batches, "steps": assumed, "inferred": steps is None, "note": note}
         if batches and assumed:
             found["passes"] = passes = Fraction(batches, assumed)
             if times := recomputed(batches, assumed):
-                found |= _effect(*layers[name][1:], times)
+                found |= _effect(*layers[name][1:3], times)
             if corrected_for[name] != 1:
                 wrong = _TOO_LITTLE if passes > corrected_for[name] else _TOO_MUCH
-                found["correction"] = how = _ENOUGH if nearly(batches, corrected_for[name], assumed) else wrong
-                found["note"] = f"{how}: for {corrected_for[name]} updates per step"
+                found["correction"] = how = _ENOUGH if nearly(updates[name], corrected_for[name], assumed) else wrong
+                found["note"] = f"{how}: for {float(corrected_for[name]):.6g} updates per step"
             elif passes < 1:
                 found["note"] = "updated in fewer steps than were given"
         yield LayerAudit(source=source, state_dict=prefix, layer=prefix + name, **found)
 
 
-def _corrected_for(momentum: Any, plain: Any) -> int:
+def _corrected_for(momentum: Any, plain: Any) -> Fraction:
     """Tell for how many updates per step a momentum is corrected: for 1 if it is not, or is too small to tell."""
-    return 1 if plain == momentum or momentum < _TOO_SMALL else round(math.log1p(-plain) / math.log1p(-momentum))
+    if plain == momentum or momentum < _TOO_SMALL:
+        return Fraction(1)
+    return Fraction(math.log1p(-plain) / math.log1p(-momentum)).limit_denominator(_MOST_BATCHES_OF_A_MEAN)
 
 
-def _infer_steps(counts: Mapping[str, int], corrected_for: Mapping[str, int]) -> int | None:
+def _infer_steps(counts: Mapping[str, int], corrected_for: Mapping[str, Fraction]) -> int | None:
     """Infer the steps: those for which all corrected momenta are right, if there are such, else the lowest count."""
     corrected = any(corrected_for[name] != 1 for name in counts)
     steps = max((math.ceil(count / corrected_for[name]) for name, count in counts.items()), default=1)

@@ -18,7 +18,7 @@ from momentum_fix._torch import check_recomputation
 from momentum_fix.norms.correct import correct, corrected_for
 from momentum_fix.norms.counting import Count, CountingForward, Finding
 from momentum_fix.norms.layers import at_gradients, join_names, norm_of, tracked_layers, warn_of_none
-from momentum_fix.norms.momenta import differ, set_momenta, uncorrected
+from momentum_fix.norms.momenta import differ, note_uncounted, set_momenta, uncorrected
 from momentum_fix.norms.notes import Note
 from momentum_fix.norms.wrapping import end, refuse_wrapped, wrap
 
@@ -172,6 +172,8 @@ def _calibrating(model: nn.Module) -> Iterator[Report]:
     report.update({name: passes for name, (passes, _) in found.items() if passes is not None})
     if wrappers:
         correct(model, report)
+    for each in wrappers:
+        note_uncounted(each.layer, sum(each.count.batches))
     report._without_rows = _NO_ROWS
     report.rows = tuple(
         Row(

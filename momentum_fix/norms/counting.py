@@ -101,10 +101,11 @@ class CountingForward(ForwardWrapper):
             more = has_values(first) and has_values(last) and int(last) - int(first) > count.updates
             equal = Note.CUMULATIVE if len(set(count.batches)) == 1 else Note.PERHAPS_UNEQUAL
             return count.passes, (Note.UNEQUAL if more or isinstance(count.passes, Fraction) else equal,)
+        varies = len(set(count.batches)) > 1  # and then, the last batch need not be the one that was recomputed
         notes = {
             Note.SET_BY_STEP: not kept,
-            Note.NOT_CONSECUTIVE: len(set(count.batches)) > 1,
-            Note.OTHER_DATA: count.other_data,
+            Note.NOT_CONSECUTIVE: varies,
+            Note.OTHER_DATA: count.other_data and not varies,
             Note.MAY_READ: count.passes > 1 and not only_writes(layer),
         }
         return count.passes, tuple(note for note, is_true in notes.items() if is_true)

@@ -13,7 +13,7 @@ from typing import Any
 
 from momentum_fix.formula import corrected_momentum, effective_momentum
 
-_MARK = "_momentum_fix"  # (the uncorrected momentum, the one that the layer had, the corrected one)
+_MARK = "_momentum_fix"  # (the uncorrected momentum, the one that the layer had, the corrected one, what is uncounted)
 _ROUNDING = 2.0**-52  # what `1 - 0.9 ** 0.5` and the like can be off by
 _BY_HAND = range(2, 9)  # passes for which people have written the root by hand, and a few more
 
@@ -31,6 +31,17 @@ def original_momentum(layer: Any) -> Any:
 def is_corrected(layer: Any) -> bool:
     """Tell whether a layer's momentum is a corrected one, whoever corrected it."""
     return differ(uncorrected(layer), layer.momentum)
+
+
+def uncounted(layer: Any) -> int:
+    """Give how many recomputations `calibrate` has run on copies of a layer's buffers, its counter among them."""
+    return int((*vars(layer).get(_MARK, (None,) * 3), 0)[3])
+
+
+def note_uncounted(layer: Any, updates: int) -> None:
+    """Note that the counter of a layer, if that is corrected, lacks so many updates more."""
+    if _MARK in vars(layer):
+        vars(layer)[_MARK] = *vars(layer)[_MARK][:3], uncounted(layer) + updates
 
 
 def is_changed(module: Any) -> bool:
@@ -70,9 +81,10 @@ def set_corrected(momenta: Mapping[Any, Any], plain: Mapping[Any, Any]) -> None:
     originals = {layer: original_momentum(layer) for layer in momenta}
     set_momenta(momenta)
     for layer, original in originals.items():
+        updates = uncounted(layer)
         vars(layer).pop(_MARK, None)
         if layer.momentum != original:
-            vars(layer)[_MARK] = plain[layer], original, layer.momentum
+            vars(layer)[_MARK] = plain[layer], original, layer.momentum, updates
 
 
 def corrected_by_hand(momentum: Any) -> float | None:

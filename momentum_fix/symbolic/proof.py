@@ -218,7 +218,7 @@ class Step:
         with _refusing(self):
             lhs, rhs = _examine(self.lhs, self.rhs)
             _need(lhs != rhs, f"{self} says nothing: both sides are the same expression")
-            _need(_is_zero(lhs, rhs), f"{self} does not hold ({self.reason})")
+            _need(_is_zero(lhs, rhs), f"{self} does not hold, as far as can be told ({self.reason})")
 
     def __repr__(self) -> str:
         return f"{self.lhs} = {self.rhs}"
