@@ -168,10 +168,9 @@ def sentence(data: dict[str, Any]) -> str:
     """Say what came of it."""
     return (
         f"Of {len(data['models'])} torchvision and timm models with their built-in checkpointing turned on, "
-        f"{right(data, 'nothing')} keep the right running statistics without a fix, and "
-        f"{right(data, 'two passes everywhere')} with a momentum that is corrected for two passes in every layer. "
-        f"`calibrate` makes {right(data, '`calibrate`')} of them right, and "
-        f"`update_once` {right(data, '`update_once`')} of them."
+        f"{right(data, 'nothing') or 'none'} had the right running statistics without a fix. A momentum that is "
+        f"corrected for two updates per batch in every layer made {right(data, 'two passes everywhere') or 'none'} of "
+        f"them right, `calibrate` {right(data, '`calibrate`')}, and `update_once` {right(data, '`update_once`')}."
     )
 
 

@@ -31,8 +31,9 @@ def corrected_momentum(momentum: SupportsFloat | None, passes: SupportsIndex = 2
     Args:
         momentum: PyTorch's convention, the weight of the NEW value; dimensionless, 0 to 1. A Keras or
             TensorFlow momentum of 0.99 is the decay of the OLD value: pass 0.01 for it (0.99 is a legal
-            momentum here too, so it is not refused). None is PyTorch's cumulative average. NumPy scalars
-            and 0-d tensors are accepted; a float32 stands for its own value (0.1 is 0.10000000149...).
+            momentum here too, so it is not refused). None is PyTorch's cumulative average. Other numbers are
+            accepted, and converted to a double first: NumPy scalars, 0-d tensors (a float32 stands for its own value,
+            0.10000000149... for 0.1), fractions, decimals.
         passes: updates per batch, an integer of at least 1.
 
     Returns:
