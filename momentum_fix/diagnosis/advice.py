@@ -128,7 +128,9 @@ def findings_of(model: nn.Module, watch: Watch, wrong: set[int]) -> Iterator[Fin
                 remedy = _REACH if preserved else _PRESERVE
             if remedy == _ONCE and part.in_a_list:
                 remedy = _PRESERVE
-                note = "not registered (in a plain list or dict?), so update_once does not reach it"
+                note = (
+                    "not registered (in a plain list or dict?), so update_once does not reach it: use an nn.ModuleList"
+                )
             elif remedy == _ONCE and key not in watch.parts:
                 note = "not in the model that was given: call update_once on it too"
             elif remedy == _ONCE and wrapper_of(layer) is not None:

@@ -149,7 +149,8 @@ def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
             "torch's."
         )
     if compiled or watch.compiles:
-        what = f"nobody sees what compiled code recomputes ({join_names(compiled or ['a checkpoint inside'])})"
+        names = join_names(compiled or ["a checkpoint inside"]).strip("()")
+        what = f"nobody sees what compiled code recomputes ({names})"
         return f"{what}: run a step without torch.compile."
     if watch.lost:
         what = f"a reentrant checkpoint was given no tensor that requires gradients ({watch.lost[0].function})"
