@@ -189,6 +189,9 @@ def test_all_batches_of_a_calibrated_block_may_have_counted_once():
         assert corrections(again, steps=given) == ({"0.1": "", "1.1": "corrected already"}, "Corrected already")
     again[1][1].num_batches_tracked -= 5  # as if no recomputation had been counted at all
     assert corrections(again, steps=10)[0]["1.1"] == "corrected too much"
+    again[1][1].momentum = 0.1  # as somebody has set since
+    assert found(again, steps=10)["1.1"] == 1
+    assert audit(again).rows[1].correction == ""
     restore(model)
     model[1][1].num_batches_tracked.fill_(15)
     assert corrections(correct(model, {"1.1": 2}), steps=10)[0]["1.1"] == "corrected too much"

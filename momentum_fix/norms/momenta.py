@@ -35,7 +35,9 @@ def is_corrected(layer: Any) -> bool:
 
 def uncounted(layer: Any) -> int:
     """Give how many recomputations `calibrate` has run on copies of a layer's buffers, its counter among them."""
-    return int((*vars(layer).get(_MARK, (None,) * 3), 0)[3])
+    mark = vars(layer).get(_MARK)
+    updates: int = 0 if mark is None or differ(mark[2], layer.momentum) else (*mark, 0)[3]  # an older one has three
+    return updates
 
 
 def note_uncounted(layer: Any, updates: int) -> None:
@@ -78,10 +80,9 @@ def set_momenta(momenta: Mapping[Any, Any]) -> None:
 
 def set_corrected(momenta: Mapping[Any, Any], plain: Mapping[Any, Any]) -> None:
     """Set layers' momenta, corrected from `plain`, and mark the layers; all or none."""
-    originals = {layer: original_momentum(layer) for layer in momenta}
+    before = {layer: (original_momentum(layer), uncounted(layer)) for layer in momenta}
     set_momenta(momenta)
-    for layer, original in originals.items():
-        updates = uncounted(layer)
+    for layer, (original, updates) in before.items():
         vars(layer).pop(_MARK, None)
         if layer.momentum != original:
             vars(layer)[_MARK] = plain[layer], original, layer.momentum, updates
