@@ -643,6 +643,7 @@ def test_a_momentum_may_be_corrected_for_three_passes():
 def test_a_corrected_momentum_is_ok_if_it_is_corrected_for_that_number(passes, note):
     report = diagnosed(correct(Net(), passes))
     assert report.ok is (passes == 2)
+    assert report.fixes == (() if passes == 2 else ("update_once(restore(model))",))
     assert len(report) == 9
     assert all(finding.note.endswith(note) for finding in report.values())
 
@@ -714,6 +715,34 @@ def test_a_layer_that_moves_once_and_was_corrected_by_hand_is_given_its_momentum
     eval(*report.fixes, PASTED, {"model": net})
     assert not diagnosed(net, by.one, plainly)
     assert diagnosed(net, by.one).fixes == ("update_once(model)",)
+
+
+class CountsRecomputations(nn.Module):
+    """Moves only if gradients are on, which is in recomputations alone with the reentrant engine."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.count = nn.BatchNorm2d(3), 0
+
+    def forward(self, x):
+        self.count += torch.is_grad_enabled()
+        return self.norm(x)
+
+
+def test_what_moves_once_and_is_no_statistic_has_no_momentum_to_be_given_back():
+    report = diagnosed(correct(net_of(CountsRecomputations), 2), by.one, reentrant, count=1)
+    assert (report["a.1.count"].times, report["a.1.count"].remedy) == (1, "")
+    assert report.fixes == ()
+
+
+@pytest.mark.filterwarnings("ignore:.*got a corrected momentum after update_once")
+def test_a_momentum_that_was_corrected_by_hand_after_update_once_is_named():
+    net = Net()
+    update_once(net)
+    report = diagnosed(by_hand(net, "a.1", "b.1", "c.1"))
+    assert {(f.times, f.remedy, f.note) for f in report.values()} == {(1, "momentum=0.1", NO_FIX)}
+    eval(*report.fixes, PASTED, {"model": net})
+    assert diagnosed(net).ok
 
 
 def test_where_state_is_to_be_preserved_no_momentum_may_be_corrected():
@@ -861,6 +890,18 @@ def test_a_compiled_block_within_a_checkpoint_is_observed_from_outside(kind):
     assert len(report) == 3
 
 
+class Scales(nn.Module):
+    """Autograd saves its state, and nothing that depends on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(3, 1, 1))
+
+    def forward(self, x):
+        self.scale *= 2
+        return x * self.scale
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_statistics_that_compiled_code_saves_and_may_not_read_make_nothing_wrong(backend):
     report = diagnosed(Net(), by.compiled_block(backend), count=1)
@@ -871,6 +912,13 @@ def test_statistics_that_compiled_code_saves_and_may_not_read_make_nothing_wrong
     right = diagnosed(net, by.compiled_block(backend), count=1).gradients_right
     assert right is (True if backend == "aot_eager" else None)  # "eager" saves the memory that is written to instead
     assert diagnosed(net_of(Normalizer), by.compiled_block(backend), count=1).gradients_right is False
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_other_state_that_compiled_code_saves_is_read(backend):
+    block = nn.Sequential(nn.Conv2d(3, 3, 1), Scales())
+    report = diagnosed(block, by.compiled_block(backend), count=1)
+    assert report.gradients_right is False
 
 
 def test_torchscript_is_said_not_to_be_looked_at():
