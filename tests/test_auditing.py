@@ -192,6 +192,8 @@ def test_all_batches_of_a_calibrated_block_may_have_counted_once():
     again[1][1].momentum = 0.1  # as somebody has set since
     assert found(again, steps=10)["1.1"] == 1
     assert audit(again).rows[1].correction == ""
+    again[0][1].num_batches_tracked.fill_(12)
+    assert audit(again).rows[1].steps == 10  # the lowest count, and not what it would be with those that were lacking
     restore(model)
     model[1][1].num_batches_tracked.fill_(15)
     assert corrections(correct(model, {"1.1": 2}), steps=10)[0]["1.1"] == "corrected too much"
