@@ -231,7 +231,7 @@ def _heard(name: str) -> Any:
     @functools.wraps(vars(torch.Tensor)[name])
     def register(tensor: torch.Tensor, hook: Any) -> Any:
         looks_on = any(each.f_globals.get("__name__") == "torch.utils.module_tracker" for each in _callers())
-        if not looks_on:
+        if not (looks_on or _is_ours(hook)):
             for hear in _hearing_hooks:
                 hear(tensor)
         return _present[torch.Tensor, name](tensor, hook)
@@ -401,12 +401,6 @@ def allows_saved_hooks() -> bool:
     return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
 
 
-def has_own_saved_hooks() -> bool:
-    """Tell whether hooks on saved tensors are on that are none of torch's (as save_on_cpu has them), nor ours."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and not str(getattr(hooks[1], "__module__", "")).startswith(("torch.", "momentum_fix."))
-
-
 def hidden_from_function_modes() -> AbstractContextManager[Any]:
     """Run operations of this package's own, which a TorchFunctionMode of a user's would see and might change."""
     return torch._C.DisableTorchFunction()
@@ -546,15 +540,23 @@ def others_hear_modules() -> bool:
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
-    """Tell whether hooks run in the backward pass of a module: its own, or those of all modules."""
-    everywhere = torchs_module._global_backward_hooks or torchs_module._global_backward_pre_hooks
-    return bool(module._backward_hooks or module._backward_pre_hooks or everywhere)
+    """Tell whether hooks of a user's run in a module's backward pass: its own, its parameters', or those of all."""
+    places: list[Any] = [torchs_module._global_backward_hooks, torchs_module._global_backward_pre_hooks]
+    places += [module._backward_hooks, module._backward_pre_hooks]
+    with hidden_from_function_modes():
+        for each in module._parameters.values():
+            places += [] if each is None else [each._backward_hooks, each._post_accumulate_grad_hooks]
+    return any(not _is_ours(hook) for each in places if each for hook in each.values())
 
 
-def has_hooked_parameters(module: nn.Module) -> bool:
-    """Tell whether there are hooks on the parameters that are a module's own."""
-    parameters = (each for each in module._parameters.values() if each is not None)
-    return any(each._backward_hooks or each._post_accumulate_grad_hooks for each in parameters)
+def has_saved_hooks() -> bool:
+    """Tell whether hooks on saved tensors are on that are none of torch's, as those of save_on_cpu are."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and not str(getattr(hooks[1], "__module__", "")).startswith(("torch.", "momentum_fix."))
+
+
+def _is_ours(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("momentum_fix.")
 
 
 # Recomputations, and modes.
@@ -697,5 +699,5 @@ def is_compiled(value: Any) -> bool:
     """Tell whether a module or a function is compiled by itself."""
     own = getattr(value, "__dict__", {})
     if isinstance(value, nn.Module):
-        return "_compiled_call_impl" in own or "_orig_mod" in own["_modules"]
+        return "_compiled_call_impl" in own or "_orig_mod" in own.get("_modules", ())  # traced code has none
     return "_torchdynamo_orig_callable" in own and not own.get("_torchdynamo_disable")

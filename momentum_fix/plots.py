@@ -127,7 +127,7 @@ def decay(momentum: float = 0.1, passes: Passes = (2, 3, 5), batches: int = 31, 
     ax = _axes(ax, "Uncorrected passes forget faster, corrected ones do not", "age of the batch (batches)")
     curves = decay_data(momentum, passes, batches)
     newest = [weights[0] for _, weights in curves.values() if weights and weights[0]]
-    limits = min([1e-3, *(weight / 10 for weight in newest)]), 0.6 if max(newest, default=0) < 0.6 else 1.2
+    limits = max(min([1e-2, *newest]) / 10, 1e-300), 0.6 if max(newest, default=0) < 0.6 else 1.2
     ax.set(ylabel="weight in the running value", yscale="log", ylim=limits)
     return _draw(ax, curves, f"configured momentum {momentum:g}")
 
@@ -204,7 +204,7 @@ def save(path: str | Path, page: Figure | SubFigure | None = None) -> None:
 
 def _runs(momentum: float, passes: Passes) -> dict[str, tuple[float, int]]:
     """Name the runs to compare, each with the momentum of its layer and its number of passes."""
-    several = passes if isinstance(passes, Iterable) else [passes]
+    several = [*passes] if isinstance(passes, Iterable) else [passes]
     if not several:
         raise ValueError(f"passes is {passes!r}, but must be a number of passes or several: 2, or (2, 3, 5)")
     runs = {_count(k): (momentum, k) for k in (1, *several)}

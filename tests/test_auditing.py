@@ -194,6 +194,10 @@ def test_all_batches_of_a_calibrated_block_may_have_counted_once():
     assert audit(again).rows[1].correction == ""
     again[0][1].num_batches_tracked.fill_(12)
     assert audit(again).rows[1].steps == 10  # the lowest count, and not what it would be with those that were lacking
+    model[1][1].num_batches_tracked.fill_(20)  # as if it had been set back after these blocks
+    assert corrections(model, steps=10)[0]["1.1"] == "corrected already"
+    model[1][1].num_batches_tracked.fill_(18)  # 23 updates
+    assert corrections(model, steps=10)[0]["1.1"] == "not corrected enough"
     restore(model)
     model[1][1].num_batches_tracked.fill_(15)
     assert corrections(correct(model, {"1.1": 2}), steps=10)[0]["1.1"] == "corrected too much"

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations, spectral_norm
 from torch.utils.checkpoint import CheckpointPolicy
 
 import recipes as by
-from momentum_fix import correct, diagnose, restore, update_once
+from momentum_fix import calibrate, correct, diagnose, restore, update_once
 from momentum_fix.diagnosis.report import Diagnosis, Finding
 from recipes import ENGINES, Net, data
 from states import CountsInAnArray, OwnNoise, ReadsItsChild, Steps
@@ -502,6 +502,18 @@ def test_where_selective_checkpointing_saves_a_norm_only_its_counter_moves_again
     assert {finding.attribute for finding in recomputed.values()} == set(STATISTICS)
 
 
+def test_what_another_engine_runs_in_a_module_of_others_has_not_moved_if_it_has_not():
+    model = nn.ModuleDict({"a": nn.Conv2d(3, 3, 1), "b": nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3).eval())})
+    outside = nn.Sequential(model["a"], model["b"])
+    with diagnose(model) as report:
+        by.hand_written(outside, data(1)[0].requires_grad_()).sum().backward()
+    assert not report
+    model["b"][1].train()
+    with diagnose(model) as report:
+        by.hand_written(outside, data(1)[0].requires_grad_()).sum().backward()
+    assert {(each.module, each.times) for each in report.values()} == {("b.1", 2)}
+
+
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, by.instance_norm])  # torch writes to their statistics unnoticed
 def test_all_that_another_engine_moves_again_is_named(kind):
     net = Net(kind)
@@ -678,6 +690,12 @@ def by_hand(net, *names):
     return net
 
 
+def calibrated(net, step):
+    with calibrate(net):
+        train(net, step, data(1), non_reentrant)
+    return net
+
+
 NO_FIX = "its momentum is corrected, but it moves once"
 PASTED = {"update_once": update_once, "restore": restore, "correct": correct}
 FIXES = {  # for a net of which b and c are checkpointed; what nothing is said of would be right
@@ -735,6 +753,42 @@ def test_what_moves_once_and_is_no_statistic_has_no_momentum_to_be_given_back():
     assert report.fixes == ()
 
 
+@pytest.mark.parametrize("again", [calibrated, lambda net, step: correct(net, 3)])
+def test_a_root_by_hand_is_one_also_if_it_was_corrected_once_more(again):
+    net = again(by_hand(Net(), "a.1", "b.1", "c.1"), by.one)
+    wrong = diagnosed(copy.deepcopy(net), by.nested if again is calibrated else by.one)
+    assert wrong.fixes == ("update_once(correct(model, passes=1))",)
+    idle = diagnosed(copy.deepcopy(net), by.one, plainly)
+    assert idle.fixes == ("correct(model, passes=1)",)
+    assert {each.remedy for each in idle.values()} == {"momentum=0.1"}
+    for report in (wrong, idle):
+        mended = copy.deepcopy(net)
+        eval(*report.fixes, PASTED, {"model": mended})
+        assert {norm.momentum for norm in by.norms(mended)} == {0.1}
+
+
+def test_update_once_stays_on_where_another_layer_is_corrected():
+    truth, net = by.seeded_pair(nn.BatchNorm2d)
+    update_once(net.b)
+    correct(net.a, 2)
+    update_once(net.c)
+    report = diagnosed(copy.deepcopy(net), by.each_its_own)
+    assert report.fixes == ("correct(model, passes=1)",)
+    eval(*report.fixes, PASTED, {"model": net})
+    assert diagnosed(copy.deepcopy(net), by.each_its_own).ok
+    train(truth, by.each_its_own, data(), plainly)
+    assert deviation(train(net, by.each_its_own, data(), non_reentrant), truth) < 1e-12
+
+
+def test_no_line_is_given_for_a_corrected_layer_that_it_does_not_reach():
+    net = net_of(nn.Identity)
+    net.hidden = [correct(nn.BatchNorm2d(3))]
+    with diagnose(net) as report:
+        net.hidden[0](net(data(1)[0].requires_grad_())).sum().backward()
+    assert {(each.module, each.times, each.remedy) for each in report.values()} == {("hidden[0]", 1, "momentum=0.1")}
+    assert report.fixes == ()
+
+
 @pytest.mark.filterwarnings("ignore:.*got a corrected momentum after update_once")
 def test_a_momentum_that_was_corrected_by_hand_after_update_once_is_named():
     net = Net()
@@ -753,18 +807,21 @@ def test_where_state_is_to_be_preserved_no_momentum_may_be_corrected():
     assert diagnosed(net, by.one, by_context).ok
 
 
-@pytest.mark.parametrize("tool", [update_once, correct])
-def test_the_lines_name_what_is_not_in_the_model_that_was_given(tool):
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_the_lines_name_what_is_not_in_the_model_that_was_given(passes):
     model, others = Net(nn.Identity), [nn.Sequential(by.block()), nn.Sequential(by.block())]
-    if tool is correct:
-        model(correct(others[0])(data(1)[0])).sum().backward()
+    correct(others[0], passes)
     with diagnose(model) as report:
         y = data(1)[0].requires_grad_()
         for each in others:
             y = non_reentrant(each, y)
         non_reentrant(model, y).sum().backward()
-    names = "Sequential, Sequential 2" if tool is update_once else "Sequential 2"
-    assert report.fixes == (f"update_once(...) on the model that has {names}",)
+    line = {
+        1: "update_once(...) on the model that has Sequential, Sequential 2",
+        2: "update_once(...) on the model that has Sequential 2",
+        3: "update_once(restore(...)) on the model that has Sequential, Sequential 2",
+    }
+    assert report.fixes == (line[passes],)
 
 
 class PastItsNorm(nn.Module):
@@ -905,13 +962,30 @@ class Scales(nn.Module):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_statistics_that_compiled_code_saves_and_may_not_read_make_nothing_wrong(backend):
     report = diagnosed(Net(), by.compiled_block(backend), count=1)
-    assert report.gradients_right is None
-    assert "could not be compared. Run a step without torch.compile." in report.verdict
+    if backend == "eager":  # of which it is known
+        assert report.gradients_right is True
+    else:
+        assert report.gradients_right is None
+        assert "could not be compared. Run a step without torch.compile." in report.verdict
     net = Net()
     update_once(net)
-    right = diagnosed(net, by.compiled_block(backend), count=1).gradients_right
-    assert right is (True if backend == "aot_eager" else None)  # "eager" saves the memory that is written to instead
+    assert diagnosed(net, by.compiled_block(backend), count=1).ok
     assert diagnosed(net_of(Normalizer), by.compiled_block(backend), count=1).gradients_right is False
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, by.instance_norm])
+def test_compiled_code_beside_a_norm_layer_leaves_that_known(norm):
+    net = Net(norm)
+    net.a[0].compile(backend="aot_eager")
+    assert diagnosed(net, count=1).gradients_right is True
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
+def test_traced_code_in_a_checkpoint_is_no_crash():
+    net = nn.Sequential(torch.jit.trace(nn.Linear(3, 3), torch.rand(2, 3)), nn.Tanh())
+    with diagnose(net) as report:
+        non_reentrant(net, torch.rand(2, 3)).sum().backward()
+    assert report.gradients_right is True
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

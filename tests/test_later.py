@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_full_backward_hook, register_module_full_backward_pre_hook
 
-from momentum_fix import diagnose, update_once
+from momentum_fix import calibrate, correct, diagnose, update_once
+from momentum_fix.diagnosis.report import Diagnosis
 from scenes import WIDTH, Counts, Net, data, same_gradients
 from twins import by_context, drop_in_reentrant, non_reentrant, plainly, reentrant
 
@@ -372,6 +373,62 @@ def test_a_hook_that_is_put_on_a_parameter_inside_of_the_block_too(register, ckp
         ckpt(net.body, net.stem(data()[0])).square().mean().backward()
     assert report.gradients_right is None
     assert READ_BY_BACKWARD.replace(" of body", "") in report.verdict
+
+
+class OwnNorm(nn.BatchNorm1d):
+    """Might read its statistics, for all that is known."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+class CountsRecomputations(Counts):
+    def forward(self, x):
+        self.seen += torch.is_grad_enabled()
+        return self.layer(x).sin()
+
+
+@pytest.mark.parametrize(
+    ("block", "ckpt"),
+    [(lambda: correct(OwnNorm(WIDTH), 2), non_reentrant), (CountsRecomputations, reentrant)],
+    ids=["corrected", "in recomputations only"],
+)
+def test_a_hook_reads_nothing_wrong_of_what_needs_no_fix(block, ckpt):
+    net = Net(block())
+    net.stem.weight.register_hook(lambda _: None)
+    with diagnose(net) as report:
+        ckpt(net.body, net.stem(data()[0])).square().mean().backward()
+    assert len(report) in (1, 3)
+    assert report.ok
+
+
+@pytest.mark.parametrize("ckpt", BOTH)
+def test_hooks_of_this_package_are_nobodys_own(ckpt):
+    for outer, inner in ((diagnose, diagnose), (calibrate, diagnose), (diagnose, calibrate)):
+        net = Net(nn.Sequential(nn.BatchNorm1d(WIDTH), Counts()))
+        with outer(net) as first, inner(net) as second:
+            ckpt(net.body, net.stem(data()[0])).square().mean().backward()
+        assert all(each.gradients_right is True for each in (first, second) if isinstance(each, Diagnosis))
+
+
+class Strict(torch.Tensor):
+    """Refuses what it does not know."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if getattr(func, "__self__", None) in (torch.Tensor._backward_hooks, torch.Tensor._post_accumulate_grad_hooks):
+            raise TypeError("not known")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_parameter_that_refuses_to_tell_of_its_hooks_is_no_crash():
+    net = Net(nn.Tanh())
+    net.strict = nn.Parameter(torch.rand(2).as_subclass(Strict), requires_grad=False)
+    with pytest.raises(TypeError, match="not known"):
+        net.strict._backward_hooks  # noqa: B018
+    with diagnose(net) as report:
+        non_reentrant(net.body, net.stem(data()[0])).square().mean().backward()
+    assert report.ok
 
 
 @pytest.mark.parametrize("ckpt", BOTH)

@@ -169,7 +169,9 @@ def test_numbers_of_passes_look_different():
 
 @pytest.mark.parametrize("plot", [plots.decay, plots.cumulative, plots.signal])
 def test_passes_are_one_number_of_any_kind_or_several(plot):
-    assert list(drawn(plot(passes=np.int64(3)))) == list(drawn(plot(passes=[3]))) == list(drawn(plot(passes=3)))
+    assert (
+        list(drawn(plot(passes=np.int64(3)))) == list(drawn(plot(passes=np.array([3])))) == list(drawn(plot(passes=3)))
+    )
     with pytest.raises(ValueError, match=r"passes is \[\], but must be a number of passes or several"):
         plot(passes=[])
 

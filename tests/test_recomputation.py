@@ -178,4 +178,5 @@ def test_diagnose_sees_what_is_declared():
     assert not report
     with diagnose(net := Net()) as report:
         step(net, recomputing)
-    assert {finding.attribute for finding in report.values()} == {"num_batches_tracked"}
+    assert {each.attribute for each in report.values()} == {"running_mean", "running_var", "num_batches_tracked"}
+    assert {each.times for each in report.values()} == {2}

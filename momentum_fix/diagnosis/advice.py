@@ -16,7 +16,7 @@ from momentum_fix.diagnosis.report import Diagnosis, Difference, Finding
 from momentum_fix.diagnosis.watch import ITSELF, Judgement, Moved, Region, Watch
 from momentum_fix.formula import corrected_momentum
 from momentum_fix.norms.layers import is_statistic, is_unread_statistic, join_names, only_writes, tracks
-from momentum_fix.norms.momenta import is_changed, is_corrected, uncorrected
+from momentum_fix.norms.momenta import is_corrected, is_undone_by_restore, uncorrected
 from momentum_fix.norms.wrapping import wrapper_of
 from momentum_fix.state.compare import mark
 from momentum_fix.state.snapshot import LARGE, pieces
@@ -126,7 +126,9 @@ def findings_of(model: nn.Module, watch: Watch, wrong: set[int]) -> Iterator[Fin
             else:
                 preserved = any(each.preserved for region in regions if region for each in region.recomputations)
                 remedy = _REACH if preserved else _PRESERVE
-            if remedy == _ONCE and part.in_a_list:
+            if remedy == _RESTORE and part.in_a_list:
+                remedy = f"momentum={number(uncorrected(layer))}"
+            elif remedy == _ONCE and part.in_a_list:
                 remedy = _PRESERVE
                 note = (
                     "not registered (in a plain list or dict?), so update_once does not reach it: use an nn.ModuleList"
@@ -148,7 +150,7 @@ def _of_statistics(layer: Any, times: int | Fraction) -> tuple[str, str]:
     if makes_up:
         return "", "its momentum makes up for it" if plain is not None else "equal passes do not change its plain mean"
     if times == 1:
-        remedy = _RESTORE if is_changed(layer) else f"momentum={number(plain)}"  # of a root that was written by hand
+        remedy = _RESTORE if is_undone_by_restore(layer) else f"momentum={number(plain)}"
         return remedy, "its momentum is corrected, but it moves once"
     return _ONCE, "" if plain is momentum else "its momentum is corrected for another number of passes"
 
@@ -171,18 +173,22 @@ def _fixes_of_statistics(report: Diagnosis, watch: Watch, preserves: bool) -> It
     """Give the lines after which running statistics move once, and no momentum is corrected for more."""
     again = {each.module for each in report.values() if each.remedy == _ONCE}
     once = {each.module for each in report.values() if each.remedy and each.times == 1}
-    layers = {part.name: part.module for part in watch.parts.values()}
+    layers = {part.name: part.module for part in watch.parts.values() if not part.in_a_list}
     corrected = {name for name, layer in layers.items() if tracks(layer) and is_corrected(layer)}
     plain = "model"
     if corrected and (again or once or preserves):
-        plain = "restore(model)" if all(is_changed(layers[name]) for name in corrected) else "correct(model, passes=1)"
+        undone = all(is_undone_by_restore(layers[name]) for name in corrected)
+        covered = any(wrapper_of(layer) is not None for layer in layers.values())  # by update_once, which is to stay
+        plain = "restore(model)" if undone and not covered else "correct(model, passes=1)"
     if again & layers.keys() or (plain != "model" and corrected - once):
         yield f"{_ONCE}({plain})"
     elif plain != "model":
         yield plain
-    for tool, names in ((_ONCE, again), (_RESTORE, once)):
-        if outside := {name.partition(".")[0] for name in names - layers.keys()}:
-            yield f"{tool}(...) on the model that has {join_names(sorted(outside))}"
+    others = {part.name: part.module for region in watch.regions for part in region.parts.values()}
+    if outside := again - layers.keys():
+        what = "restore(...)" if any(is_corrected(others[name]) for name in outside) else "..."
+        roots = sorted({name.partition(".")[0] for name in outside})
+        yield f"{_ONCE}({what}) on the model that has {join_names(roots)}"
 
 
 def _is_unpreserved(module: nn.Module, name: str) -> bool:

@@ -108,12 +108,12 @@ def _fill(report: Diagnosis, model: nn.Module, watch: Watch, raised: BaseExcepti
             judged.append((watch.latest, Judgement(last, ITSELF, inf, True)))
     wrong = [(region, each) for region, each in judged if each.starts_in]
     report.in_training = any(watch.ran) if watch.ran else model.training
-    unknown = f"the step raised {type(raised).__name__}." if raised else _unknown(watch, judged)
-    if wrong or not unknown:
-        report.gradients_right = not wrong
     report.rounding = max((each.size for _, each in judged if not each.starts_in), default=0.0)
     report.differences = differences_of(wrong, watch)
     report.update((each.name, each) for each in findings_of(model, watch, {id(region) for region, _ in wrong}))
+    unknown = f"the step raised {type(raised).__name__}." if raised else _unknown(report, watch, judged)
+    if wrong or not unknown:
+        report.gradients_right = not wrong
     report.fixes = tuple(fixes_of(report, watch))
     report.verdict = _verdict(report, unknown, len(wrong), _count(len(judged), "recomputation"))
 
@@ -137,7 +137,7 @@ def _verdict(report: Diagnosis, unknown: str, wrong: int, recomputations: str) -
     return f"Clean: {recomputations} gave autograd the same as the forward pass, {exactly}, and {others}."
 
 
-def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
+def _unknown(report: Diagnosis, watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
     """Say why it is not known whether gradients are right, and what to do; "" if it is known."""
     seen = {key for region in watch.regions for key in region.parts}
     compiled = [name for key, (part, name, _) in watch.parts.items() if is_compiled(part) and key not in seen]
@@ -178,7 +178,8 @@ def _unknown(watch: Watch, judged: list[tuple[Region, Judgement]]) -> str:
             " Train with use_reentrant=False: with True, some of it may get no gradient." if region.reentrant else ""
         )
         return f"what the checkpoint of {region.function} handed to autograd could not be compared.{instead}"
-    may_be_read = [each.name for each in watch.moved.values() if each.is_read]
+    read = {each.name for each in watch.moved.values() if each.is_read}
+    may_be_read = [name for name, each in report.items() if name in read and each.remedy]
     if may_be_read and watch.own_backward:
         return (
             f"a hook or an autograd.Function of your own runs in {watch.own_backward}, and may have read what "

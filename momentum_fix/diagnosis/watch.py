@@ -29,6 +29,7 @@ from momentum_fix.state.snapshot import hooks_of, pieces, runs_torchs_code
 
 _UNWATCHED = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel)  # DDP only refers to what others have
 ITSELF = "the function itself"
+_SOMEWHERE = "the backward pass"
 _NOTHING, _FOREIGN = object(), object()  # instead of the mark of what is not there, and of what is not compared
 
 Marks: TypeAlias = dict[str, Any]  # of the state of a module, by the name of the piece
@@ -70,7 +71,8 @@ class _Running(threading.local):
         self.modules: list[tuple[nn.Module, Marks]] = []  # with the state that they were entered with
         self.regions: list[Region] = []
         self.recomputing: list[Counter[Piece]] = []  # how often calls of modules have moved what, in each recomputation
-        self.before: dict[int, Marks] | None = None  # the state before a recomputation by another engine
+        self.inside: dict[int, Part] = {}  # what a recomputation by another engine began with
+        self.before: dict[int, Marks] | None = None  # and the state before it
         self.added = 0  # how often a backward pass has added to a gradient of the model
 
 
@@ -92,7 +94,7 @@ class Watch:
         self.backward = self.compiles = False  # whether a backward pass was seen, and a checkpoint being compiled
         self.running = _Running()
         self.own_backward = ""  # in which backward pass code of a user's runs, for a hook or an autograd.Function
-        if any(_torch.has_hooked_parameters(part.module) for part in self.parts.values()):
+        if any(_torch.has_backward_hooks(part.module) for part in self.parts.values()):
             self.hear_own_backward()
 
     def begin(self, call: _torch.Call) -> Region | None:
@@ -123,8 +125,9 @@ class Watch:
 
     def hear_own_backward(self) -> None:
         """Hear that code of a user's will run in the backward pass."""
-        inside = [f" of {region.function}" for region in self.running.regions]
-        self.own_backward = self.own_backward or f"the backward pass{''.join(inside[:1])}"
+        if self.own_backward in ("", _SOMEWHERE):
+            inside = next((f" of {region.function}" for region in self.running.regions), "")
+            self.own_backward = f"{_SOMEWHERE}{inside}"
 
     def enter(self, module: nn.Module, _: Any) -> None:
         """Hear that a module is called."""
@@ -138,14 +141,14 @@ class Watch:
                     region.parts.setdefault(
                         id(module), self.parts.get(id(module), Part(module, self.name(module), True))
                     )
-            has_hooks = _torch.has_backward_hooks(module) or (not is_part and _torch.has_hooked_parameters(module))
-            if (has_hooks or _torch.has_own_saved_hooks()) and torch.is_grad_enabled():
+            if torch.is_grad_enabled() and (_torch.has_backward_hooks(module) or _torch.has_saved_hooks()):
                 self.hear_own_backward()
             if not is_recomputation():
                 self.begins(module)
             elif is_part and not running.recomputing:
                 self.elsewhere[self.name(module)] = None
-                running.before, running.recomputing = self.look(self.parts_inside(module)), [Counter()]
+                running.inside, running.recomputing = self.parts_inside(module), [Counter()]
+                running.before = self.look(running.inside)
             self.ran.append(module.training)
             running.modules.append((module, _own_marks(module) if is_part else {}))
 
@@ -162,7 +165,7 @@ class Watch:
                 (running.recomputing[-1] if running.recomputing else self.passes).update(moved)
             if running.before is not None and not running.modules:
                 before, running.before = running.before, None
-                self.count(before, self.look(self.parts_inside(module)), running.recomputing.pop(), None)
+                self.count(before, self.look(running.inside), running.recomputing.pop(), None)
 
     def begins(self, module: nn.Module) -> None:
         """Hear that a forward pass begins, which may read what recomputations have moved before.
@@ -373,7 +376,9 @@ class Region(_torch.Listener):
     def saved(self, tensor: torch.Tensor) -> Value:
         """Keep what is needed to compare a saved tensor."""
         role = _torch.role_of_saved(tensor)
-        matters = None if self.is_compiled and self._is_statistic(tensor) else role != "unread"
+        matters: bool | None = role != "unread"
+        if matters and self.is_compiled and self._is_statistic(tensor):
+            matters = None
         value = value_of(tensor, self.where(), matters)
         if role == "unfilled":
             self.unfilled.append((value, tensor))

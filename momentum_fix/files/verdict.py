@@ -188,8 +188,10 @@ def judge(source: str, prefix: str, layers: Mapping[str, Sequence[Any]], steps: 
             if times := recomputed(batches, assumed):
                 found |= _effect(*layers[name][1:3], times)
             if corrected_for[name] != 1:
-                wrong = _TOO_LITTLE if passes > corrected_for[name] else _TOO_MUCH
-                found["correction"] = how = _ENOUGH if nearly(updates[name], corrected_for[name], assumed) else wrong
+                wrong = _TOO_LITTLE if updates[name] > corrected_for[name] * assumed else _TOO_MUCH
+                # The counter may have been set back since the updates that it lacks.
+                is_enough = any(nearly(each, corrected_for[name], assumed) for each in (batches, updates[name]))
+                found["correction"] = how = _ENOUGH if is_enough else wrong
                 found["note"] = f"{how}: for {float(corrected_for[name]):.6g} updates per step"
             elif passes < 1:
                 found["note"] = "updated in fewer steps than were given"

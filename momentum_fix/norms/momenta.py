@@ -36,7 +36,9 @@ def is_corrected(layer: Any) -> bool:
 def uncounted(layer: Any) -> int:
     """Give how many recomputations `calibrate` has run on copies of a layer's buffers, its counter among them."""
     mark = vars(layer).get(_MARK)
-    updates: int = 0 if mark is None or differ(mark[2], layer.momentum) else (*mark, 0)[3]  # an older one has three
+    updates: int = (
+        0 if mark is None or differ(mark[2], getattr(layer, "momentum", None)) else (*mark, 0)[3]
+    )  # an older one has three
     return updates
 
 
@@ -44,6 +46,11 @@ def note_uncounted(layer: Any, updates: int) -> None:
     """Note that the counter of a layer, if that is corrected, lacks so many updates more."""
     if _MARK in vars(layer):
         vars(layer)[_MARK] = *vars(layer)[_MARK][:3], uncounted(layer) + updates
+
+
+def is_undone_by_restore(layer: Any) -> bool:
+    """Tell whether `restore` sets the uncorrected momentum, and not a root that was written by hand."""
+    return not differ(original_momentum(layer), uncorrected(layer))
 
 
 def is_changed(module: Any) -> bool:
