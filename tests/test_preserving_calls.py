@@ -10,8 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.utils.checkpoint
 from torch import nn
 from torch._dynamo.utils import counters as compiler_counters
@@ -53,6 +51,7 @@ from twins import (
     drop_in,
     drop_in_reentrant,
     non_reentrant,
+    on_two_ranks,
     plainly,
     reentrant,
     train,
@@ -471,10 +470,7 @@ def test_a_model_compiled_together_with_a_context_is_refused():
 # Two ranks.
 
 
-def _ranks(rank, folder):
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def on_ranks(rank):
     for wrap in ("DDP", "FSDP2"):
         for kind in ("running normalizer", "spectral norm, parametrization", "step counter", "BatchNorm"):
             found = []
@@ -496,11 +492,10 @@ def _ranks(rank, folder):
                 for one in (*exact, plain)
             ]
             assert same == [True, True, True, False], (wrap, kind, same)
-    dist.destroy_process_group()
 
 
 def test_two_ranks_of_ddp_and_of_fsdp2_are_exact(tmp_path):
-    mp.spawn(_ranks, args=(tmp_path,), nprocs=2)
+    on_two_ranks(on_ranks, tmp_path)
 
 
 def on_meta():
