@@ -231,7 +231,7 @@ def _heard(name: str) -> Any:
     @functools.wraps(vars(torch.Tensor)[name])
     def register(tensor: torch.Tensor, hook: Any) -> Any:
         looks_on = any(each.f_globals.get("__name__") == "torch.utils.module_tracker" for each in _callers())
-        if not (looks_on or _is_ours(hook)):
+        if not (looks_on or _is_made_in(hook, "momentum_fix.")):
             for hear in _hearing_hooks:
                 hear(tensor)
         return _present[torch.Tensor, name](tensor, hook)
@@ -546,17 +546,17 @@ def has_backward_hooks(module: nn.Module) -> bool:
     with hidden_from_function_modes():
         for each in module._parameters.values():
             places += [] if each is None else [each._backward_hooks, each._post_accumulate_grad_hooks]
-    return any(not _is_ours(hook) for each in places if each for hook in each.values())
+    return any(not _is_made_in(hook, "momentum_fix.") for each in places if each for hook in each.values())
 
 
 def has_saved_hooks() -> bool:
     """Tell whether hooks on saved tensors are on that are none of torch's, as those of save_on_cpu are."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and not str(getattr(hooks[1], "__module__", "")).startswith(("torch.", "momentum_fix."))
+    return hooks is not None and not _is_made_in(hooks[1], "torch.", "momentum_fix.")
 
 
-def _is_ours(hook: Any) -> bool:
-    return str(getattr(hook, "__module__", "")).startswith("momentum_fix.")
+def _is_made_in(hook: Any, *packages: str) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(packages)
 
 
 # Recomputations, and modes.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex
 
 from momentum_fix.files.reading import COUNTER, UnreadableError, search
-from momentum_fix.files.verdict import Audit, LayerAudit, audit_files, check_numbers, judge, with_momentum
+from momentum_fix.files.verdict import Audit, Layer, LayerAudit, audit_files, check_numbers, judge, with_momentum
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,14 +73,15 @@ def audit(
     return Audit(tuple(rows))
 
 
-def _layers(model: Any, prefix: str) -> dict[str, tuple[Any, ...]]:
-    """Give a model's layers: the counter of each, its momentum, what that was corrected from, what is not counted."""
+def _layers(model: Any, prefix: str) -> dict[str, Layer]:
+    """Give what is known of a model's layers."""
     from momentum_fix.norms.correct import corrected_for
     from momentum_fix.norms.layers import tracked_layers
     from momentum_fix.norms.momenta import uncorrected, uncounted
 
     layers = {}
     for layer, (name, *_) in tracked_layers(model).items():
-        momenta = (corrected_for(prefix + name, each, 1) for each in (layer.momentum, uncorrected(layer)))  # as floats
-        layers[name] = layer._buffers.get(COUNTER), *momenta, uncounted(layer)
+        momentum = corrected_for(prefix + name, layer.momentum, 1)  # as a float
+        plain = corrected_for(prefix + name, uncorrected(layer), 1)
+        layers[name] = Layer(layer._buffers.get(COUNTER), momentum, plain, uncounted(layer))
     return layers

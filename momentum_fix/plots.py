@@ -127,8 +127,8 @@ def decay(momentum: float = 0.1, passes: Passes = (2, 3, 5), batches: int = 31, 
     ax = _axes(ax, "Uncorrected passes forget faster, corrected ones do not", "age of the batch (batches)")
     curves = decay_data(momentum, passes, batches)
     newest = [weights[0] for _, weights in curves.values() if weights and weights[0]]
-    limits = max(min([1e-2, *newest]) / 10, 1e-300), 0.6 if max(newest, default=0) < 0.6 else 1.2
-    ax.set(ylabel="weight in the running value", yscale="log", ylim=limits)
+    bottom, top = max(min([1e-2, *newest]) / 10, 1e-300), 0.6 if max([0.0, *newest]) < 0.6 else 1.2
+    ax.set(ylabel="weight in the running value", yscale="log", ylim=(bottom, top))
     return _draw(ax, curves, f"configured momentum {momentum:g}")
 
 

@@ -17,6 +17,7 @@ BOTH = (non_reentrant, reentrant)
 KEEPING = {non_reentrant: by_context, reentrant: drop_in_reentrant}
 READ_BY_NEXT = "again before another forward pass, which may have read it"
 READ_BY_BACKWARD = "runs in the backward pass of body, and may have read what recomputation had moved again"
+READ_SOMEWHERE = READ_BY_BACKWARD.replace(" of body", "")
 
 
 def trained(block, ckpt, batches, loss=lambda net, y: y.square().mean(), tool=None):
@@ -29,6 +30,17 @@ def trained(block, ckpt, batches, loss=lambda net, y: y.square().mean(), tool=No
     if handle:
         handle.remove()
     return report, net
+
+
+def beside_its_twin(step, ckpt):
+    """Run a step of a net that counts, and of its twin; give the report, and whether their gradients are the same."""
+    nets = []
+    for engine in (plainly, ckpt):
+        torch.manual_seed(0)
+        nets.append(Net(Counts()))
+        with diagnose(nets[-1]) as report:
+            step(nets[-1], engine, data()[0])
+    return report, same_gradients(*nets)
 
 
 class Changes(Counts):
@@ -246,14 +258,9 @@ def wrapped(net, ckpt, x):
     ],
 )
 def test_a_function_is_noticed_wherever_it_is_and_whatever_it_gives(forward, reads, ckpt):
-    nets = []
-    for engine in (plainly, ckpt):
-        torch.manual_seed(0)
-        nets.append(Net(Counts()))
-        with diagnose(nets[-1]) as report:
-            forward(nets[-1], engine, data()[0]).square().mean().backward()
+    report, is_same = beside_its_twin(lambda *given: forward(*given).square().mean().backward(), ckpt)
     assert report.gradients_right is None
-    assert same_gradients(*nets) is not reads
+    assert is_same is not reads
 
 
 def test_a_function_without_gradients_runs_in_no_backward_pass():
@@ -353,7 +360,7 @@ def test_what_a_hook_from_outside_may_have_read_is_not_called_right(hook, scale,
     (report, nets), (_, truth) = hooked(hook, ckpt, scale), hooked(hook, plainly, scale)
     assert same_gradients(nets, truth) is (scale is always_two)
     assert report.gradients_right is None
-    assert READ_BY_BACKWARD.replace(" of body", "") in report.verdict.replace(" of body", "")
+    assert READ_SOMEWHERE in report.verdict.replace(" of body", "")
 
 
 @pytest.mark.parametrize("ckpt", BOTH)
@@ -372,7 +379,7 @@ def test_a_hook_that_is_put_on_a_parameter_inside_of_the_block_too(register, ckp
         getattr(net.stem.weight, register)(lambda _: None)
         ckpt(net.body, net.stem(data()[0])).square().mean().backward()
     assert report.gradients_right is None
-    assert READ_BY_BACKWARD.replace(" of body", "") in report.verdict
+    assert READ_SOMEWHERE in report.verdict
 
 
 class OwnNorm(nn.BatchNorm1d):
@@ -445,18 +452,15 @@ def test_hooks_that_run_in_no_backward_pass_read_nothing(ckpt):
 @pytest.mark.parametrize("ckpt", BOTH)
 @pytest.mark.parametrize("scale", [as_it_is, always_two])
 def test_hooks_on_saved_tensors_outside_of_the_checkpoint_may_have_read_it(scale, ckpt):
-    nets = []
-    for engine in (plainly, ckpt):
-        torch.manual_seed(0)
-        nets.append(Net(Counts()))
-        seen = lambda each, net=nets[-1]: each * scale(net.body[1].seen)  # noqa: E731
-        with diagnose(nets[-1]) as report:
-            with torch.autograd.graph.saved_tensors_hooks(lambda each: each, seen):
-                x = nets[-1].stem(data()[0])
-            engine(nets[-1].body, x).square().mean().backward()
-    assert same_gradients(*nets) is (scale is always_two)
+    def step(net, engine, x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda each: each, lambda each: each * scale(net.body[1].seen)):
+            y = net.stem(x)
+        engine(net.body, y).square().mean().backward()
+
+    report, is_same = beside_its_twin(step, ckpt)
+    assert is_same is (scale is always_two)
     assert report.gradients_right is None
-    assert READ_BY_BACKWARD.replace(" of body", "") in report.verdict
+    assert READ_SOMEWHERE in report.verdict
 
 
 @pytest.mark.parametrize("ckpt", BOTH)
@@ -494,15 +498,10 @@ def test_a_forward_pass_by_layers_of_torchs_may_have_read_it(score, inside, ckpt
         def forward(self, net, engine, x):
             step(net, engine, x)
 
-    nets = []
-    for engine in (plainly, ckpt):
-        torch.manual_seed(0)
-        nets.append(Net(Counts()))
-        with diagnose(nets[-1]) as report:
-            (Trainer() if inside else step)(nets[-1], engine, data()[0])
+    report, is_same = beside_its_twin(Trainer() if inside else step, ckpt)
     assert report.gradients_right is None
     assert READ_BY_NEXT in report.verdict
-    assert same_gradients(*nets) is (score is by_nothing)
+    assert is_same is (score is by_nothing)
 
 
 class Hides(nn.Module):

@@ -102,8 +102,7 @@ def findings_of(model: nn.Module, watch: Watch, wrong: set[int]) -> Iterator[Fin
         moved_of[key][name] = each
     for (key, name), count in watch.passes.items():
         passes_of[key][name] = count
-    outside = {key: part for region in watch.regions for key, part in region.parts.items()}
-    for key, part in (watch.parts | outside).items():
+    for key, part in watch.all_parts().items():
         layer: Any = part.module
         moved, passes = moved_of[key], passes_of[key]
         if (watch.backward or watch.regions) and tracks(layer) and is_corrected(layer):
@@ -115,7 +114,7 @@ def findings_of(model: nn.Module, watch: Watch, wrong: set[int]) -> Iterator[Fin
             regions = moved[name].regions
             unread, note = only_writes(layer) or not wrong.intersection(map(id, regions)), ""
             if is_statistic(layer, name) and unread:
-                remedy, note = _of_statistics(layer, max(times.values()))
+                remedy, note = _of_statistics(layer, max(times.values()), part.in_a_list)
             elif _is_unpreserved(layer, name):
                 remedy = _BUFFER_AND
             elif None in regions:
@@ -126,9 +125,7 @@ def findings_of(model: nn.Module, watch: Watch, wrong: set[int]) -> Iterator[Fin
             else:
                 preserved = any(each.preserved for region in regions if region for each in region.recomputations)
                 remedy = _REACH if preserved else _PRESERVE
-            if remedy == _RESTORE and part.in_a_list:
-                remedy = f"momentum={number(uncorrected(layer))}"
-            elif remedy == _ONCE and part.in_a_list:
+            if remedy == _ONCE and part.in_a_list:
                 remedy = _PRESERVE
                 note = (
                     "not registered (in a plain list or dict?), so update_once does not reach it: use an nn.ModuleList"
@@ -140,7 +137,7 @@ def findings_of(model: nn.Module, watch: Watch, wrong: set[int]) -> Iterator[Fin
             yield Finding(part.name, name, type(layer).__name__, times[name], remedy, note)
 
 
-def _of_statistics(layer: Any, times: int | Fraction) -> tuple[str, str]:
+def _of_statistics(layer: Any, times: int | Fraction, in_a_list: bool) -> tuple[str, str]:
     """Say what to use for statistics that outputs do not read, and what there is to note."""
     plain, momentum = uncorrected(layer), layer.momentum
     if plain is momentum:
@@ -150,7 +147,7 @@ def _of_statistics(layer: Any, times: int | Fraction) -> tuple[str, str]:
     if makes_up:
         return "", "its momentum makes up for it" if plain is not None else "equal passes do not change its plain mean"
     if times == 1:
-        remedy = _RESTORE if is_undone_by_restore(layer) else f"momentum={number(plain)}"
+        remedy = _RESTORE if is_undone_by_restore(layer) and not in_a_list else f"momentum={number(plain)}"
         return remedy, "its momentum is corrected, but it moves once"
     return _ONCE, "" if plain is momentum else "its momentum is corrected for another number of passes"
 
@@ -184,10 +181,10 @@ def _fixes_of_statistics(report: Diagnosis, watch: Watch, preserves: bool) -> It
         yield f"{_ONCE}({plain})"
     elif plain != "model":
         yield plain
-    others = {part.name: part.module for region in watch.regions for part in region.parts.values()}
-    if outside := again - layers.keys():
-        what = "restore(...)" if any(is_corrected(others[name]) for name in outside) else "..."
-        roots = sorted({name.partition(".")[0] for name in outside})
+    unknown = again - layers.keys()
+    if outside := [part for part in watch.all_parts().values() if part.name in unknown]:
+        what = "restore(...)" if any(is_corrected(part.module) for part in outside) else "..."
+        roots = sorted({part.name.partition(".")[0] for part in outside})
         yield f"{_ONCE}({what}) on the model that has {join_names(roots)}"
 
 

@@ -173,10 +173,11 @@ def _unknown(report: Diagnosis, watch: Watch, judged: list[tuple[Region, Judgeme
         )
     if not_compared:
         region = not_compared[0]
-        instead = " Run a step without torch.compile." if region.is_compiled else ""
-        instead = instead or (
-            " Train with use_reentrant=False: with True, some of it may get no gradient." if region.reentrant else ""
-        )
+        instead = ""
+        if region.is_compiled:
+            instead = " Run a step without torch.compile."
+        elif region.reentrant:
+            instead = " Train with use_reentrant=False: with True, some of it may get no gradient."
         return f"what the checkpoint of {region.function} handed to autograd could not be compared.{instead}"
     read = {each.name for each in watch.moved.values() if each.is_read}
     may_be_read = [name for name, each in report.items() if name in read and each.remedy]

@@ -71,8 +71,8 @@ class _Running(threading.local):
         self.modules: list[tuple[nn.Module, Marks]] = []  # with the state that they were entered with
         self.regions: list[Region] = []
         self.recomputing: list[Counter[Piece]] = []  # how often calls of modules have moved what, in each recomputation
-        self.inside: dict[int, Part] = {}  # what a recomputation by another engine began with
-        self.before: dict[int, Marks] | None = None  # and the state before it
+        # What is inside of a recomputation by another engine, and the state before it.
+        self.before: tuple[dict[int, Part], dict[int, Marks]] | None = None
         self.added = 0  # how often a backward pass has added to a gradient of the model
 
 
@@ -147,8 +147,8 @@ class Watch:
                 self.begins(module)
             elif is_part and not running.recomputing:
                 self.elsewhere[self.name(module)] = None
-                running.inside, running.recomputing = self.parts_inside(module), [Counter()]
-                running.before = self.look(running.inside)
+                inside = self.parts_inside(module)
+                running.before, running.recomputing = (inside, self.look(inside)), [Counter()]
             self.ran.append(module.training)
             running.modules.append((module, _own_marks(module) if is_part else {}))
 
@@ -164,8 +164,8 @@ class Watch:
                 moved = [(id(module), name) for name in differing(last[1], _own_marks(module))]
                 (running.recomputing[-1] if running.recomputing else self.passes).update(moved)
             if running.before is not None and not running.modules:
-                before, running.before = running.before, None
-                self.count(before, self.look(running.inside), running.recomputing.pop(), None)
+                (inside, before), running.before = running.before, None
+                self.count(before, self.look(inside), running.recomputing.pop(), None)
 
     def begins(self, module: nn.Module) -> None:
         """Hear that a forward pass begins, which may read what recomputations have moved before.
@@ -204,6 +204,10 @@ class Watch:
         """Give a module's name in the model, or that of its class."""
         part = self.parts.get(id(module)) or self.strangers.get(id(module))
         return type(module).__name__ if part is None else part.name or "(the model)"
+
+    def all_parts(self) -> dict[int, Part]:
+        """Give the parts of the model, and what checkpoints run besides."""
+        return self.parts | {key: part for region in self.regions for key, part in region.parts.items()}
 
     def parts_inside(self, module: nn.Module) -> dict[int, Part]:
         """Give a module that is checkpointed, and all below it; one outside of the model is named after its class."""
@@ -393,15 +397,17 @@ class Region(_torch.Listener):
 
     def _is_statistic(self, tensor: torch.Tensor) -> bool:
         """Tell whether a tensor that compiled code saves is a running statistic, which it may save and not read."""
-        buffers = [
+        kind = tensor.shape, tensor.dtype, tensor.device
+        alike = [
             buffer
             for part in self.parts.values()
             for name, buffer in part.module._buffers.items()
-            if buffer is not None and is_unread_statistic(part.module, name)
+            if buffer is not None
+            and (buffer.shape, buffer.dtype, buffer.device) == kind
+            and is_unread_statistic(part.module, name)
         ]
-        kind = tensor.shape, tensor.dtype, tensor.device
         with _torch.hidden_from_modes():
-            return any((each.shape, each.dtype, each.device) == kind and torch.equal(each, tensor) for each in buffers)
+            return any(torch.equal(each, tensor) for each in alike)
 
     def compare(self, forward: Value, recomputed: Value) -> None:
         """Keep two saved tensors that belong together."""

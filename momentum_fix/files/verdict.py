@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from html import escape
 from itertools import groupby
 from pathlib import Path
-from typing import Any, SupportsFloat, SupportsIndex
+from typing import Any, NamedTuple, SupportsFloat, SupportsIndex
 
 from momentum_fix._tables import aligned, html, presentable
 from momentum_fix.files.causes import causes, nearly, recomputed
@@ -28,6 +28,15 @@ _SAYS = {  # of so many layers
     "": "Updated more than once per step: {}. The counters do not say why; `diagnose` around one training step can.",
     _ENOUGH: "Corrected already: {}. Their momentum makes up for the updates per step.",
 }
+
+
+class Layer(NamedTuple):
+    """What is known of a layer before it is judged."""
+
+    counter: Any
+    momentum: float | None
+    plain: float | None  # what the momentum was corrected from
+    uncounted: int = 0  # updates that the counter lacks, though the momentum makes up for them too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,29 +173,24 @@ def _judge_file(path: Path, steps: int | None, momentum: SupportsFloat | None) -
     return [row for prefix, layers in found for row in judge(str(path), prefix, layers, steps)]
 
 
-def with_momentum(counters: Mapping[str, Any], momentum: SupportsFloat | None) -> dict[str, tuple[Any, ...]]:
+def with_momentum(counters: Mapping[str, Any], momentum: SupportsFloat | None) -> dict[str, Layer]:
     """Give layers that count like this and were built with this momentum."""
     momentum = corrected_momentum(momentum, 1)  # as a float
-    return {name: (counter, momentum, momentum, 0) for name, counter in counters.items()}
+    return {name: Layer(counter, momentum, momentum) for name, counter in counters.items()}
 
 
-def judge(source: str, prefix: str, layers: Mapping[str, Sequence[Any]], steps: int | None) -> Iterator[LayerAudit]:
-    """Judge the layers of one state dict or model.
-
-    Args:
-        layers: of each its counter, its momentum, what that was corrected from, and how many updates of the training
-            were not counted, though its momentum makes up for them too.
-    """
-    counts = {name: _read_counter(counter) for name, (counter, *_) in layers.items()}
-    corrected_for = {name: _corrected_for(*momenta) for name, (_, *momenta, _) in layers.items()}
-    updates = {name: count + layers[name][3] for name, (count, _) in counts.items() if count}
+def judge(source: str, prefix: str, layers: Mapping[str, Layer], steps: int | None) -> Iterator[LayerAudit]:
+    """Judge the layers of one state dict or model."""
+    counts = {name: _read_counter(layer.counter) for name, layer in layers.items()}
+    corrected_for = {name: _corrected_for(layer.momentum, layer.plain) for name, layer in layers.items()}
+    updates = {name: count + layers[name].uncounted for name, (count, _) in counts.items() if count}
     assumed = steps or _infer_steps(updates, corrected_for)
     for name, (batches, note) in counts.items():
         found: dict[str, Any] = {"batches": batches, "steps": assumed, "inferred": steps is None, "note": note}
         if batches and assumed:
             found["passes"] = passes = Fraction(batches, assumed)
             if times := recomputed(batches, assumed):
-                found |= _effect(*layers[name][1:3], times)
+                found |= _effect(layers[name].momentum, layers[name].plain, times)
             if corrected_for[name] != 1:
                 wrong = _TOO_LITTLE if updates[name] > corrected_for[name] * assumed else _TOO_MUCH
                 # The counter may have been set back since the updates that it lacks.

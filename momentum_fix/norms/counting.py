@@ -95,13 +95,13 @@ class CountingForward(ForwardWrapper):
             return None, (Note.UNSEEN if unseen else Note.IDLE if layer.training else Note.EVALUATION,)
         if not count.batches or not backward_ran:
             return None, (Note.NO_BACKWARD if count.batches else Note.ONLY_BACKWARD,)
+        varies = len(set(count.batches)) > 1  # and then, the last batch need not be the one that was recomputed
         if layer.momentum is None:
             first, last = (buffers.get("num_batches_tracked") for buffers in (self.start, layer._buffers))
             # Selective checkpointing recomputes the counter and not the statistics.
             more = has_values(first) and has_values(last) and int(last) - int(first) > count.updates
-            equal = Note.CUMULATIVE if len(set(count.batches)) == 1 else Note.PERHAPS_UNEQUAL
+            equal = Note.PERHAPS_UNEQUAL if varies else Note.CUMULATIVE
             return count.passes, (Note.UNEQUAL if more or isinstance(count.passes, Fraction) else equal,)
-        varies = len(set(count.batches)) > 1  # and then, the last batch need not be the one that was recomputed
         notes = {
             Note.SET_BY_STEP: not kept,
             Note.NOT_CONSECUTIVE: varies,

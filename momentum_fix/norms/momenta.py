@@ -35,17 +35,14 @@ def is_corrected(layer: Any) -> bool:
 
 def uncounted(layer: Any) -> int:
     """Give how many recomputations `calibrate` has run on copies of a layer's buffers, its counter among them."""
-    mark = vars(layer).get(_MARK)
-    updates: int = (
-        0 if mark is None or differ(mark[2], getattr(layer, "momentum", None)) else (*mark, 0)[3]
-    )  # an older one has three
-    return updates
+    mark = _mark_of(layer)
+    return int(mark[3]) if mark is not None and len(mark) > 3 else 0  # an older one has three
 
 
 def note_uncounted(layer: Any, updates: int) -> None:
     """Note that the counter of a layer, if that is corrected, lacks so many updates more."""
-    if _MARK in vars(layer):
-        vars(layer)[_MARK] = *vars(layer)[_MARK][:3], uncounted(layer) + updates
+    if (mark := _mark_of(layer)) is not None:
+        vars(layer)[_MARK] = *mark[:3], uncounted(layer) + updates
 
 
 def is_undone_by_restore(layer: Any) -> bool:
@@ -58,10 +55,16 @@ def is_changed(module: Any) -> bool:
     return differ(original_momentum(module), getattr(module, "momentum", None))
 
 
+def _mark_of(module: Any) -> tuple[Any, ...] | None:
+    """Give a layer's mark, if nobody has set its momentum since."""
+    mark: tuple[Any, ...] | None = vars(module).get(_MARK)
+    return None if mark is None or differ(mark[2], getattr(module, "momentum", None)) else mark
+
+
 def _known(module: Any) -> tuple[Any, Any]:
-    mark, momentum = vars(module).get(_MARK), getattr(module, "momentum", None)
-    if mark is not None and not differ(mark[2], momentum):
+    if (mark := _mark_of(module)) is not None:
         return mark[0], mark[1]
+    momentum = getattr(module, "momentum", None)
     root = corrected_by_hand(momentum)
     if root is None:
         return momentum, momentum
